@@ -1,0 +1,5 @@
+"""`python -m fraqat`."""
+
+from fraqat.cli import main
+
+main()

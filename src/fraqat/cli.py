@@ -1,0 +1,295 @@
+"""The command line: one subcommand per verb, no logic.
+
+Exit codes: 0 done; 1 an error of ours; 2 impossible recipe or argument; 3 model, run or export missing, damaged or unsafe;
+4 checkpoint damaged or of another run; 5 loss or gradient not finite; 6 a place that cannot be written; 130 Ctrl-C and
+143 SIGTERM, after a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table as RichTable
+
+from fraqat import __version__, workflows
+from fraqat.config import Recipe, load_recipe, recipe_names
+from fraqat.distill import StepRecord
+from fraqat.errors import FraqatError
+from fraqat.table import Table
+from fraqat.workflows import RunFolder
+
+app = typer.Typer(
+    name="fraqat",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Quantization-aware training of generative models by fractional bit widths, down to 4-bit weights and 8-bit "
+    "activations. Start with [bold]fraqat demo[/bold].",
+    epilog="Exit codes: 0 done, 1 our own error, 2 impossible recipe or argument, 3 model, run or export missing, damaged "
+    "or unsafe, 4 checkpoint damaged or of another run, 5 loss not finite, 6 place not writable or taken, 130 Ctrl-C, "
+    "143 SIGTERM.",
+)
+_errors = Console(stderr=True, highlight=False, soft_wrap=True)
+_output = Console(highlight=False)
+
+RecipeArgument = Annotated[
+    str, typer.Argument(help="YAML file, or a recipe of the package: " + ", ".join(recipe_names()))
+]
+RunArgument = Annotated[Path, typer.Argument(help="Folder of a run")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a field of the recipe")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print tables as JSON")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is there")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="Show no progress")]
+
+
+class FloatPrecision(StrEnum):
+    """Choices of `--float-dtype`."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class ConsoleProgress:
+    """Progress on stderr: a live line on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, quiet: bool = False):
+        self._quiet = quiet
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed}/{task.total}"),
+        )
+        self._bars = Progress(*columns, TextColumn("{task.fields[text]}"), console=_errors, transient=True)
+        self._task: Any = None
+        self._is_live = _errors.is_terminal and not quiet
+
+    def say(self, text: str) -> None:
+        """Prints a line."""
+        self._clear()
+        if not self._quiet:
+            _errors.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        """Prints a line that stands out, also when quiet."""
+        self._clear()
+        _errors.print(f"warning: {text}", style="yellow", markup=False)
+
+    def step(self, record: StepRecord) -> None:
+        """Shows stage, bits, loss, step time and time left."""
+        text = (
+            f"stage {record.stage + 1}/{record.num_stages}  {record.bits:g} bits  loss {record.loss:.5f}  "
+            f"{record.step_ms:.0f} ms/step  {_duration(record.left_s)} left"
+        )
+        self._show("training", record.step + 1, record.total_steps, text, max(1, record.total_steps // 10))
+
+    def count(self, what: str, done: int, total: int) -> None:
+        """Shows a count."""
+        self._show(what, done, total, "", total)
+
+    def _show(self, what: str, done: int, total: int, text: str, every: int) -> None:
+        if self._quiet:
+            return
+        if not self._is_live:
+            if done % every == 0 and text:
+                _errors.print(f"{what} {done}/{total}  {text}", markup=False)
+            return
+        if self._task is None:
+            self._bars.start()
+            self._task = self._bars.add_task(what, total=total, text=text)
+        self._bars.update(self._task, description=what, completed=done, total=total, text=text)
+        if done >= total:
+            self._clear()
+
+    def _clear(self) -> None:
+        if self._task is not None:
+            self._bars.stop()
+            self._bars.remove_task(self._task)
+            self._task = None
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Run folder; what is finished there is not done again")] = Path("runs/demo"),
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Quantize the embedded text-to-image pipeline with FraQAT, compare, export and write a page. Minutes on two cores."""
+    tables, page = workflows.demo(out, ConsoleProgress(quiet), tuple(settings or ()))
+    _print_tables(tables, as_json, page=str(page))
+    if not as_json:
+        _output.print(f"Page: {page}", markup=False)
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    out: Annotated[Path, typer.Option(help="Run folder; the same recipe and folder go on where they stopped")],
+    settings: SetOption = None,
+    baselines: Annotated[bool, typer.Option("--baselines", help="Train the recipe's baselines too")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved recipe and the layers, train nothing")
+    ] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Train a recipe in a run folder, or go on with it."""
+    resolved = load_recipe(recipe, tuple(settings or ()))
+    if dry_run:
+        _print_dry_run(resolved, as_json)
+        return
+    run = workflows.train(resolved, out, ConsoleProgress(quiet), with_baselines=baselines)
+    _print_tables([_result_table(run)], as_json)
+
+
+@app.command()
+def evaluate(
+    run: RunArgument,
+    num_images: Annotated[int | None, typer.Option(help="Images per model, instead of the recipe's")] = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Compare original, baselines and student on the same prompts and seeds."""
+    table = workflows.evaluate(RunFolder.open(run), ConsoleProgress(quiet), num_images=num_images, overwrite=overwrite)
+    _print_tables([table], as_json)
+
+
+@app.command()
+def generate(
+    source: Annotated[Path, typer.Argument(help="Folder of a run or of a packed export")],
+    prompt: Annotated[list[str], typer.Option(help="Prompt; repeat for more images")],
+    out: Annotated[Path, typer.Option(help="PNG file for one prompt, folder for more")],
+    seed: Annotated[int, typer.Option(help="Seed of the first image")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Sampler steps, instead of the recipe's")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale, instead of the recipe's")] = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Sample images from the student of a run, or from an exported file."""
+    changes = {"num_steps": steps, "guidance_scale": guidance}
+    for path in workflows.generate(source, tuple(prompt), out, seed=seed, sampler_changes=changes, overwrite=overwrite):
+        _output.print(str(path), markup=False)
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    export_format: Annotated[str, typer.Option("--format", help="One of: " + ", ".join(workflows.FORMATS))] = "packed",
+    float_dtype: Annotated[FloatPrecision, typer.Option(help="Precision of what is not quantized")] = (
+        FloatPrecision.FLOAT32
+    ),
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write the trained student as a file for a target, in RUN/export/FORMAT."""
+    folder, size = workflows.export(
+        RunFolder.open(run), export_format, ConsoleProgress(quiet), float_dtype=float_dtype.value, overwrite=overwrite
+    )
+    row = (str(folder), size.num_file_bytes, size.num_quantized_weights, size.bits_per_weight)
+    table = Table("Export", ("folder", "file, bytes", "quantized weights", "bits per quantized weight"), (row,))
+    _print_tables([table], as_json)
+
+
+@app.command()
+def report(
+    run: RunArgument,
+    out: Annotated[Path | None, typer.Option(help="Where to, instead of RUN/report.html")] = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Write one self-contained HTML page about an evaluated run."""
+    _output.print(str(workflows.report(RunFolder.open(run), out=out, overwrite=overwrite)), markup=False)
+
+
+@app.command()
+def inspect(
+    source: Annotated[str, typer.Argument(help="Run, export, recipe, pipeline folder, hub id or zoo:NAME")],
+    as_json: JsonOption = False,
+) -> None:
+    """Show the layers of a run, an export, a recipe or a model."""
+    _print_tables([workflows.inspect(source)], as_json)
+
+
+def _print_dry_run(recipe: Recipe, as_json: bool) -> None:
+    layers = workflows.plan(recipe).to_table()
+    if as_json:
+        sys.stdout.write(json.dumps({"recipe": recipe.to_values(), "layers": layers.to_json()}, indent=2) + "\n")
+        return
+    sys.stdout.write(recipe.to_yaml() + "\n")
+    _print_tables([layers], as_json)
+
+
+def _result_table(run: RunFolder) -> Table:
+    rows: list[tuple[Any, ...]] = []
+    for label, method in run.methods().items():
+        result = method.read_json(method.result_path)
+        rows.append((label, result["num_steps"], round(result["train_s"], 1), result["validation_loss"]))
+    return Table(f"Trained in {run.path}", ("method", "steps", "train, s", "held-out distillation loss"), tuple(rows))
+
+
+def _print_tables(tables: list[Table], as_json: bool, **extra: Any) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps({"tables": [table.to_json() for table in tables], **extra}, indent=2) + "\n")
+        return
+    if not _output.is_terminal:
+        sys.stdout.write("\n\n".join(str(table) for table in tables) + "\n")
+        return
+    for table in tables:
+        rich_table = RichTable(title=table.title, title_justify="left", box=None, pad_edge=False)
+        for i, column in enumerate(table.columns):
+            is_number = all(isinstance(row[i], int | float | None) for row in table.rows)
+            rich_table.add_column(column, justify="right" if is_number else "left", overflow="fold")
+        for cells in table.to_cells():
+            rich_table.add_row(*cells)
+        _output.print(rich_table)
+        for note in table.notes:
+            _output.print(note, style="dim", markup=False)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _version(value: bool) -> None:
+    if value:
+        _output.print(f"fraqat {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version")
+    ] = False,
+) -> None:
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="(diffusers|transformers|huggingface_hub)")
+
+
+def main() -> None:
+    """Runs the command line; errors that a user can mend become one message and an exit code."""
+    try:
+        app()
+    except FraqatError as error:
+        _errors.print(f"error: {error}", style="red", markup=False)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _errors.print("stopped", style="red")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

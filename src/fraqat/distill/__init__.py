@@ -1,0 +1,25 @@
+"""Distillation of a quantized student from its full-precision teacher, for any model family."""
+
+from fraqat.distill.checkpoint import CheckpointStore
+from fraqat.distill.log import LOG_FILE, StepRecord, read_log
+from fraqat.distill.losses import LossSpec, distillation_loss
+from fraqat.distill.spec import TrainSpec
+from fraqat.distill.task import Batch, BatchStream, DistillTask
+from fraqat.distill.trainer import Distiller, DistillResult
+from fraqat.distill.validation import validation_loss
+
+__all__ = [
+    "LOG_FILE",
+    "Batch",
+    "BatchStream",
+    "CheckpointStore",
+    "DistillResult",
+    "DistillTask",
+    "Distiller",
+    "LossSpec",
+    "StepRecord",
+    "TrainSpec",
+    "distillation_loss",
+    "read_log",
+    "validation_loss",
+]

@@ -1,0 +1,57 @@
+"""Finds the layer in which NaN or infinity appears first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def first_non_finite_layer(model: nn.Module, forward: Callable[[], object]) -> str | None:
+    """Runs `forward` and returns the name of the first leaf module whose output is not finite, or None.
+
+    Args:
+        model: The model that `forward` runs.
+        forward: A call without arguments that repeats the failing computation.
+    """
+    found: list[str] = []
+
+    def hook_for(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if not found and any(not bool(torch.isfinite(t).all()) for t in _tensors(output)):
+                found.append(name)
+
+        return hook
+
+    leaves = [(name, m) for name, m in model.named_modules() if not any(m.children()) or hasattr(m, "weight_quantizer")]
+    handles = [module.register_forward_hook(hook_for(name)) for name, module in leaves]
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0].removesuffix(".weight_quantizer").removesuffix(".activation_quantizer") if found else None
+
+
+def first_non_finite_parameter(model: nn.Module) -> str | None:
+    """Name of the first parameter whose value or gradient is not finite, or None."""
+    for name, parameter in model.named_parameters():
+        for tensor in (parameter, parameter.grad):
+            if tensor is not None and not bool(torch.isfinite(tensor).all()):
+                return name
+    return None
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)

@@ -1,0 +1,58 @@
+"""Distances between the teacher's and the student's output, and their weighted sum."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fraqat.errors import config_error
+from fraqat.nn import STRICT_KEYS
+
+OUTPUT_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mse": F.mse_loss,
+    "l1": F.l1_loss,
+    "huber": F.huber_loss,
+}
+"""Name -> mean distance of (student, teacher) outputs in float32."""
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """One term of the loss: `weight` times the distance `name` of the outputs."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_KEYS
+
+    name: str = "mse"
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.name not in OUTPUT_LOSSES:
+            names = ", ".join(OUTPUT_LOSSES)
+            raise config_error("losses.name", self.name, allowed=names, fix=f"choose one of {names}")
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise config_error(
+                "losses.weight", self.weight, allowed="a positive number", fix="remove the term or use 1"
+            )
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, terms: Sequence[LossSpec]) -> Tensor:
+    """Weighted sum of the terms.
+
+    Args:
+        student: Output of the student, any shape.
+        teacher: Output of the teacher, the same shape, without gradient.
+        terms: At least one.
+
+    Returns:
+        0-dim float32.
+    """
+    student, teacher = student.float(), teacher.float()
+    total = student.new_zeros(())
+    for term in terms:
+        total = total + term.weight * OUTPUT_LOSSES[term.name](student, teacher)
+    return total

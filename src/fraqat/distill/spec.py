@@ -1,0 +1,86 @@
+"""The settings of a training run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from fraqat.distill.losses import LossSpec
+from fraqat.errors import config_error
+from fraqat.nn import STRICT_KEYS
+from fraqat.schedules import LearningRateSpec
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """How long, with what data order, optimizer and precision.
+
+    Args:
+        steps: Optimizer steps; 0 trains nothing (post-training quantization). None takes `epochs`, or the lengths of the
+            schedule's own stages.
+        epochs: Passes over the training data, instead of `steps`.
+        batch_size: Samples per optimizer step.
+        accumulation: Parts in which a batch is computed; `batch_size` must be a multiple.
+        learning_rate: Peak and course.
+        losses: Weighted terms on the outputs.
+        betas, eps, weight_decay: AdamW, fused.
+        clip_norm: Largest norm of the whole gradient, None to leave it.
+        ema_decay: Averages the trained parameters; the student that is kept is then the average. None for none.
+        autocast: Precision of matrix products in training: `bfloat16`, or `none` for the model's own.
+        seed: Decides data order, noise, timesteps and dropped captions.
+        validate_every, checkpoint_every: Steps between two; both also happen at the end.
+        num_checkpoints_kept: Older ones are removed.
+        tensorboard: Write TensorBoard files beside `log.jsonl`.
+        calibration_samples: Samples for static activation ranges (the paper: 100).
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_KEYS
+
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 64
+    accumulation: int = 1
+    learning_rate: LearningRateSpec = field(default_factory=LearningRateSpec)
+    losses: tuple[LossSpec, ...] = (LossSpec(),)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+    ema_decay: float | None = None
+    autocast: Literal["bfloat16", "none"] = "bfloat16"
+    seed: int = 1234
+    validate_every: int = 100
+    checkpoint_every: int = 100
+    num_checkpoints_kept: int = 2
+    tensorboard: bool = True
+    calibration_samples: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulation", "validate_every", "checkpoint_every", "num_checkpoints_kept"):
+            _check(f"train.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or more")
+        _check("train.calibration_samples", self.calibration_samples, self.calibration_samples >= 1, "1 or more")
+        _check("train.steps", self.steps, self.steps is None or self.steps >= 0, "0 or more, or null")
+        _check("train.epochs", self.epochs, self.epochs is None or 0 < self.epochs < math.inf, "more than 0, or null")
+        _check("train.epochs", self.epochs, self.epochs is None or self.steps is None, "null when train.steps is given")
+        _check(
+            "train.accumulation", self.accumulation, self.batch_size % self.accumulation == 0, "a divisor of batch_size"
+        )
+        _check("train.seed", self.seed, 0 <= self.seed < 2**31, "0 to 2^31 - 1")
+        _check("train.losses", self.losses, len(self.losses) > 0, "at least one term")
+        _check("train.betas", self.betas, all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
+        _check("train.eps", self.eps, self.eps > 0, "more than 0")
+        _check("train.weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "0 or more")
+        _check("train.clip_norm", self.clip_norm, self.clip_norm is None or self.clip_norm > 0, "more than 0, or null")
+        _check("train.ema_decay", self.ema_decay, self.ema_decay is None or 0 <= self.ema_decay < 1, "[0, 1), or null")
+
+    def total_steps(self, steps_per_epoch: int) -> int | None:
+        """Optimizer steps that `steps` or `epochs` ask for; None leaves it to the schedule's stages."""
+        if self.epochs is not None:
+            return max(1, round(self.epochs * steps_per_epoch))
+        return self.steps
+
+
+def _check(field_name: str, value: Any, is_possible: bool, allowed: str) -> None:
+    if not is_possible:
+        raise config_error(field_name, value, allowed=allowed, fix=f"correct {field_name}")

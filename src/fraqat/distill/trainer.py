@@ -1,0 +1,255 @@
+"""Algorithm 1 of FraQAT (arXiv 2510.14823): distil a full-precision teacher into a student whose width falls."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from fraqat.distill.checkpoint import CheckpointStore
+from fraqat.distill.diagnose import first_non_finite_layer, first_non_finite_parameter
+from fraqat.distill.ema import ParameterAverage
+from fraqat.distill.interrupt import InterruptGuard
+from fraqat.distill.log import RunLog, StepRecord
+from fraqat.distill.losses import distillation_loss
+from fraqat.distill.spec import TrainSpec
+from fraqat.distill.task import Batch, DistillTask
+from fraqat.distill.validation import to_device, validation_loss
+from fraqat.errors import InterruptedRunError, NonFiniteLossError
+from fraqat.nn import set_bits_
+from fraqat.schedules import Schedule, Stage
+
+_STEP_TIMES_AVERAGED = 20
+
+
+@dataclass(frozen=True)
+class DistillResult:
+    """What a finished training leaves: steps, the seconds that they took (all processes), held-out loss at the end."""
+
+    num_steps: int
+    train_s: float
+    validation_loss: float
+
+
+class Distiller:
+    """One training run of a quantized student; `run` goes on where the newest checkpoint ends.
+
+    Args:
+        task: Model family and data.
+        teacher: Frozen model, in its own dtype.
+        student: Model changed by `quantize_`, at its final width.
+        schedule: Stages of the run.
+        spec: Settings.
+        folder: Run folder for checkpoints and log.
+        fingerprint: Settings that a checkpoint must share to be resumed.
+        on_step: Called after every optimizer step, for the progress line.
+        warn: Receives lines that a person should read.
+    """
+
+    def __init__(
+        self,
+        task: DistillTask,
+        teacher: nn.Module,
+        student: nn.Module,
+        schedule: Schedule,
+        spec: TrainSpec,
+        folder: Path,
+        *,
+        fingerprint: dict[str, Any] | None = None,
+        on_step: Callable[[StepRecord], None] = lambda record: None,
+        warn: Callable[[str], None] = print,
+    ):
+        self.task, self.schedule, self.spec, self.folder = task, schedule, spec, folder
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.student = student
+        self.on_step, self.warn = on_step, warn
+        self.device = next(student.parameters()).device
+        self.store = CheckpointStore(folder / "checkpoints", fingerprint or {}, spec.num_checkpoints_kept, warn)
+        trained = [p for p in student.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            trained,
+            lr=spec.learning_rate.peak,
+            betas=spec.betas,
+            eps=spec.eps,
+            weight_decay=spec.weight_decay,
+            fused=True,
+        )
+        self.average = ParameterAverage(student, spec.ema_decay) if spec.ema_decay is not None else None
+        self.stream = task.train_stream(spec.batch_size // spec.accumulation, spec.seed)
+        self.step = 0
+        self.train_s = 0.0
+        self._recent_ms: deque[float] = deque(maxlen=_STEP_TIMES_AVERAGED)
+
+    def run(self) -> DistillResult:
+        """Trains to the end of the schedule and leaves the kept parameters in the student, at the final width.
+
+        Raises:
+            NonFiniteLossError: The loss or a gradient became NaN or infinite; the newest checkpoint stays.
+            InterruptedRunError: SIGINT or SIGTERM; a checkpoint was written first.
+            CheckpointError, OutputError: See `CheckpointStore`.
+        """
+        torch.manual_seed(self.spec.seed)
+        self._resume()
+        log = RunLog(self.folder, self.step, tensorboard=self.spec.tensorboard)
+        batches = iter(self.stream)
+        self.student.train()
+        try:
+            with InterruptGuard() as guard:
+                while self.step < self.schedule.total_steps:
+                    stage = self._enter_stage(log)
+                    record = self._train_step(batches, stage)
+                    log.write_step(record)
+                    self.on_step(record)
+                    is_last = self.step == self.schedule.total_steps
+                    if self.step % self.spec.validate_every == 0 and not is_last:
+                        log.write_validation(self.step, stage.bits, self.validate())
+                    if self.step % self.spec.checkpoint_every == 0 or is_last or guard.signal_number:
+                        self._save(log)
+                    if guard.signal_number and not is_last:
+                        self._leave(guard.signal_number)
+            return self._finish(log)
+        finally:
+            log.close()
+
+    def validate(self) -> float:
+        """Held-out distillation loss of the student, averaged if there is an average."""
+        with self.average.applied() if self.average else nullcontext():
+            return validation_loss(self.task, self.teacher, self.student, self.spec)
+
+    def _enter_stage(self, log: RunLog) -> Stage:
+        stage = self.schedule.stage_at(self.step)
+        if self.step == stage.first_step:
+            set_bits_(self.student, stage.bits)
+            log.write_event("stage", self.step, stage=stage.index, bits=stage.bits, num_steps=stage.num_steps)
+        return stage
+
+    def _train_step(self, batches: Iterator[Batch], stage: Stage) -> StepRecord:
+        start = time.perf_counter()
+        learning_rate = self.spec.learning_rate.at(self.step, self.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = 0.0
+        for part in range(self.spec.accumulation):
+            seed = (self.spec.seed << 32) + self.step * self.spec.accumulation + part
+            inputs = self.task.make_inputs(next(batches), torch.Generator().manual_seed(seed))
+            part_loss = self._loss(to_device(inputs, self.device), stage) / self.spec.accumulation
+            part_loss.backward()
+            loss += part_loss.item()
+        gradient_norm = self._clip_gradient(stage)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update()
+        self.step += 1
+        return self._record(stage, loss, learning_rate, gradient_norm, 1000 * (time.perf_counter() - start))
+
+    def _loss(self, inputs: Batch, stage: Stage) -> Tensor:
+        with torch.no_grad(), self._autocast():
+            teacher_output = self.task.predict(self.teacher, inputs)
+        with self._autocast():
+            student_output = self.task.predict(self.student, inputs)
+        loss = distillation_loss(student_output, teacher_output, self.spec.losses)
+        if not bool(torch.isfinite(loss)):
+            self._fail(stage, self._find_non_finite_layer(inputs), f"the loss is {loss.item()}")
+        return loss
+
+    def _clip_gradient(self, stage: Stage) -> float:
+        parameters = [p for p in self.optimizer.param_groups[0]["params"] if p.grad is not None]
+        norm = get_total_norm([p.grad for p in parameters])
+        if not bool(torch.isfinite(norm)):
+            where = first_non_finite_parameter(self.student)
+            self._fail(stage, f"the gradient of {where}", "the gradient is not finite")
+        if self.spec.clip_norm is not None:
+            clip_grads_with_norm_(parameters, self.spec.clip_norm, norm)
+        return norm.item()
+
+    def _record(
+        self, stage: Stage, loss: float, learning_rate: float, gradient_norm: float, step_ms: float
+    ) -> StepRecord:
+        self.train_s += step_ms / 1000
+        self._recent_ms.append(step_ms)
+        mean_ms = sum(self._recent_ms) / len(self._recent_ms)
+        return StepRecord(
+            step=self.step - 1,
+            total_steps=self.schedule.total_steps,
+            stage=stage.index,
+            num_stages=len(self.schedule),
+            bits=stage.bits,
+            loss=loss,
+            learning_rate=learning_rate,
+            gradient_norm=gradient_norm,
+            step_ms=step_ms,
+            left_s=mean_ms / 1000 * (self.schedule.total_steps - self.step),
+        )
+
+    def _finish(self, log: RunLog) -> DistillResult:
+        set_bits_(self.student, self.schedule.stages[-1].bits)
+        if self.average is not None:
+            self.average.copy_to_model()
+            self.average = None
+        self.student.eval()
+        loss = self.validate()
+        log.write_validation(self.step, self.schedule.stages[-1].bits, loss)
+        return DistillResult(self.step, self.train_s, loss)
+
+    def _save(self, log: RunLog) -> None:
+        state = {
+            "step": self.step,
+            "train_s": self.train_s,
+            "student": self.student.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state_dict() if self.average else None,
+            "stream": self.stream.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
+        self.store.save(self.step, state)
+        log.write_event("checkpoint", self.step)
+
+    def _resume(self) -> None:
+        checkpoint = self.store.load_latest()
+        if checkpoint is None:
+            return
+        state = checkpoint.state
+        self.step, self.train_s = checkpoint.step, state["train_s"]
+        set_bits_(self.student, self.schedule.stage_at(self.step - 1).bits)
+        self.student.load_state_dict(state["student"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.stream.load_state_dict(state["stream"])
+        torch.set_rng_state(state["rng"])
+
+    def _leave(self, signal_number: int) -> NoReturn:
+        raise InterruptedRunError(
+            f"stopped by signal {signal_number} after step {self.step} of {self.schedule.total_steps}: a checkpoint is in "
+            f"{self.store.folder}. Run the same command again to go on.",
+            signal_number,
+        )
+
+    def _fail(self, stage: Stage, where: str, what: str) -> NoReturn:
+        raise NonFiniteLossError(
+            f"{what} at step {self.step}, stage {stage.index + 1} of {len(self.schedule)} ({stage.bits:g} bits), first in "
+            f"{where}. The newest checkpoint is kept in {self.store.folder}. Fix: lower train.learning_rate.peak, set "
+            "train.clip_norm, or train.autocast: none."
+        )
+
+    def _find_non_finite_layer(self, inputs: Batch) -> str:
+        for role, model in (("teacher", self.teacher), ("student", self.student)):
+            with self._autocast():
+                name = first_non_finite_layer(model, lambda m=model: self.task.predict(m, inputs))
+            if name is not None:
+                return f"{role} layer {name}"
+        return "the loss itself"
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.spec.autocast == "none":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)

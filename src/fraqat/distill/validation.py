@@ -1,0 +1,41 @@
+"""The held-out distillation loss: the same data, noise and precision for every student."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fraqat.distill.losses import distillation_loss
+from fraqat.distill.spec import TrainSpec
+from fraqat.distill.task import Batch, DistillTask
+
+VALIDATION_SEED = 20_251_014
+
+
+@torch.no_grad()
+def validation_loss(task: DistillTask, teacher: nn.Module, student: nn.Module, spec: TrainSpec) -> float:
+    """Mean loss over the task's held-out batches, without autocast, with noise that depends on nothing but the task.
+
+    Args:
+        task: Gives the data.
+        teacher, student: Models; the student's training flag is put back.
+        spec: Batch size and loss terms.
+    """
+    was_training = student.training
+    student.eval()
+    device = next(student.parameters()).device
+    generator = torch.Generator().manual_seed(VALIDATION_SEED)
+    total, count = 0.0, 0
+    for batch in task.validation_batches(spec.batch_size):
+        inputs = to_device(task.make_inputs(batch, generator), device)
+        teacher_output = task.predict(teacher, inputs)
+        loss = distillation_loss(task.predict(student, inputs), teacher_output, spec.losses)
+        size = teacher_output.shape[0]
+        total, count = total + size * loss.item(), count + size
+    student.train(was_training)
+    return total / count
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with every tensor on `device`."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}

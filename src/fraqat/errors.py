@@ -1,0 +1,54 @@
+"""The errors a user can meet. Each names the field, the value, what is allowed and the fix, and carries an exit code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class FraqatError(Exception):
+    """Base of every error that is the user's to mend. `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class ConfigError(FraqatError, ValueError):
+    """A setting, recipe or argument that cannot work."""
+
+    exit_code = 2
+
+
+class ModelError(FraqatError, ValueError):
+    """A model folder, checkpoint of a model or export that is missing, damaged or unsafe."""
+
+    exit_code = 3
+
+
+class CheckpointError(FraqatError):
+    """A training checkpoint that cannot be written or read, or that belongs to another run."""
+
+    exit_code = 4
+
+
+class NonFiniteLossError(FraqatError):
+    """The loss became NaN or infinite. The message names step, stage and the first layer where it shows."""
+
+    exit_code = 5
+
+
+class OutputError(FraqatError):
+    """A place that cannot be written: it exists already, is not writable, or the disk is full."""
+
+    exit_code = 6
+
+
+class InterruptedRunError(FraqatError):
+    """Training was stopped by SIGINT or SIGTERM after writing a checkpoint; exit code 128 + the signal's number."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+def config_error(field: str, value: Any, *, allowed: str, fix: str) -> ConfigError:
+    """Builds the house's error text: `field = value: allowed is ...; fix`."""
+    return ConfigError(f"{field} = {value!r} is not possible: allowed is {allowed}. Fix: {fix}.")

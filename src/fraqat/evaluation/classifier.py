@@ -1,0 +1,124 @@
+"""A small classifier that reads digit, colour and ground off a colour-digits picture.
+
+It shares nothing with the models that it judges. Its penultimate features serve as the space of a Frechet distance.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+NUM_FEATURES = 64
+_CONFIG_NAME = "config.json"
+_WEIGHTS_NAME = "model.safetensors"
+
+
+class ColorDigitLogits(NamedTuple):
+    """Scores of the three heads.
+
+    Args:
+        digit: [N, 10].
+        color: colour of the digit, [N, number of colours].
+        ground: colour behind it, [N, number of colours].
+    """
+
+    digit: Tensor
+    color: Tensor
+    ground: Tensor
+
+
+class ColorDigitClassifier(nn.Module):
+    """Four convolutions, one hidden layer and three heads.
+
+    Args:
+        color_names: the colours in the order of the scores of both colour heads.
+    """
+
+    def __init__(self, color_names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.color_names = tuple(color_names)
+        self.trunk = nn.Sequential(
+            *_stage(3, 24, stride=1),
+            *_stage(24, 32, stride=2),
+            *_stage(32, 48, stride=2),
+            *_stage(48, 64, stride=2),
+            nn.Flatten(),
+            nn.Linear(64 * 4 * 4, NUM_FEATURES),
+            nn.GELU(),
+        )
+        self.digit_head = nn.Linear(NUM_FEATURES, 10)
+        self.color_head = nn.Linear(NUM_FEATURES, len(self.color_names))
+        self.ground_head = nn.Linear(NUM_FEATURES, len(self.color_names))
+
+    def features(self, images: Tensor) -> Tensor:
+        """Computes the penultimate features.
+
+        Args:
+            images: [N, 3, 32, 32] in [-1, 1].
+
+        Returns:
+            Features, [N, 64].
+        """
+        return self.trunk(images)
+
+    def forward(self, images: Tensor) -> ColorDigitLogits:
+        """Scores digit, colour and ground.
+
+        Args:
+            images: [N, 3, 32, 32] in [-1, 1].
+
+        Returns:
+            Scores of the three heads.
+        """
+        features = self.features(images)
+        return ColorDigitLogits(self.digit_head(features), self.color_head(features), self.ground_head(features))
+
+
+def _stage(in_channels: int, out_channels: int, stride: int) -> tuple[nn.Module, ...]:
+    return (
+        nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.GELU(),
+    )
+
+
+def save_classifier(classifier: ColorDigitClassifier, folder: Path) -> None:
+    """Writes `config.json` and `model.safetensors` (weights in half precision).
+
+    Args:
+        classifier: what to write.
+        folder: where to; made when missing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _CONFIG_NAME).write_text(json.dumps({"color_names": classifier.color_names}, indent=2) + "\n")
+    state = classifier.state_dict()
+    save_file(
+        {name: value.half() if value.is_floating_point() else value for name, value in state.items()},
+        folder / _WEIGHTS_NAME,
+    )
+
+
+def load_classifier(folder: Path | str) -> ColorDigitClassifier:
+    """Loads a classifier.
+
+    Args:
+        folder: folder that `save_classifier` wrote.
+
+    Returns:
+        The classifier in evaluation mode, float32 on the CPU.
+
+    Raises:
+        ValueError: when the folder or one of its two files is missing.
+    """
+    for path in (Path(folder) / _CONFIG_NAME, Path(folder) / _WEIGHTS_NAME):
+        if not path.is_file():
+            raise ValueError(
+                f"folder is {str(folder)!r} but {path.name} is not in it; allowed is a folder with {_CONFIG_NAME} and "
+                f"{_WEIGHTS_NAME}. Pass a folder that save_classifier wrote, or zoo_path('color-digits-classifier')."
+            )
+    config = json.loads((Path(folder) / _CONFIG_NAME).read_text())
+    classifier = ColorDigitClassifier(tuple(config["color_names"]))
+    classifier.load_state_dict(load_file(Path(folder) / _WEIGHTS_NAME))  # copies half precision into float32
+    return classifier.eval()

@@ -1,0 +1,249 @@
+"""The home format: one safetensors file with packed codes, scales and the complete description of the model.
+
+Tensors: `NAME.weight.codes` uint8 [O, bytes] (codes of one output channel, little-endian bit order), `NAME.weight.scale`,
+`NAME.weight.offset` (Eq. 2), `NAME.activation.scale` and `.zero_point` (static), and every other parameter and buffer under
+its own name. The file's metadata holds one JSON text, `fraqat`: format version, model class and configuration, base
+pipeline, the distinct layer specifications, and layer -> specification.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fraqat.errors import ModelError
+from fraqat.files import atomic_folder, sha256_of, write_json_atomic, write_text_atomic
+from fraqat.nn import ActivationSpec, QuantizedLayer, QuantSpec, WeightSpec, quantized_layers, to_packed_
+from fraqat.numerics import QParams, pack_codes, unpack_codes
+
+FORMAT_VERSION = 1
+WEIGHTS_FILE = "model.safetensors"
+MANIFEST_FILE = "manifest.json"
+_METADATA_KEY = "fraqat"
+_MAX_PACKED_BITS = 8
+_FLOAT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+FloatDtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What is needed to build the model again: its class, the class's configuration, and the pipeline it belongs to."""
+
+    class_name: str
+    config: dict[str, Any]
+    base_pipeline: str
+    base_revision: str | None = None
+
+
+@dataclass(frozen=True)
+class PackedSize:
+    """Bytes of an export. `bits_per_weight` counts codes, scales, names and description over the quantized weights."""
+
+    num_file_bytes: int
+    num_quantized_weights: int
+    num_other_bytes: int
+    bits_per_weight: float
+
+
+@dataclass(frozen=True)
+class PackedModel:
+    """A packed file that was read: description, specification of every quantized layer, tensors."""
+
+    description: ModelDescription
+    specs: dict[str, QuantSpec]
+    tensors: dict[str, Tensor]
+
+
+def write_packed(
+    model: nn.Module,
+    description: ModelDescription,
+    folder: Path,
+    *,
+    float_dtype: FloatDtype = "float32",
+    extra_files: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> PackedSize:
+    """Writes a trained student.
+
+    Args:
+        model: A model changed by `quantize_`, at its final width.
+        description: How to build its float form again.
+        folder: Created; holds `model.safetensors` and `manifest.json` with a checksum.
+        float_dtype: Precision of everything that is not quantized. float32 loses nothing.
+        extra_files: Texts to put beside them, by file name.
+        overwrite: Replace an existing folder.
+
+    Raises:
+        OutputError: The folder exists, the disk is full, or it is not writable.
+    """
+    layers = dict(quantized_layers(model))
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        tensors |= _layer_tensors(name, layer)
+    quantized_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
+    others = _other_tensors(model, layers, _FLOAT_DTYPES[float_dtype])
+    metadata = json.dumps(_metadata(description, layers), separators=(",", ":"))
+    with atomic_folder(folder, replace=overwrite) as temporary:
+        path = temporary / WEIGHTS_FILE
+        _save(tensors | others, path, metadata)
+        num_weights = sum(layer.weight.numel() for layer in layers.values())
+        num_other_bytes = sum(t.numel() * t.element_size() for t in others.values())
+        num_file_bytes = path.stat().st_size
+        assert num_file_bytes >= quantized_bytes + num_other_bytes
+        size = PackedSize(
+            num_file_bytes, num_weights, num_other_bytes, 8 * (num_file_bytes - num_other_bytes) / num_weights
+        )
+        manifest = {"format_version": FORMAT_VERSION, "sha256": sha256_of(path), **dataclasses.asdict(size)}
+        write_json_atomic(temporary / MANIFEST_FILE, manifest)
+        for name, text in (extra_files or {}).items():
+            write_text_atomic(temporary / name, text)
+    return size
+
+
+def read_packed(folder: Path) -> PackedModel:
+    """Reads and checks a folder of `write_packed`.
+
+    Raises:
+        ModelError: A file is missing, damaged, changed, or of a newer format.
+    """
+    path, manifest_path = folder / WEIGHTS_FILE, folder / MANIFEST_FILE
+    try:
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        digest, version = manifest["sha256"], int(manifest["format_version"])
+        if version > FORMAT_VERSION:
+            raise ModelError(
+                f"{folder} has format {version}, this program reads up to {FORMAT_VERSION}. Fix: update fraqat."
+            )
+        if sha256_of(path) != digest:
+            raise ModelError(f"{path} was changed or cut after it was written (checksum). Fix: export again.")
+        with safe_open(path, framework="pt") as stream:
+            metadata = json.loads((stream.metadata() or {})[_METADATA_KEY])
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+        specs = [_spec_from_json(value) for value in metadata["specs"]]
+        layer_specs = {name: specs[index] for name, index in metadata["layers"].items()}
+        description = ModelDescription(**metadata["model"])
+    except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(
+            f"{folder} is no packed export: {error!r}. Fix: pass a folder written by `fraqat export`."
+        ) from error
+    return PackedModel(description, layer_specs, tensors)
+
+
+def load_packed_(model: nn.Module, packed: PackedModel) -> nn.Module:
+    """Puts a packed export into a float model of the same class and configuration, in place.
+
+    The result computes bit for bit what the exported student computed in float32: the codes are the same integers, the
+    scales the same floats, and scale * code is one rounding in both.
+
+    Raises:
+        ModelError: The tensors do not fit the model.
+    """
+    others = {name: t for name, t in packed.tensors.items() if not _belongs_to_layer(name, packed.specs)}
+    try:
+        for name, spec in packed.specs.items():
+            _load_layer_(model.get_submodule(name), name, spec, packed.tensors)
+        reference = model.state_dict()
+        missing, unexpected = model.load_state_dict(
+            {n: t.to(reference[n].dtype) if n in reference else t for n, t in others.items()}, strict=False
+        )
+        own = {key for name in packed.specs for key in reference if key.startswith(name + ".") and key not in others}
+        if unexpected or set(missing) - own:
+            raise ModelError(
+                f"tensors do not fit: missing {sorted(set(missing) - own)[:3]}, unknown {list(unexpected)[:3]}"
+            )
+    except (AttributeError, KeyError, RuntimeError) as error:
+        raise ModelError(
+            f"the export does not fit {type(model).__name__}: {error}. Fix: use the model it names."
+        ) from error
+    return model.eval()
+
+
+def _load_layer_(module: nn.Module, name: str, spec: QuantSpec, tensors: dict[str, Tensor]) -> None:
+    shape = tuple(module.weight.shape)  # pyright: ignore[reportArgumentType, reportGeneralTypeIssues]
+    grid = spec.weight.grid(spec.weight.bits)
+    stored = tensors[f"{name}.weight.codes"]
+    if grid.storage_bits <= _MAX_PACKED_BITS:
+        length = int(torch.Size(shape[1:]).numel())
+        stored = unpack_codes(stored, grid.storage_bits, length, signed=grid.qmin < 0)
+    offset = tensors.get(f"{name}.weight.offset")
+    static: QParams | None = None
+    if f"{name}.activation.scale" in tensors:
+        static = QParams(tensors[f"{name}.activation.scale"], tensors.get(f"{name}.activation.zero_point"))
+    to_packed_(module, spec, stored.reshape(shape), QParams(tensors[f"{name}.weight.scale"], offset=offset), static)
+
+
+def _layer_tensors(name: str, layer: QuantizedLayer) -> dict[str, Tensor]:
+    quantizer = layer.weight_quantizer
+    codes, qparams = quantizer.codes(layer.weight)
+    num_bits = quantizer.grid.storage_bits
+    rows = codes.flatten(1)
+    stored = pack_codes(rows, num_bits) if num_bits <= _MAX_PACKED_BITS else rows
+    scale_dtype = quantizer.spec.rounding_dtype or torch.float32
+    tensors = {f"{name}.weight.codes": stored, f"{name}.weight.scale": qparams.scale.to(scale_dtype)}
+    if qparams.offset is not None:
+        tensors[f"{name}.weight.offset"] = qparams.offset.float()
+    activation = layer.activation_quantizer
+    if activation is not None and activation.scale is not None:
+        tensors[f"{name}.activation.scale"] = activation.scale
+        if activation.zero_point is not None:
+            tensors[f"{name}.activation.zero_point"] = activation.zero_point
+    return tensors
+
+
+def _other_tensors(model: nn.Module, layers: dict[str, QuantizedLayer], dtype: torch.dtype) -> dict[str, Tensor]:
+    skipped = {f"{name}.weight" for name in layers}
+    prefixes = tuple(f"{name}.{part}." for name in layers for part in ("weight_quantizer", "activation_quantizer"))
+    return {
+        name: (t.to(dtype) if t.is_floating_point() else t)
+        for name, t in model.state_dict().items()
+        if name not in skipped and not name.startswith(prefixes)
+    }
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: str) -> None:
+    contiguous = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    try:
+        save_file(contiguous, path, metadata={_METADATA_KEY: metadata})
+    except SafetensorError as error:
+        if "No space left" in str(error):
+            raise OSError(28, "No space left on device") from error
+        raise
+
+
+def _metadata(description: ModelDescription, layers: dict[str, QuantizedLayer]) -> dict[str, Any]:
+    specs: list[QuantSpec] = []
+    index: dict[str, int] = {}
+    for name, layer in layers.items():
+        if layer.spec not in specs:
+            specs.append(layer.spec)
+        index[name] = specs.index(layer.spec)
+    return {
+        "format_version": FORMAT_VERSION,
+        "model": dataclasses.asdict(description),
+        "specs": [dataclasses.asdict(spec) for spec in specs],
+        "layers": index,
+    }
+
+
+def _spec_from_json(value: dict[str, Any]) -> QuantSpec:
+    activation = value["activation"]
+    return QuantSpec(WeightSpec(**value["weight"]), ActivationSpec(**activation) if activation else None)
+
+
+def _belongs_to_layer(name: str, layers: dict[str, QuantSpec]) -> bool:
+    for suffix in (".weight.codes", ".weight.scale", ".weight.offset", ".activation.scale", ".activation.zero_point"):
+        if name.endswith(suffix) and name.removesuffix(suffix) in layers:
+            return True
+    return False

@@ -1,0 +1,142 @@
+"""Writing files so that nothing is lost: atomic replacement, checksums, and clear words for a full disk."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fraqat.errors import OutputError
+
+_TEMPORARY_SUFFIX = ".part"
+
+
+@contextmanager
+def atomic_folder(target: Path, *, replace: bool = False) -> Generator[Path]:
+    """Yields a temporary folder that takes the place of `target` when the block ends well.
+
+    A failure leaves `target` as it was and removes the temporary folder.
+
+    Args:
+        target: Folder to create.
+        replace: Let it take the place of an existing folder.
+
+    Raises:
+        OutputError: `target` exists and `replace` is false, the disk is full, or the place is not writable.
+    """
+    if target.exists() and not replace:
+        raise OutputError(
+            f"{target} exists already: nothing was written. Fix: choose another place or pass --overwrite."
+        )
+    with explain_os_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary_path(target)
+        temporary.mkdir()
+        try:
+            yield temporary
+            _sync_folder(temporary)
+            if target.exists():
+                old = _temporary_path(target)
+                os.replace(target, old)
+                os.replace(temporary, target)
+                shutil.rmtree(old)
+            else:
+                os.replace(temporary, target)
+            _sync_path(target.parent)
+        finally:
+            if temporary.exists():
+                shutil.rmtree(temporary)
+
+
+@contextmanager
+def atomic_file(target: Path) -> Generator[Path]:
+    """Yields a temporary path that replaces the file `target` when the block ends well.
+
+    Raises:
+        OutputError: The disk is full or the place is not writable; `target` is as it was.
+    """
+    with explain_os_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary_path(target)
+        try:
+            yield temporary
+            _sync_path(temporary)
+            os.replace(temporary, target)
+            _sync_path(target.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Replaces `path` by `text` in one step; see `atomic_file`."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """`write_text_atomic` of indented JSON; NaN and infinity are refused."""
+    write_text_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def explain_os_errors(path: Path) -> Generator[None]:
+    """Turns "no space left" and "permission denied" into an `OutputError` that says what is safe and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(_existing_parent(path)).free
+            raise OutputError(
+                f"the disk is full while writing {path} ({free / 1e6:.0f} MB free): files saved earlier are untouched. "
+                "Fix: free space, then run the same command again."
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise OutputError(f"no permission to write {path}. Fix: choose a folder that you own.") from error
+        if error.errno in (errno.ENOTDIR, errno.EEXIST):
+            raise OutputError(f"{path} cannot be a folder: a file is in its way. Fix: choose another place.") from error
+        raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what a killed process left half-written in `folder`."""
+    for path in folder.glob(f".*{_TEMPORARY_SUFFIX}"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _temporary_path(target: Path) -> Path:
+    return target.parent / f".{target.name}.{uuid.uuid4().hex[:12]}{_TEMPORARY_SUFFIX}"
+
+
+def _existing_parent(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _sync_folder(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        _sync_path(path)
+
+
+def _sync_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,44 @@
+"""Quantized layers, and the functions that put them into any model."""
+
+from fraqat.nn.families import ALL, LayerFamilies
+from fraqat.nn.layers import QuantizedLayer, QuantLinear, QuantPointwiseConv
+from fraqat.nn.packed import PackedLayer, packed_codes, to_packed_
+from fraqat.nn.spec import STRICT_KEYS, ActivationSpec, LayerRule, QuantSpec, WeightSpec
+from fraqat.nn.swap import (
+    LayerRow,
+    QuantReport,
+    calibrate_,
+    describe,
+    granularity_label,
+    quantize_,
+    quantized_layers,
+    set_bits_,
+    spec_label,
+    unquantize_,
+)
+
+__all__ = [
+    "ALL",
+    "STRICT_KEYS",
+    "ActivationSpec",
+    "LayerFamilies",
+    "LayerRow",
+    "LayerRule",
+    "PackedLayer",
+    "QuantLinear",
+    "QuantPointwiseConv",
+    "QuantReport",
+    "QuantSpec",
+    "QuantizedLayer",
+    "WeightSpec",
+    "calibrate_",
+    "describe",
+    "granularity_label",
+    "packed_codes",
+    "quantize_",
+    "quantized_layers",
+    "set_bits_",
+    "spec_label",
+    "to_packed_",
+    "unquantize_",
+]

@@ -1,0 +1,116 @@
+"""Quantized twins of `nn.Linear` and the pointwise (1x1) `nn.Conv2d`.
+
+A layer becomes its twin by changing its class, not by building another module: parameters, tied weights, hooks, dtype,
+device, training flag and state-dict keys stay what they were, and changing the class back is the undo.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from fraqat.nn.quantizers import ActivationQuantizer, WeightQuantizer
+from fraqat.nn.spec import QuantSpec
+
+_ATTRIBUTES = ("weight_quantizer", "activation_quantizer")
+
+
+class QuantizedLayer(nn.Module):
+    """What `QuantLinear` and `QuantPointwiseConv` share."""
+
+    float_type: ClassVar[type[nn.Module]]
+    type_name: ClassVar[str]
+    channel_axis: ClassVar[int]
+
+    weight: Tensor
+    weight_quantizer: WeightQuantizer
+    activation_quantizer: ActivationQuantizer | None
+
+    @property
+    def spec(self) -> QuantSpec:
+        """What the layer is quantized to at the end of training."""
+        activation = self.activation_quantizer
+        return QuantSpec(self.weight_quantizer.spec, activation.spec if activation is not None else None)
+
+    def quantized_operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Input and weight on their grids."""
+        if self.activation_quantizer is not None:
+            x = self.activation_quantizer(x)
+        return x, self.weight_quantizer(self.weight)
+
+
+class QuantLinear(QuantizedLayer, nn.Linear):
+    """y = fake_quantize(x) @ fake_quantize(W)^T + bias; x [..., I], W [O, I], bias [O], y [..., O]."""
+
+    float_type = nn.Linear
+    type_name = "Linear"
+    channel_axis = -1
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns y [..., O] for input [..., I]."""
+        x, weight = self.quantized_operands(input)
+        return nn.functional.linear(x, weight, self.bias)
+
+
+class QuantPointwiseConv(QuantizedLayer, nn.Conv2d):
+    """1x1 convolution: x [N, I, H, W], W [O, I, 1, 1], bias [O], y [N, O, H', W']. A token is one pixel."""
+
+    float_type = nn.Conv2d
+    type_name = "PointwiseConv"
+    channel_axis = 1
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns y [N, O, H', W'] for input [N, I, H, W] or [I, H, W]."""
+        is_unbatched = input.ndim == 3
+        x, weight = self.quantized_operands(input.unsqueeze(0) if is_unbatched else input)
+        y = self._conv_forward(x, weight, self.bias)
+        return y.squeeze(0) if is_unbatched else y
+
+
+def twin_type(module: nn.Module) -> type[QuantizedLayer] | None:
+    """The quantized twin of a module, or None if it has none.
+
+    Only the exact classes count: a subclass may use its weight in ways of its own (the output projection of
+    `nn.MultiheadAttention` is never called), and quantizing it would silently do nothing.
+    """
+    if type(module) is nn.Linear:
+        return QuantLinear
+    if type(module) is nn.Conv2d and _is_pointwise(module):
+        return QuantPointwiseConv
+    return None
+
+
+def to_quantized_(module: nn.Module, twin: type[QuantizedLayer], spec: QuantSpec) -> QuantizedLayer:
+    """Turns `module` into `twin` in place."""
+    weight = cast(Tensor, module.weight)
+    weight_quantizer = WeightQuantizer(spec.weight, weight)
+    activation = spec.activation
+    activation_quantizer = (
+        ActivationQuantizer(activation, twin.channel_axis, weight.device) if activation is not None else None
+    )
+    module.__class__ = twin
+    layer = cast(QuantizedLayer, module)
+    layer.weight_quantizer = weight_quantizer
+    layer.activation_quantizer = activation_quantizer
+    return layer.train(layer.training)
+
+
+def to_float_(layer: QuantizedLayer) -> nn.Module:
+    """Undoes `to_quantized_`; the weight keeps its current full-precision values."""
+    for name in _ATTRIBUTES:
+        delattr(layer, name)
+    float_layer: Any = layer
+    float_layer.__class__ = type(layer).float_type
+    return float_layer
+
+
+def _is_pointwise(conv: nn.Conv2d) -> bool:
+    return conv.kernel_size == (1, 1) and conv.groups == 1 and conv.padding in ((0, 0), "valid")
+
+
+def has_finite_weight(module: nn.Module) -> bool:
+    """Whether the weight holds neither NaN nor infinity; a meta weight counts as finite."""
+    weight = cast(Tensor, module.weight)
+    return weight.is_meta or bool(torch.isfinite(weight).all())

@@ -1,0 +1,98 @@
+"""Layers for inference: integer codes instead of a weight. They compute what the trained layer computed."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, cast
+
+from torch import Tensor, nn
+
+from fraqat.nn.layers import QuantizedLayer, QuantLinear, QuantPointwiseConv, twin_type
+from fraqat.nn.quantizers import ActivationQuantizer, KeepsBufferDtype
+from fraqat.nn.spec import QuantSpec
+from fraqat.numerics import BlockLayout, QParams, dequantize
+
+
+class PackedLayer(KeepsBufferDtype):
+    """What `PackedLinear` and `PackedPointwiseConv` share.
+
+    Buffers: `codes`, integers of the weight's shape; `scale` and, for Eq. 2, `offset`, of the scale's shape. They keep
+    their dtype when the model is cast.
+    """
+
+    type_name: ClassVar[str]
+
+    codes: Tensor
+    scale: Tensor
+    offset: Tensor | None
+    layout: BlockLayout
+    spec: QuantSpec
+    activation_quantizer: ActivationQuantizer | None
+
+    def operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantized input and the weight scale * code + offset, in the input's dtype."""
+        if self.activation_quantizer is not None:
+            x = self.activation_quantizer(x)
+        return x, dequantize(self.codes, QParams(self.scale, offset=self.offset), self.layout, x.dtype)
+
+
+class PackedLinear(PackedLayer, nn.Linear):
+    """Linear layer with integer codes [O, I]."""
+
+    type_name = QuantLinear.type_name
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns y [..., O] for input [..., I]."""
+        x, weight = self.operands(input)
+        return nn.functional.linear(x, weight, self.bias)
+
+
+class PackedPointwiseConv(PackedLayer, nn.Conv2d):
+    """1x1 convolution with integer codes [O, I, 1, 1]."""
+
+    type_name = QuantPointwiseConv.type_name
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns y [N, O, H', W'] for input [N, I, H, W]."""
+        x, weight = self.operands(input)
+        return self._conv_forward(x, weight, self.bias)
+
+
+_PACKED_TYPES: dict[type[QuantizedLayer], type[PackedLayer]] = {
+    QuantLinear: PackedLinear,
+    QuantPointwiseConv: PackedPointwiseConv,
+}
+
+
+def to_packed_(
+    module: nn.Module, spec: QuantSpec, codes: Tensor, qparams: QParams, static_scale: QParams | None = None
+) -> PackedLayer:
+    """Turns a float layer into its packed form in place; its weight parameter is dropped.
+
+    Args:
+        module: An `nn.Linear` or a pointwise `nn.Conv2d`.
+        spec: What the layer was quantized to.
+        codes: Integers of the weight's shape.
+        qparams: Scale and offset of the codes.
+        static_scale: Scale and zero point of a static activation.
+    """
+    twin = twin_type(module)
+    assert twin is not None, f"{type(module).__name__} has no packed form"
+    del module.weight
+    layer_as_any: Any = module
+    layer_as_any.__class__ = _PACKED_TYPES[twin]
+    layer = cast(PackedLayer, module)
+    layer.spec, layer.layout = spec, spec.weight.layout()
+    layer.register_buffer("codes", codes)
+    layer.register_buffer("scale", qparams.scale.float())
+    layer.register_buffer("offset", None if qparams.offset is None else qparams.offset.float())
+    layer.activation_quantizer = None
+    if spec.activation is not None:
+        layer.activation_quantizer = ActivationQuantizer(spec.activation, twin.channel_axis, codes.device)
+        if static_scale is not None:
+            layer.activation_quantizer.set_static_(static_scale)
+    return layer
+
+
+def packed_codes(model: nn.Module) -> dict[str, Tensor]:
+    """Layer name -> codes of every packed layer."""
+    return {name: m.codes for name, m in model.named_modules() if isinstance(m, PackedLayer)}

@@ -1,0 +1,41 @@
+"""Pure tensor functions: the reference that every faster twin is tested against. Imports torch only."""
+
+from fraqat.numerics.fake_quant import code_dtype, dequantize, fake_quantize, quantize
+from fraqat.numerics.granularity import ACTIVATION_GRANULARITIES, WEIGHT_GRANULARITIES, BlockLayout, Granularity
+from fraqat.numerics.grid import FLOAT32_EXACT_BITS, Grid
+from fraqat.numerics.packing import pack_codes, unpack_codes
+from fraqat.numerics.qparams import (
+    MIN_SCALE,
+    Levels,
+    QParams,
+    RangeMethod,
+    RunningStatistics,
+    choose_qparams,
+    estimate_range,
+    mse_clip_ratio,
+    qparams_from_range,
+)
+
+__all__ = [
+    "ACTIVATION_GRANULARITIES",
+    "FLOAT32_EXACT_BITS",
+    "MIN_SCALE",
+    "WEIGHT_GRANULARITIES",
+    "BlockLayout",
+    "Granularity",
+    "Grid",
+    "Levels",
+    "QParams",
+    "RangeMethod",
+    "RunningStatistics",
+    "choose_qparams",
+    "code_dtype",
+    "dequantize",
+    "estimate_range",
+    "fake_quantize",
+    "mse_clip_ratio",
+    "pack_codes",
+    "qparams_from_range",
+    "quantize",
+    "unpack_codes",
+]

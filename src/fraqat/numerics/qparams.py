@@ -1,0 +1,276 @@
+"""From a tensor or its running statistics to scale and zero point: max-abs, min-max, 3-sigma, MSE clipping."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fraqat.errors import config_error
+from fraqat.numerics.granularity import BlockLayout
+from fraqat.numerics.grid import Grid
+
+MIN_SCALE = float(torch.finfo(torch.float32).tiny)
+"""Lower bound of a scale: an all-zero block gets it, so its codes and values are exactly zero. Exact in bf16."""
+
+MSE_RATIOS = tuple(1.0 - 0.01 * step for step in range(80))
+"""Candidate shares of the full range for MSE clipping: 1.00 down to 0.21. 1.00 is the full range itself, so MSE clipping is
+never worse than max-abs on the tensor that it was measured on."""
+
+
+class RangeMethod(StrEnum):
+    """How the range that the codes must cover is measured."""
+
+    MAX_ABS = "max_abs"
+    MIN_MAX = "min_max"
+    THREE_SIGMA = "three_sigma"
+    MSE = "mse"
+
+
+class Levels(Protocol):
+    """What the quantizers need of a grid. `Grid` has plain numbers; a compiled training step has 0-dim tensors, so that
+    a change of the bit width does not recompile the graph."""
+
+    @property
+    def qmin(self) -> float | Tensor: ...
+    @property
+    def qmax(self) -> float | Tensor: ...
+    @property
+    def range_divisor(self) -> float | Tensor: ...
+    @property
+    def symmetric(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class QParams:
+    """The affine map between codes and values: value = scale * (code - zero_point) + offset.
+
+    Args:
+        scale: Positive step size; broadcasts against the block view.
+        zero_point: Integer code of the value zero (accelerators' asymmetric form), or None for 0.
+        offset: Real value of code zero (w_min of Eq. 2), or None for 0.
+    """
+
+    scale: Tensor
+    zero_point: Tensor | None = None
+    offset: Tensor | None = None
+
+
+def estimate_range(tensor: Tensor, layout: BlockLayout, method: RangeMethod) -> tuple[Tensor, Tensor]:
+    """Measures the range [low, high] of every block.
+
+    Args:
+        tensor: Values, any floating dtype.
+        layout: Which elements share a range.
+        method: `max_abs` gives [-m, m]; `min_max` the extremes; `three_sigma` mean -+ 3 standard deviations, but never
+            beyond the extremes (the paper's inlier rule). `mse` starts from the extremes: see `mse_clip_ratio`.
+
+    Returns:
+        `low` and `high`, float32 (float64 for float64 input), of the layout's scale shape.
+
+    Numerics: NaN and infinity pass through, so a block that holds one gets a range that is not finite.
+    """
+    blocks = _compute_view(tensor, layout)
+    dims = layout.reduce_dims(blocks.ndim)
+    if method is RangeMethod.MAX_ABS:
+        high = blocks.abs().amax(dim=dims, keepdim=True)
+        return -high, high
+    low, high = blocks.amin(dim=dims, keepdim=True), blocks.amax(dim=dims, keepdim=True)
+    if method is RangeMethod.THREE_SIGMA:
+        mean = blocks.mean(dim=dims, keepdim=True)
+        margin = 3.0 * (blocks - mean).square().mean(dim=dims, keepdim=True).sqrt()
+        low, high = torch.maximum(low, mean - margin), torch.minimum(high, mean + margin)
+    return low, high
+
+
+def qparams_from_range(
+    low: Tensor,
+    high: Tensor,
+    levels: Levels,
+    *,
+    scale_dtype: torch.dtype | None = None,
+    integer_zero_point: bool = False,
+) -> QParams:
+    """Turns a range into the affine map of Eq. 1 or Eq. 2.
+
+    Args:
+        low, high: Range per block, of the scale's shape.
+        levels: The grid.
+        scale_dtype: Round the scale to this dtype (bf16 is exact in fp32, bf16 and fp16 targets); it stays stored as float.
+        integer_zero_point: Asymmetric grids only: the accelerators' form with an integer zero point. The range is widened to
+            hold zero and divided by qmax - qmin, so that zero is exact; Eq. 2 keeps w_min as a real offset instead.
+
+    Returns:
+        The map, dtype of `low`. The scale is at least `MIN_SCALE`.
+    """
+    if levels.symmetric:
+        scale = torch.maximum(-low, high) / levels.range_divisor
+        return QParams(_finish_scale(scale, scale_dtype))
+    if not integer_zero_point:
+        return QParams(_finish_scale((high - low) / levels.range_divisor, scale_dtype), offset=low)
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    scale = _finish_scale((high - low) / (levels.qmax - levels.qmin), scale_dtype)
+    zero_point = torch.round(levels.qmin - low / scale)
+    return QParams(scale, zero_point=clamp_codes(zero_point, levels))
+
+
+def choose_qparams(
+    tensor: Tensor,
+    levels: Levels,
+    layout: BlockLayout,
+    method: RangeMethod,
+    *,
+    scale_dtype: torch.dtype | None = None,
+    integer_zero_point: bool = False,
+    clip_ratio: Tensor | None = None,
+) -> QParams:
+    """Range of `tensor`, then `qparams_from_range`.
+
+    Args:
+        clip_ratio: Known result of `mse_clip_ratio`; with method `mse` and None it is searched here, which is slow.
+        tensor, levels, layout, method, scale_dtype, integer_zero_point: As in the two functions that this one joins.
+    """
+    if isinstance(levels, Grid):
+        tensor = tensor.to(torch.promote_types(tensor.dtype, levels.compute_dtype))
+    low, high = estimate_range(tensor, layout, method)
+    if method is RangeMethod.MSE:
+        if clip_ratio is None:
+            clip_ratio = mse_clip_ratio(
+                tensor, levels, layout, scale_dtype=scale_dtype, integer_zero_point=integer_zero_point
+            )
+        low, high = low * clip_ratio, high * clip_ratio
+    return qparams_from_range(low, high, levels, scale_dtype=scale_dtype, integer_zero_point=integer_zero_point)
+
+
+@torch.no_grad()
+def mse_clip_ratio(
+    tensor: Tensor,
+    levels: Levels,
+    layout: BlockLayout,
+    *,
+    scale_dtype: torch.dtype | None = None,
+    integer_zero_point: bool = False,
+) -> Tensor:
+    """Searches, per block, the share of the full range that minimises the squared quantization error.
+
+    Returns:
+        Ratios among `MSE_RATIOS`, float32 or float64, of the layout's scale shape.
+
+    Numerics: one pass over the tensor per candidate; the memory of two copies of the tensor.
+    """
+    blocks = _compute_view(tensor, layout)
+    dims = layout.reduce_dims(blocks.ndim)
+    low, high = estimate_range(tensor, layout, RangeMethod.MSE)
+    best_error = torch.full_like(low, float("inf"))
+    best_ratio = torch.ones_like(low)
+    for ratio in MSE_RATIOS:
+        qparams = qparams_from_range(
+            low * ratio, high * ratio, levels, scale_dtype=scale_dtype, integer_zero_point=integer_zero_point
+        )
+        error = blocks - decode(encode(blocks, qparams, levels), qparams)
+        error = error.square_().sum(dim=dims, keepdim=True)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_ratio = torch.where(better, ratio, best_ratio)
+    return best_ratio
+
+
+def encode(blocks: Tensor, qparams: QParams, levels: Levels) -> Tensor:
+    """clamp(round((x - offset) / scale) + zero_point, qmin, qmax), codes as floats. Ties round to even."""
+    return clamp_codes(round_to_codes(blocks, qparams), levels)
+
+
+def round_to_codes(blocks: Tensor, qparams: QParams) -> Tensor:
+    """round((x - offset) / scale) + zero_point before the clamp. Division, not a product with 1 / scale, as ONNX defines."""
+    shifted = blocks if qparams.offset is None else blocks - qparams.offset
+    codes = torch.round(shifted / qparams.scale)
+    return codes if qparams.zero_point is None else codes + qparams.zero_point
+
+
+def clamp_codes(codes: Tensor, levels: Levels) -> Tensor:
+    """Clips codes to [qmin, qmax]; NaN stays NaN."""
+    low: Any = levels.qmin
+    high: Any = levels.qmax
+    return torch.clamp(codes, low, high)
+
+
+def decode(codes: Tensor, qparams: QParams) -> Tensor:
+    """scale * (code - zero_point) + offset."""
+    codes = codes if qparams.zero_point is None else codes - qparams.zero_point
+    values = codes * qparams.scale
+    return values if qparams.offset is None else values + qparams.offset
+
+
+@dataclass
+class RunningStatistics:
+    """Count, mean, squared deviation and extremes of all values seen, merged batch by batch in float64 (Chan et al. 1979).
+
+    The paper's static activations: mean and standard deviation per layer over the calibration samples, not over the first
+    batch only.
+    """
+
+    count: int = 0
+    mean: float = 0.0
+    squared_deviation: float = 0.0
+    low: float = float("inf")
+    high: float = float("-inf")
+
+    def update(self, values: Tensor) -> None:
+        """Adds the values of one batch, any shape; an empty one changes nothing.
+
+        Raises:
+            ConfigError: The batch holds NaN or infinity.
+        """
+        if not values.numel():
+            return
+        flat = values.detach().double().flatten()
+        if not bool(torch.isfinite(flat).all()):
+            raise config_error("activation", "nan or inf", allowed="finite values", fix="check the calibration inputs")
+        count, mean = flat.numel(), float(flat.mean())
+        total = self.count + count
+        delta = mean - self.mean
+        self.squared_deviation += float((flat - mean).square().sum()) + delta**2 * self.count * count / total
+        self.mean += delta * count / total
+        self.count = total
+        self.low, self.high = min(self.low, float(flat.min())), max(self.high, float(flat.max()))
+
+    @property
+    def std(self) -> float:
+        """Population standard deviation of everything seen."""
+        return (self.squared_deviation / self.count) ** 0.5 if self.count else 0.0
+
+    def range(self, method: RangeMethod) -> tuple[float, float]:
+        """The range that `method` gives for these statistics; the same rules as `estimate_range`.
+
+        Raises:
+            ConfigError: Nothing was seen yet, or the method needs the values themselves (`mse`).
+        """
+        if not self.count:
+            raise config_error("calibration", "no data", allowed="at least one batch", fix="run calibrate_ with data")
+        if method is RangeMethod.MSE:
+            raise config_error(
+                "range_method",
+                "mse",
+                allowed="max_abs, min_max or three_sigma for static activations",
+                fix="use three_sigma",
+            )
+        if method is RangeMethod.MAX_ABS:
+            limit = max(-self.low, self.high)
+            return -limit, limit
+        if method is RangeMethod.MIN_MAX:
+            return self.low, self.high
+        return max(self.low, self.mean - 3 * self.std), min(self.high, self.mean + 3 * self.std)
+
+
+def _compute_view(tensor: Tensor, layout: BlockLayout) -> Tensor:
+    blocks = layout.split(tensor)
+    return blocks if blocks.dtype == torch.float64 else blocks.float()
+
+
+def _finish_scale(scale: Tensor, scale_dtype: torch.dtype | None) -> Tensor:
+    if scale_dtype is not None:
+        scale = scale.to(scale_dtype).to(scale.dtype)
+    return scale.clamp(min=MIN_SCALE)

@@ -1,0 +1,125 @@
+"""The layers table as points of the SQNR plot."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from fraqat.table import Table
+
+OTHER_FAMILY = "other"
+_NO_FAMILY = ("", "-", "None")
+_BLOCK = re.compile(r"^(?:.*?\.)?(\d+)(?=\.|$)")
+
+
+@dataclass(frozen=True)
+class LayerPoint:
+    """One layer of the plot.
+
+    Args:
+        position: Row in the layers table.
+        name: Qualified name.
+        family: Layer family, `other` for none.
+        weight_db: Signal to quantization noise of the weight, in dB; None when not known or infinite.
+        output_db: The same for the layer's output.
+    """
+
+    position: int
+    name: str
+    family: str
+    weight_db: float | None
+    output_db: float | None
+
+
+@dataclass(frozen=True)
+class Block:
+    """Neighbouring layers that share their name up to its first number.
+
+    Args:
+        number: That number.
+        first: Position of the first layer.
+        last: Position of the last layer.
+    """
+
+    number: str
+    first: int
+    last: int
+
+
+def layer_points(layers: Table) -> tuple[LayerPoint, ...]:
+    """The layers that have a finite SQNR of weight or output.
+
+    Args:
+        layers: A table whose columns may be `layer`, `family`, `weight SQNR dB` and `output SQNR dB`, in any case and with
+            spaces or underscores.
+
+    Returns:
+        Points in the order of the rows.
+    """
+    columns = [name.lower().replace("_", " ") for name in layers.columns]
+    index = {key: _find(columns, *words) for key, words in _COLUMN_WORDS.items()}
+
+    def value(row: Any, key: str) -> Any:
+        place = index[key]
+        return None if place is None else row[place]
+
+    points: list[LayerPoint] = []
+    for position, row in enumerate(layers.rows):
+        weight_db, output_db = _finite(value(row, "weight")), _finite(value(row, "output"))
+        if weight_db is None and output_db is None:
+            continue
+        family = str(value(row, "family"))
+        name = str(value(row, "layer") or f"layer {position}")
+        points.append(
+            LayerPoint(position, name, OTHER_FAMILY if family in _NO_FAMILY else family, weight_db, output_db)
+        )
+    return tuple(points)
+
+
+def families_of(points: tuple[LayerPoint, ...]) -> tuple[str, ...]:
+    """Families in the order in which they first occur, `other` last."""
+    names = list(dict.fromkeys(point.family for point in points))
+    return tuple(sorted(names, key=lambda name: name == OTHER_FAMILY))
+
+
+def blocks_of(points: tuple[LayerPoint, ...]) -> tuple[Block, ...]:
+    """Runs of layers that belong to one numbered block; layers outside any block are left out."""
+    blocks: list[Block] = []
+    last_key: str | None = None
+    for point in points:
+        match = _BLOCK.match(point.name)
+        key = match[0] if match else None
+        if match and key == last_key:
+            blocks[-1] = Block(match[1], blocks[-1].first, point.position)
+        elif match:
+            blocks.append(Block(match[1], point.position, point.position))
+        last_key = key
+    return tuple(blocks)
+
+
+def lowest_points(points: tuple[LayerPoint, ...], num_points: int = 3) -> tuple[LayerPoint, ...]:
+    """The layers with the lowest SQNR of the output; of the weight where no output was measured."""
+    measured = [point for point in points if point.output_db is not None]
+    ranked = sorted(measured or points, key=lambda point: _rank(point))
+    return tuple(ranked[:num_points])
+
+
+_COLUMN_WORDS = {"layer": ("layer",), "family": ("family",), "weight": ("weight", "sqnr"), "output": ("output", "sqnr")}
+
+
+def _rank(point: LayerPoint) -> float:
+    for value in (point.output_db, point.weight_db):
+        if value is not None:
+            return value
+    return math.inf
+
+
+def _find(columns: list[str], *words: str) -> int | None:
+    return next((place for place, name in enumerate(columns) if all(word in name for word in words)), None)
+
+
+def _finite(value: Any) -> float | None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and math.isfinite(value) else None

@@ -1,0 +1,197 @@
+"""One self-contained HTML page from `ReportData`: no script, nothing loaded from elsewhere, light and dark."""
+
+from __future__ import annotations
+
+import base64
+import math
+import struct
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
+
+from fraqat.report.data import ImageRow, LossCurve, ReportData, StageSpan
+from fraqat.report.layer_points import LayerPoint, families_of, layer_points, lowest_points
+from fraqat.report.plots import MARKERS, NARROW, WIDE, loss_svg, sqnr_svg
+from fraqat.report.series import drawable_points
+from fraqat.report.svg import series_variable
+from fraqat.table import Table, format_value
+
+__all__ = ["ImageRow", "LossCurve", "ReportData", "StageSpan", "render_report"]
+
+MAX_OPEN_LAYERS = 40
+"""From this many rows on, the layers table is folded."""
+
+_MAX_HEAD_CHARACTERS = 90  # longer prompts are cut in the grid's head and listed in full below
+_MAX_PIXELATED_PX = 128
+_GRID_WIDTH_PX = 880  # room for the images of one row on a wide screen
+_MIN_CELL_PX, _MAX_TINY_CELL_PX, _MAX_CELL_PX = 64, 128, 208
+_PLACEHOLDERS = ("", "-", "–", "n/a")
+
+
+def render_report(data: ReportData) -> str:
+    """Renders the page.
+
+    Every text is escaped, and the page forbids itself scripts and loads of any kind. Images are embedded as they are, so the
+    page is a third larger than their files together.
+
+    Args:
+        data: What to show.
+
+    Returns:
+        HTML text; equal for equal data and versions of matplotlib.
+    """
+    return _template().render(
+        title=data.title,
+        summary=data.summary,
+        quality=_table_view(data.quality, "Quality", main_label=data.curves[0].label if data.curves else None),
+        grid=_grid_view(data),
+        training=_training_view(data.curves),
+        layers=_layers_view(data.layers),
+        sizes=_table_view(data.sizes, "Size"),
+        settings=data.settings,
+        versions=_table_view(data.versions, "Versions"),
+    )
+
+
+@cache
+def _template() -> Template:
+    loader = PackageLoader("fraqat.report", ".")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("page.html.j2")
+
+
+def _table_view(table: Table, heading: str, main_label: str | None = None) -> dict[str, Any]:
+    """A table as the template needs it. The title is left out where it only repeats the section's heading."""
+    values = [tuple(row) for row in table.rows]
+    is_number = [_is_number_column([row[place] for row in values]) for place in range(len(table.columns))]
+    return {
+        "label": table.title or heading,
+        "title": "" if table.title.strip().casefold() == heading.casefold() else table.title,
+        "columns": list(zip(table.columns, is_number, strict=True)),
+        "rows": [
+            {
+                "cells": list(zip(map(format_value, row), is_number, strict=True)),
+                "is_main": main_label is not None and str(row[0]) == main_label,
+            }
+            for row in values
+        ],
+        "notes": table.notes,
+    }
+
+
+def _is_number_column(values: Sequence[Any]) -> bool:
+    """Whether a column holds numbers and, besides them, only gaps."""
+    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    num_gaps = sum(value is None or value in _PLACEHOLDERS for value in values)
+    return bool(numbers) and len(numbers) + num_gaps == len(values)
+
+
+def _grid_view(data: ReportData) -> dict[str, Any] | None:
+    if not data.prompts or not data.image_rows:
+        return None
+    sizes = [_png_size(image) for row in data.image_rows for image in row.images]
+    widest = max(width for width, _ in sizes)
+    room = _GRID_WIDTH_PX // len(data.prompts) - 8
+    cell = min(max(room, _MIN_CELL_PX), _MAX_CELL_PX)
+    if widest <= _MAX_PIXELATED_PX:  # whole multiples keep the pixels square and equal
+        cell = max(1, min(cell, _MAX_TINY_CELL_PX) // widest) * widest
+    return {
+        "prompts": data.prompts,
+        "cell_px": cell,
+        "is_pixelated": widest <= _MAX_PIXELATED_PX,
+        "is_cut": any(len(prompt) > _MAX_HEAD_CHARACTERS for prompt in data.prompts),
+        "rows": [
+            {"label": row.label, "images": list(zip(data.prompts, map(_image_view, row.images), strict=True))}
+            for row in data.image_rows
+        ],
+    }
+
+
+def _image_view(image: bytes) -> dict[str, Any]:
+    width, height = _png_size(image)
+    return {"width": width, "height": height, "url": "data:image/png;base64," + base64.b64encode(image).decode("ascii")}
+
+
+def _png_size(image: bytes) -> tuple[int, int]:
+    """Width and height in pixels, from the header that every PNG file begins with."""
+    width, height = struct.unpack(">II", image[16:24])
+    return width, height
+
+
+def _training_view(curves: Sequence[LossCurve]) -> dict[str, Any] | None:
+    wide = loss_svg(curves, WIDE, "loss-wide")
+    if not wide:
+        return None
+    num_losses = sum(len(curve.losses) + len(curve.validation) for curve in curves)
+    num_drawable = sum(
+        len(drawable_points(range(len(losses)), losses)[0])
+        for curve in curves
+        for losses in (curve.losses, [loss for _, loss in curve.validation])
+    )
+    return {
+        "wide": Markup(wide),
+        "narrow": Markup(loss_svg(curves, NARROW, "loss-narrow")),
+        "legend": [_key_view(index, curve.label, _last_held_out(curve)) for index, curve in enumerate(curves)],
+        "has_validation": any(curve.validation for curve in curves),
+        "has_stages": bool(curves[0].stages),
+        "num_dropped": num_losses - num_drawable,
+    }
+
+
+def _last_held_out(curve: LossCurve) -> str:
+    if not curve.validation:
+        return ""
+    step, loss = curve.validation[-1]
+    return f"held-out {format_value(float(loss))} after {format_value(step)} steps"
+
+
+def _key_view(index: int, label: str, detail: str = "") -> dict[str, str]:
+    marker = MARKERS[index % len(MARKERS)]
+    return {"color": series_variable(index), "path": _KEY_PATHS[marker], "label": label, "detail": detail}
+
+
+def _layers_view(layers: Table) -> dict[str, Any]:
+    points = layer_points(layers)
+    num_rows = len(layers.rows)
+    view = {
+        "table": _table_view(layers, "Layers"),
+        "num_rows": num_rows,
+        "is_open": num_rows < MAX_OPEN_LAYERS,
+        "plot": None,
+    }
+    if points:
+        view["plot"] = {
+            "wide": Markup(sqnr_svg(points, WIDE, "sqnr-wide")),
+            "narrow": Markup(sqnr_svg(points, NARROW, "sqnr-narrow")),
+            "legend": [_key_view(index, family) for index, family in enumerate(families_of(points))],
+            "num_without": num_rows - len(points),
+            "lowest": [{"name": point.name, "db": f"{_plotted_db(point):.1f}"} for point in lowest_points(points)],
+            "lowest_kind": "output" if any(point.output_db is not None for point in points) else "weight",
+            "has_both": all(any(value is not None for value in column) for column in _columns(points)),
+        }
+    return view
+
+
+def _columns(points: Sequence[LayerPoint]) -> tuple[list[float | None], list[float | None]]:
+    return [point.weight_db for point in points], [point.output_db for point in points]
+
+
+def _plotted_db(point: LayerPoint) -> float:
+    value = point.output_db if point.output_db is not None else point.weight_db
+    return math.nan if value is None else value
+
+
+_KEY_PATHS = {
+    "o": "M9 3.5a3.5 3.5 0 1 0 .01 0z",
+    "s": "M5.7 3.7h6.6v6.6h-6.6z",
+    "D": "M9 2.5l4.5 4.5-4.5 4.5-4.5-4.5z",
+    "^": "M9 3l4.2 7.4h-8.4z",
+    "v": "M9 11l4.2-7.4h-8.4z",
+    "P": "M7.5 2.7h3v2.8h2.8v3h-2.8v2.8h-3v-2.8h-2.8v-3h2.8z",
+}
+"""The plots' markers as paths in a box of 18 x 14."""

@@ -1,0 +1,282 @@
+"""Bit width and learning rate as functions of training progress (the paper's Table 4 and its ablations)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, ClassVar
+
+from fraqat.errors import config_error
+from fraqat.nn import STRICT_KEYS
+from fraqat.numerics import Grid
+
+# Table 4 of arXiv 2510.14823 for a target of 4 bits: 8, 7, 6 (1 epoch each), then these distances above the target
+# (1, 1, 2, 2, 2 epochs), then the target (14): 25 epochs in all.
+_TABLE_4_DISTANCES = ((1.5, 1.0), (1.0, 1.0), (0.75, 2.0), (0.5, 2.0), (0.25, 2.0))
+_TABLE_4_TARGET_EPOCHS = 14.0
+_TABLE_4_EPOCHS = 25.0
+_HIGHEST_BITS = 8
+
+
+class ScheduleKind(StrEnum):
+    """Named schedules, each ending at the target width.
+
+    `fractional`: Table 4; for a target other than 4 bits its distances above the target are kept. `integer`: 8, 7, 6, 5, 4.
+    `simple`: 16, 8, 4. `constant`: the target only (vanilla QAT). `custom`: the stages given.
+    """
+
+    FRACTIONAL = "fractional"
+    INTEGER = "integer"
+    SIMPLE = "simple"
+    CONSTANT = "constant"
+    CUSTOM = "custom"
+
+
+class StageUnit(StrEnum):
+    """What the second number of a custom stage counts."""
+
+    SHARE = "share"
+    EPOCHS = "epochs"
+    STEPS = "steps"
+
+
+class LearningRateKind(StrEnum):
+    """`decay_last`: constant through the stages, cosine in the last. `constant`. `cosine`: over all. `restart`: one cosine
+    per stage."""
+
+    DECAY_LAST = "decay_last"
+    CONSTANT = "constant"
+    COSINE = "cosine"
+    RESTART = "restart"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One width and the optimizer steps [first_step, first_step + num_steps) that train at it."""
+
+    index: int
+    bits: float
+    first_step: int
+    num_steps: int
+
+    @property
+    def end_step(self) -> int:
+        """First step after the stage."""
+        return self.first_step + self.num_steps
+
+
+@dataclass(frozen=True)
+class ScheduleSpec:
+    """A bit-width schedule before the length of the run is known.
+
+    Args:
+        kind: A named schedule, or `custom`.
+        stages: Only with `custom`: (bits, length) in falling order of bits; the last entry is the target.
+        unit: What the lengths count: shares of the run (they sum to 1), epochs, or steps.
+
+    Raises:
+        ConfigError: Stages out of order, impossible widths or lengths, shares that do not sum to 1.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_KEYS
+
+    kind: ScheduleKind = ScheduleKind.FRACTIONAL
+    stages: tuple[tuple[float, float], ...] = ()
+    unit: StageUnit = StageUnit.SHARE
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", ScheduleKind(self.kind))
+        object.__setattr__(self, "unit", StageUnit(self.unit))
+        object.__setattr__(self, "stages", tuple((float(b), float(n)) for b, n in self.stages))
+        if self.kind is ScheduleKind.CUSTOM:
+            self._check_stages()
+        elif self.stages:
+            raise config_error(
+                "schedule.stages",
+                self.stages,
+                allowed="empty unless kind is custom",
+                fix="set kind: custom or drop stages",
+            )
+        elif self.unit is not StageUnit.SHARE:
+            raise config_error(
+                "schedule.unit", self.unit.value, allowed="share, unless kind is custom", fix="set kind: custom"
+            )
+
+    def lengths(self, target_bits: float) -> tuple[tuple[float, float], ...]:
+        """(bits, length) of every stage for a target width; lengths in `unit`, or relative for the named schedules.
+
+        Raises:
+            ConfigError: A custom schedule that does not end at `target_bits`.
+        """
+        match self.kind:
+            case ScheduleKind.FRACTIONAL:
+                ramp = _fractional_ramp(target_bits)
+            case ScheduleKind.INTEGER:
+                whole = [float(b) for b in range(_HIGHEST_BITS, 0, -1) if b > target_bits]
+                share = (_TABLE_4_EPOCHS - _TABLE_4_TARGET_EPOCHS) / max(1, len(whole))
+                ramp = [(b, share) for b in whole]
+            case ScheduleKind.SIMPLE:
+                share = (_TABLE_4_EPOCHS - _TABLE_4_TARGET_EPOCHS) / 2
+                ramp = [(b, share) for b in (16.0, 8.0) if b > target_bits]
+            case ScheduleKind.CONSTANT:
+                ramp = []
+            case ScheduleKind.CUSTOM:
+                if self.stages[-1][0] != target_bits:
+                    raise config_error(
+                        "schedule.stages",
+                        self.stages,
+                        allowed=f"a last entry at the target, {target_bits:g} bits",
+                        fix=f"end the list with [{target_bits:g}, ...] or change quantization.weight.bits",
+                    )
+                return self.stages
+        return (*ramp, (target_bits, _TABLE_4_TARGET_EPOCHS))
+
+    def resolve(self, target_bits: float, total_steps: int | None, steps_per_epoch: int | None = None) -> Schedule:
+        """Fixes the steps of every stage.
+
+        Args:
+            target_bits: Width of the finished model.
+            total_steps: Length of the run; None takes it from stages given in steps or epochs.
+            steps_per_epoch: Needed for stages given in epochs.
+
+        Raises:
+            ConfigError: Fewer steps than stages, or a total that disagrees with the stages' own lengths.
+        """
+        lengths = self.lengths(target_bits)
+        if self.unit is StageUnit.EPOCHS and (steps_per_epoch is None or steps_per_epoch < 1):
+            raise config_error(
+                "steps_per_epoch",
+                steps_per_epoch,
+                allowed="a positive integer for stages in epochs",
+                fix="give it, or more data",
+            )
+        if self.unit is not StageUnit.SHARE:
+            factor = steps_per_epoch if self.unit is StageUnit.EPOCHS and steps_per_epoch else 1
+            steps = [round(length * factor) for _, length in lengths]
+            if total_steps is not None and sum(steps) != total_steps:
+                raise config_error(
+                    "train.steps",
+                    total_steps,
+                    allowed=f"{sum(steps)}, the sum of the stages, or null",
+                    fix="drop train.steps",
+                )
+        else:
+            if total_steps is None:
+                raise config_error("train.steps", None, allowed="a positive integer", fix="set train.steps")
+            steps = _apportion(total_steps, [length for _, length in lengths])
+        if min(steps) < 1:
+            raise config_error(
+                "train.steps",
+                total_steps,
+                allowed=f"enough for {len(steps)} stages of at least one step",
+                fix="train longer or use fewer stages",
+            )
+        firsts = [sum(steps[:i]) for i in range(len(steps))]
+        return Schedule(tuple(Stage(i, lengths[i][0], firsts[i], steps[i]) for i in range(len(steps))))
+
+    def _check_stages(self) -> None:
+        def fail(allowed: str, fix: str) -> None:
+            raise config_error("schedule.stages", [list(stage) for stage in self.stages], allowed=allowed, fix=fix)
+
+        if not self.stages:
+            fail("at least one [bits, length] for kind: custom", "add stages")
+        for bits, _ in self.stages:
+            Grid(bits)
+        if any(later[0] >= earlier[0] for earlier, later in zip(self.stages, self.stages[1:], strict=False)):
+            fail("bits that fall from stage to stage", "sort the stages and remove repeats")
+        if any(not math.isfinite(length) or length <= 0 for _, length in self.stages):
+            fail("positive lengths", "correct the second number of each stage")
+        total = sum(length for _, length in self.stages)
+        if self.unit is StageUnit.SHARE and not math.isclose(total, 1.0, abs_tol=1e-6):
+            fail(f"shares that sum to 1 (they sum to {total:g})", "scale the shares, or set unit: epochs or steps")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The stages of one run. Iterate over it, or ask for the stage of a step."""
+
+    stages: tuple[Stage, ...]
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.stages[-1].end_step
+
+    def stage_at(self, step: int) -> Stage:
+        """The stage that trains step `step`, counted from 0; the last one for any later step."""
+        return next((stage for stage in self.stages if step < stage.end_step), self.stages[-1])
+
+    def __iter__(self) -> Iterator[Stage]:
+        return iter(self.stages)
+
+    def __len__(self) -> int:
+        return len(self.stages)
+
+
+@dataclass(frozen=True)
+class LearningRateSpec:
+    """Peak learning rate and its course.
+
+    Args:
+        peak: Largest value, greater than 0.
+        kind: Course over the run.
+        warmup_steps: Linear rise from 0 at the start of the run.
+        final_ratio: Share of the peak at the end of a cosine, in [0, 1].
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_KEYS
+
+    peak: float = 1e-4
+    kind: LearningRateKind = LearningRateKind.DECAY_LAST
+    warmup_steps: int = 0
+    final_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", LearningRateKind(self.kind))
+        if not (math.isfinite(self.peak) and self.peak > 0):
+            raise config_error("learning_rate.peak", self.peak, allowed="a positive number", fix="try 1e-4")
+        if self.warmup_steps < 0:
+            raise config_error("learning_rate.warmup_steps", self.warmup_steps, allowed="0 or more", fix="use 0")
+        if not 0 <= self.final_ratio <= 1:
+            raise config_error("learning_rate.final_ratio", self.final_ratio, allowed="[0, 1]", fix="use 0")
+
+    def at(self, step: int, schedule: Schedule) -> float:
+        """Learning rate of step `step`, counted from 0."""
+        warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        return self.peak * warmup * self._course(step, schedule)
+
+    def _course(self, step: int, schedule: Schedule) -> float:
+        stage = schedule.stage_at(step)
+        match self.kind:
+            case LearningRateKind.CONSTANT:
+                return 1.0
+            case LearningRateKind.COSINE:
+                return self._cosine(step / schedule.total_steps)
+            case LearningRateKind.RESTART:
+                return self._cosine((step - stage.first_step) / stage.num_steps)
+            case LearningRateKind.DECAY_LAST:
+                is_last = stage.index == len(schedule) - 1
+                return self._cosine((step - stage.first_step) / stage.num_steps) if is_last else 1.0
+
+    def _cosine(self, progress: float) -> float:
+        fall = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return self.final_ratio + (1 - self.final_ratio) * fall
+
+
+def _fractional_ramp(target_bits: float) -> list[tuple[float, float]]:
+    """Table 4 above the target; for a target other than 4 bits the fractional part keeps its distance to the target."""
+    close = [(target_bits + distance, epochs) for distance, epochs in _TABLE_4_DISTANCES]
+    whole = [(float(b), 1.0) for b in range(_HIGHEST_BITS, 0, -1) if b > close[0][0]]
+    return [(b, epochs) for b, epochs in (*whole, *close) if b <= _HIGHEST_BITS]
+
+
+def _apportion(total: int, weights: Sequence[float]) -> list[int]:
+    """Whole numbers in proportion to `weights` that sum to `total` (largest remainder)."""
+    exact = [total * weight / sum(weights) for weight in weights]
+    parts = [int(value) for value in exact]
+    by_remainder = sorted(range(len(parts)), key=lambda i: exact[i] - parts[i], reverse=True)
+    for i in by_remainder[: total - sum(parts)]:
+        parts[i] += 1
+    return parts

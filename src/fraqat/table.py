@@ -1,0 +1,58 @@
+"""A table of results: rows as data first, then as text or JSON. Nothing here needs more than the standard library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Table:
+    """Named columns and rows of plain values.
+
+    Args:
+        title: One line above the table.
+        columns: Column headings, also the keys of `to_json`.
+        rows: One sequence of values per row, as long as `columns`.
+        notes: Lines below the table.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[Sequence[Any], ...]
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The table for machines: title, a list of row objects, notes."""
+        rows = [dict(zip(self.columns, row, strict=True)) for row in self.rows]
+        return {"title": self.title, "rows": rows, "notes": list(self.notes)}
+
+    def to_cells(self) -> list[list[str]]:
+        """Every value as people read it."""
+        return [[format_value(value) for value in row] for row in self.rows]
+
+    def __str__(self) -> str:
+        cells = [list(self.columns), *self.to_cells()]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(self.columns))]
+        is_number = [all(isinstance(row[i], int | float | None) for row in self.rows) for i in range(len(widths))]
+
+        def line(row: list[str]) -> str:
+            padded = (c.rjust(w) if right else c.ljust(w) for c, w, right in zip(row, widths, is_number, strict=True))
+            return "  ".join(padded).rstrip()
+
+        rule = "  ".join("-" * width for width in widths)
+        return "\n".join([self.title, line(cells[0]), rule, *map(line, cells[1:]), *self.notes])
+
+
+def format_value(value: Any) -> str:
+    """Numbers to four significant digits, True and False as yes and no, None as a dash."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)

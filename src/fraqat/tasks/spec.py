@@ -1,0 +1,69 @@
+"""Settings of the tasks. Light to import: diffusers is loaded only where a model is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from fraqat.errors import config_error
+from fraqat.nn import STRICT_KEYS
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which pre-trained pipeline.
+
+    Args:
+        source: Folder, hub id, or `zoo:NAME` for a model that comes with the package.
+        revision, variant: Of a hub id.
+        teacher_dtype: Precision of the teacher's weights. The student's master weights are always float32.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_KEYS
+
+    source: str
+    revision: str | None = None
+    variant: str | None = None
+    teacher_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """`teacher_dtype` for torch."""
+        return _DTYPES[self.teacher_dtype]
+
+
+@dataclass(frozen=True)
+class SamplerSpec:
+    """How images are sampled.
+
+    Args:
+        num_steps: Denoising steps.
+        guidance_scale: Classifier-free guidance; 1 is none.
+        height, width: Pixels.
+        max_sequence_length: Tokens that a prompt is padded or cut to.
+        timesteps: Distribution of the noise level sigma in training: `uniform` on (0, 1), or `logit_normal` (0, 1).
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_KEYS
+
+    num_steps: int = 20
+    guidance_scale: float = 4.5
+    height: int = 512
+    width: int = 512
+    max_sequence_length: int = 300
+    timesteps: Literal["uniform", "logit_normal"] = "uniform"
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "height", "width", "max_sequence_length"):
+            if getattr(self, name) < 1:
+                raise config_error(
+                    f"sampler.{name}", getattr(self, name), allowed="1 or more", fix=f"correct sampler.{name}"
+                )
+        if not self.guidance_scale >= 1:
+            raise config_error(
+                "sampler.guidance_scale", self.guidance_scale, allowed="1 or more", fix="use 1 for no guidance"
+            )

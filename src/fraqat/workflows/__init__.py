@@ -1,0 +1,31 @@
+"""One function per verb of the command line, on top of everything else."""
+
+from fraqat.workflows.demo import demo
+from fraqat.workflows.evaluating import evaluate, quality_table
+from fraqat.workflows.exporting import FORMATS, check_packed, export, generate
+from fraqat.workflows.inspecting import inspect
+from fraqat.workflows.progress import Progress, SilentProgress
+from fraqat.workflows.reporting import report
+from fraqat.workflows.runs import RunFolder
+from fraqat.workflows.session import PackedSession, Session
+from fraqat.workflows.training import plan, resolve_schedule, train
+
+__all__ = [
+    "FORMATS",
+    "PackedSession",
+    "Progress",
+    "RunFolder",
+    "Session",
+    "SilentProgress",
+    "check_packed",
+    "demo",
+    "evaluate",
+    "export",
+    "generate",
+    "inspect",
+    "plan",
+    "quality_table",
+    "report",
+    "resolve_schedule",
+    "train",
+]

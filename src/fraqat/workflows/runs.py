@@ -1,0 +1,166 @@
+"""The run folder: what a run leaves on disk, and the one place that knows its file names.
+
+```
+RUN/
+  recipe.yaml           the resolved recipe
+  environment.json      versions and machine
+  layers.json           report of quantize_, and SQNR per layer after training
+  log.jsonl             one event per line       tensorboard/   the same for TensorBoard
+  checkpoints/          newest training states
+  student.safetensors   master weights and quantizer state of the finished student
+  result.json           steps, seconds, held-out loss; its presence says that training is finished
+  evaluation.json       quality of the original, the baselines and the student    images/   first images of each
+  baselines/NAME/       a run folder for every baseline
+  export/FORMAT/        exported files           report.html    the page
+```
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fraqat.config import Recipe, load_recipe
+from fraqat.errors import ModelError, OutputError
+from fraqat.files import explain_os_errors, write_json_atomic, write_text_atomic
+
+_PACKAGES = ("fraqat", "torch", "diffusers", "transformers", "safetensors", "torchdata", "numpy")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run on disk."""
+
+    path: Path
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """An existing run.
+
+        Raises:
+            ModelError: The folder is no run.
+        """
+        if not (path / "recipe.yaml").is_file():
+            raise ModelError(
+                f"{path} is no run folder: recipe.yaml is missing. Fix: pass the folder of `fraqat train --out`."
+            )
+        return cls(path)
+
+    @classmethod
+    def create(cls, path: Path, recipe: Recipe) -> RunFolder:
+        """A new run, or the same run again.
+
+        Raises:
+            OutputError: The folder holds something else, or a run of another recipe; nothing is changed.
+        """
+        run = cls(path)
+        if (path / "recipe.yaml").is_file():
+            if run.recipe().fingerprint() != recipe.fingerprint():
+                raise OutputError(
+                    f"{path} holds a run of another recipe: nothing was changed. Fix: train in a new folder."
+                )
+        elif path.exists() and (not path.is_dir() or any(item.name != "baselines" for item in path.iterdir())):
+            raise OutputError(f"{path} exists and is no run folder: nothing was changed. Fix: choose a new folder.")
+        with explain_os_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(path / "recipe.yaml", recipe.to_yaml())
+        write_json_atomic(path / "environment.json", environment())
+        return run
+
+    def recipe(self) -> Recipe:
+        """The resolved recipe."""
+        return load_recipe(str(self.path / "recipe.yaml"))
+
+    def baseline(self, name: str) -> RunFolder:
+        """The run of a baseline, whether or not it exists."""
+        return RunFolder(self.path / "baselines" / name)
+
+    def methods(self) -> dict[str, RunFolder]:
+        """Finished runs by label: the baselines in the recipe's order, then this run itself.
+
+        Raises:
+            ModelError: This run is not finished.
+        """
+        recipe = self.recipe()
+        if not self.is_finished:
+            raise ModelError(
+                f"{self.path} is not trained to the end. Fix: run `fraqat train` with the same recipe and folder."
+            )
+        baselines = {name: self.baseline(name) for name in recipe.baselines if self.baseline(name).is_finished}
+        return {**baselines, method_label(recipe): self}
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether training has ended."""
+        return self.result_path.is_file() and self.student_path.is_file()
+
+    @property
+    def student_path(self) -> Path:
+        """Master weights and quantizer state."""
+        return self.path / "student.safetensors"
+
+    @property
+    def result_path(self) -> Path:
+        """Steps, seconds, held-out loss."""
+        return self.path / "result.json"
+
+    @property
+    def layers_path(self) -> Path:
+        """Layers and their errors."""
+        return self.path / "layers.json"
+
+    @property
+    def evaluation_path(self) -> Path:
+        """Quality of all methods."""
+        return self.path / "evaluation.json"
+
+    @property
+    def images_path(self) -> Path:
+        """First images of all methods, as `LABEL/NN.png`."""
+        return self.path / "images"
+
+    @property
+    def report_path(self) -> Path:
+        """The page."""
+        return self.path / "report.html"
+
+    def export_path(self, export_format: str) -> Path:
+        """Folder of an export."""
+        return self.path / "export" / export_format
+
+    def read_json(self, path: Path) -> Any:
+        """A JSON file of the run.
+
+        Raises:
+            ModelError: It is missing or damaged.
+        """
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{path} cannot be read: {error}. Fix: run the command that writes it again.") from error
+
+
+def method_label(recipe: Recipe) -> str:
+    """What the run's own method is called in tables."""
+    kind = recipe.schedule.kind.value
+    return {"fractional": "fraqat", "constant": "constant-width"}.get(kind, f"{kind}-schedule")
+
+
+def environment() -> dict[str, str]:
+    """Versions and machine, for the record of a run."""
+    versions: dict[str, str] = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    machine = {"machine": platform.machine(), "cores": str(os.cpu_count()), "threads": str(torch.get_num_threads())}
+    return {**versions, **machine, "device": device, "engine": "reference (fake quantization)"}
