@@ -18,7 +18,7 @@ from fraqat.distill import TrainSpec
 from fraqat.errors import ConfigError, config_error
 from fraqat.evaluation import EvaluationSpec
 from fraqat.nn import ALL, STRICT_KEYS, ActivationSpec, LayerRule, QuantSpec, WeightSpec
-from fraqat.schedules import ScheduleSpec
+from fraqat.schedules import ScheduleSpec, StageUnit
 from fraqat.tasks import ModelSpec, SamplerSpec
 
 _BASELINE_SECTIONS = ("quantization", "schedule", "train")
@@ -68,6 +68,8 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> Recipe:
         self.schedule.lengths(self.quantization.weight.bits)
+        if self.train.steps and self.schedule.unit is not StageUnit.EPOCHS:
+            self.schedule.resolve(self.quantization.weight.bits, self.train.steps)
         for name in self.baselines:
             self.baseline(name)
         return self

@@ -273,10 +273,13 @@ def _fractional_ramp(target_bits: float) -> list[tuple[float, float]]:
 
 
 def _apportion(total: int, weights: Sequence[float]) -> list[int]:
-    """Whole numbers in proportion to `weights` that sum to `total` (largest remainder)."""
+    """Whole numbers in proportion to `weights` that sum to `total` (largest remainder), none of them 0 if that is possible."""
     exact = [total * weight / sum(weights) for weight in weights]
     parts = [int(value) for value in exact]
     by_remainder = sorted(range(len(parts)), key=lambda i: exact[i] - parts[i], reverse=True)
     for i in by_remainder[: total - sum(parts)]:
         parts[i] += 1
+    while min(parts) < 1 < max(parts):
+        parts[parts.index(max(parts))] -= 1
+        parts[parts.index(0)] += 1
     return parts

@@ -47,7 +47,7 @@ def random_tensor(seed: int, shape: tuple[int, ...] = (4, 24), dtype: torch.dtyp
 
 
 def power_of_two_qparams(seed: int, shape: tuple[int, ...]) -> QParams:
-    exponent = torch.randint(-4, 2, shape, generator=torch.Generator().manual_seed(seed))
+    exponent = torch.randint(-2, 2, shape, generator=torch.Generator().manual_seed(seed))
     return QParams(torch.pow(2.0, exponent.float()))
 
 
@@ -59,7 +59,7 @@ def exact_code(value: float, scale: float, qmin: int, qmax: int) -> int:
 # --- values on the grid
 
 
-@given(bits=st.floats(1, 22, exclude_min=True), seed=SEEDS, narrow=st.booleans())
+@given(bits=WIDTHS, seed=SEEDS, narrow=st.booleans())
 def test_fake_quantize_is_idempotent(bits: float, seed: int, narrow: bool) -> None:
     grid, x = Grid(bits, narrow=narrow and bits >= 2), random_tensor(seed)
     qparams = choose_qparams(x, grid, ROWS, RangeMethod.MAX_ABS)
@@ -259,7 +259,7 @@ def test_group_of_a_whole_row_equals_channel(bits: float, seed: int, symmetric: 
 def test_gradient_is_the_clip_mask_of_torch(
     layout: BlockLayout, shape: tuple[int, ...], bits: int, to_rows: Callable
 ) -> None:
-    x = (2.5 * random_tensor(11, shape)).requires_grad_()
+    x = (2.0**bits * random_tensor(11, shape)).requires_grad_()
     incoming = random_tensor(12, shape)
     qparams = power_of_two_qparams(13, layout.scale_shape(shape))
     fake_quantize(x, qparams, Grid(bits), layout).backward(incoming)
@@ -270,9 +270,7 @@ def test_gradient_is_the_clip_mask_of_torch(
         rows, qparams.scale.flatten(), zero_point, 0, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     ).backward(to_rows(incoming, layout))
     assert torch.equal(to_rows(x.grad, layout), rows.grad)
-    if bits < 8:
-        assert torch.count_nonzero(x.grad == 0) > 0
-    assert torch.count_nonzero(x.grad) > 0
+    assert 0 < torch.count_nonzero(x.grad) < x.numel()
 
 
 @given(bits=WIDTHS, seed=SEEDS, symmetric=st.booleans())
@@ -393,9 +391,7 @@ def test_float32_codes_are_exact_away_from_ties(bits: float, seed: int) -> None:
 
 
 @given(bits=WIDTHS, seed=SEEDS, symmetric=st.booleans(), integer_zero_point=st.booleans())
-def test_rounded_scale_is_exact_in_bfloat16(
-    bits: float, seed: int, symmetric: bool, integer_zero_point: bool
-) -> None:
+def test_rounded_scale_is_exact_in_bfloat16(bits: float, seed: int, symmetric: bool, integer_zero_point: bool) -> None:
     grid, x = Grid(bits, symmetric), random_tensor(seed)
     settings = {"integer_zero_point": integer_zero_point}
     rounded = choose_qparams(x, grid, ROWS, RangeMethod.MIN_MAX, scale_dtype=torch.bfloat16, **settings).scale
@@ -466,9 +462,7 @@ def test_bad_value_poisons_its_own_block_when_the_scale_is_measured(
 def test_fake_quantize_commutes_with_powers_of_two(bits: float, seed: int, factor: float) -> None:
     grid, x = Grid(bits), random_tensor(seed)
     plain = fake_quantize(x, choose_qparams(x, grid, ROWS, RangeMethod.MAX_ABS), grid, ROWS)
-    scaled = fake_quantize(
-        factor * x, choose_qparams(factor * x, grid, ROWS, RangeMethod.MAX_ABS), grid, ROWS
-    )
+    scaled = fake_quantize(factor * x, choose_qparams(factor * x, grid, ROWS, RangeMethod.MAX_ABS), grid, ROWS)
     assert torch.equal(scaled, factor * plain)
 
 

@@ -3,14 +3,22 @@
 import io
 import math
 import random
+from functools import cache
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from fraqat.report import ImageRow, LossCurve, ReportData, StageSpan
+from fraqat.report import ImageRow, LossCurve, ReportData, StageSpan, render_report
 from fraqat.table import Table
 
-PALETTE = {"red": (222, 28, 32), "green": (24, 150, 58), "blue": (28, 72, 226), "yellow": (252, 222, 24), "purple": (146, 34, 186)}
+PALETTE = {
+    "red": (222, 28, 32),
+    "green": (24, 150, 58),
+    "blue": (28, 72, 226),
+    "yellow": (252, 222, 24),
+    "purple": (146, 34, 186),
+}
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SCENES = (
     (7, "red", "green"),
@@ -33,6 +41,7 @@ def png_bytes(image: Image.Image) -> bytes:
     return stream.getvalue()
 
 
+@cache
 def draw_digit(digit: int, color: str, ground: str, noise: float, size: int = 32) -> bytes:
     """One picture of the demo's kind; `noise` is the standard deviation in levels."""
     generator = random.Random(f"{digit}{color}{ground}{noise}")
@@ -40,11 +49,15 @@ def draw_digit(digit: int, color: str, ground: str, noise: float, size: int = 32
     font = ImageFont.load_default(size * 0.8)
     ImageDraw.Draw(image).text((size / 2, size / 2), str(digit), fill=PALETTE[color], font=font, anchor="mm")
     if noise:
-        image.putdata([tuple(round(v + generator.gauss(0, noise)) for v in pixel) for pixel in image.get_flattened_data()])
+        image.putdata(
+            [tuple(round(v + generator.gauss(0, noise)) for v in pixel) for pixel in image.get_flattened_data()]
+        )
     return png_bytes(image)
 
 
-def make_curve(label: str, floor: float, bits: tuple[float, ...], epochs: tuple[int, ...], epoch_steps: int = 10) -> LossCurve:
+def make_curve(
+    label: str, floor: float, bits: tuple[float, ...], epochs: tuple[int, ...], epoch_steps: int = 10
+) -> LossCurve:
     """A noisy loss that rises with every stage and falls inside it."""
     generator = random.Random(label)
     stages: list[StageSpan] = []
@@ -60,7 +73,9 @@ def make_curve(label: str, floor: float, bits: tuple[float, ...], epochs: tuple[
     steps = tuple(range(stages[-1].end_step))
     losses = tuple(loss_at(step) * math.exp(generator.gauss(0, 0.22)) for step in steps)
     every = max(1, len(steps) // 25)
-    validation = tuple((step + 1, loss_at(step) * math.exp(generator.gauss(0, 0.03))) for step in steps[every - 1 :: every])
+    validation = tuple(
+        (step + 1, loss_at(step) * math.exp(generator.gauss(0, 0.03))) for step in steps[every - 1 :: every]
+    )
     return LossCurve(label, steps, losses, validation, tuple(stages))
 
 
@@ -68,10 +83,16 @@ def make_layers(num_blocks: int = 3) -> Table:
     """The layers of a small Sana transformer."""
     generator = random.Random(num_blocks)
     inner = [(f"attn{i}.{name}", "Attn", "192x192") for i in (1, 2) for name in ("to_q", "to_k", "to_v", "to_out.0")]
-    inner += [("ff.conv_inverted", "FF", "768x192x1x1"), ("ff.conv_point", "FF", "192x384x1x1"), ("ff.conv_depth", "FF", "768x1x3x3")]
+    inner += [
+        ("ff.conv_inverted", "FF", "768x192x1x1"),
+        ("ff.conv_point", "FF", "192x384x1x1"),
+        ("ff.conv_depth", "FF", "768x1x3x3"),
+    ]
     inner += [("norm1.gate", "TF", "192x192"), ("norm2.gate", "TF", "192x192")]
     layers = [("patch_embed.proj", "-", "192x8x1x1"), ("time_embed.emb.timestep_embedder.linear_1", "-", "192x256")]
-    layers += [(f"transformer_blocks.{block}.{name}", f, shape) for block in range(num_blocks) for name, f, shape in inner]
+    layers += [
+        (f"transformer_blocks.{block}.{name}", f, shape) for block in range(num_blocks) for name, f, shape in inner
+    ]
     layers += [("time_embed.linear", "-", "1152x192"), ("caption_projection.linear_1", "-", "192x64")]
     layers += [("caption_projection.linear_2", "-", "192x192"), ("proj_out", "-", "8x192")]
     rows = []
@@ -94,14 +115,18 @@ def make_layers(num_blocks: int = 3) -> Table:
         "output SQNR dB",
         "parameters",
     )
-    return Table("Layers", columns, tuple(rows), ("44 layers quantized, 1,696,128 weights, 97.1 % of 1,746,184 parameters",))
+    return Table(
+        "Layers", columns, tuple(rows), ("44 layers quantized, 1,696,128 weights, 97.1 % of 1,746,184 parameters",)
+    )
 
 
 def make_report(**changes: object) -> ReportData:
     """The report; keyword arguments replace fields."""
     prompts = tuple(f"a {color} {DIGITS[digit]} on {ground}" for digit, color, ground in SCENES)
     models = {"original": 0.0, "dynamic": 60.0, "vanilla QAT": 22.0, "FraQAT": 8.0}
-    rows = tuple(ImageRow(label, tuple(draw_digit(*scene, noise) for scene in SCENES)) for label, noise in models.items())
+    rows = tuple(
+        ImageRow(label, tuple(draw_digit(*scene, noise) for scene in SCENES)) for label, noise in models.items()
+    )
     quality = Table(
         "Against the original model's images, 512 held-out prompts",
         ("model", "bits", "follows prompt %", "Fréchet distance", "PSNR dB", "size MB", "step ms", "trained s"),
@@ -116,14 +141,20 @@ def make_report(**changes: object) -> ReportData:
     sizes = Table(
         "Bytes of the transformer",
         ("file", "bytes", "share of original"),
-        (("model.safetensors, float32", 6_984_736, 1.0), ("packed, 4 bits", 997_824, 0.1429), ("of that, scales", 41_216, 0.0059)),
+        (
+            ("model.safetensors, float32", 6_984_736, 1.0),
+            ("packed, 4 bits", 997_824, 0.1429),
+            ("of that, scales", 41_216, 0.0059),
+        ),
     )
-    versions = Table("Versions", ("part", "version"), (("fraqat", "0.1.0"), ("torch", "2.13.0"), ("cpu", "2 cores, AVX2")))
-    settings = "model: color-digits-sana\nweights:\n  bits: 4\n  granularity: channel\nschedule:\n  kind: fractional\nseed: 1234\n"
+    versions = Table(
+        "Versions", ("part", "version"), (("fraqat", "0.1.0"), ("torch", "2.13.0"), ("cpu", "2 cores, AVX2"))
+    )
+    settings = "model: color-digits-sana\nweights:\n  bits: 4\n  granularity: channel\nschedule:\n  kind: fractional\n"
     fields = {
         "title": "Color digits, Sana 1.7 M: W4A8 with FraQAT",
-        "summary": "At 4-bit weights and 8-bit activations FraQAT follows 95.3 % of the prompts (original: 97.5 %) at a seventh "
-        "of the size; the same budget of vanilla QAT reaches 92.8 %.",
+        "summary": "At 4-bit weights and 8-bit activations FraQAT follows 95.3 % of the prompts (original: 97.5 %) at a "
+        "seventh of the size; the same budget of vanilla QAT reaches 92.8 %.",
         "quality": quality,
         "prompts": prompts,
         "image_rows": rows,
@@ -136,6 +167,26 @@ def make_report(**changes: object) -> ReportData:
     return ReportData(**(fields | changes))
 
 
+def make_bare_report(**changes: object) -> ReportData:
+    """The report without plots, which take most of the time."""
+    return make_report(**({"curves": (), "layers": Table("Layers", ("layer",), (("a",),))} | changes))
+
+
+@pytest.fixture(scope="session")
+def factory() -> SimpleNamespace:
+    """The functions above: tests do not import from each other."""
+    return SimpleNamespace(
+        bare_report=make_bare_report, curve=make_curve, digit=draw_digit, layers=make_layers, report=make_report
+    )
+
+
 @pytest.fixture(scope="session")
 def report() -> ReportData:
+    """The demo's report."""
     return make_report()
+
+
+@pytest.fixture(scope="session")
+def page(report: ReportData) -> str:
+    """The demo's page."""
+    return render_report(report)

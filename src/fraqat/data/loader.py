@@ -47,7 +47,11 @@ class ShuffledBatches:
             from torchdata.stateful_dataloader.sampler import RandomSampler
 
             sampler = RandomSampler(rows, generator=torch.Generator().manual_seed(seed))
-            self._loader = StatefulDataLoader(rows, batch_size=batch_size, sampler=sampler, drop_last=True)
+            # A generator of its own: otherwise every new iterator draws from torch's global one, and a resumed run would
+            # see other dropout than an uninterrupted one.
+            self._loader = StatefulDataLoader(
+                rows, batch_size=batch_size, sampler=sampler, drop_last=True, generator=torch.Generator()
+            )
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         while True:

@@ -53,6 +53,7 @@ class BlockLayout:
     channel_axis: int = -1
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "granularity", Granularity(self.granularity))
         is_group = self.granularity is Granularity.GROUP
         if is_group and (self.group_size is None or self.group_size < 1):
             raise config_error(

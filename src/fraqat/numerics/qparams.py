@@ -30,6 +30,9 @@ class RangeMethod(StrEnum):
     MSE = "mse"
 
 
+_RANGE_METHODS = tuple(RangeMethod)
+
+
 class Levels(Protocol):
     """What the quantizers need of a grid. `Grid` has plain numbers; a compiled training step has 0-dim tensors, so that
     a change of the bit width does not recompile the graph."""
@@ -71,15 +74,20 @@ def estimate_range(tensor: Tensor, layout: BlockLayout, method: RangeMethod) -> 
     Returns:
         `low` and `high`, float32 (float64 for float64 input), of the layout's scale shape.
 
+    Raises:
+        ConfigError: An unknown method.
+
     Numerics: NaN and infinity pass through, so a block that holds one gets a range that is not finite.
     """
+    if method not in _RANGE_METHODS:
+        raise config_error("range_method", method, allowed=", ".join(_RANGE_METHODS), fix="use one of these")
     blocks = _compute_view(tensor, layout)
     dims = layout.reduce_dims(blocks.ndim)
-    if method is RangeMethod.MAX_ABS:
+    if method == RangeMethod.MAX_ABS:
         high = blocks.abs().amax(dim=dims, keepdim=True)
         return -high, high
     low, high = blocks.amin(dim=dims, keepdim=True), blocks.amax(dim=dims, keepdim=True)
-    if method is RangeMethod.THREE_SIGMA:
+    if method == RangeMethod.THREE_SIGMA:
         mean = blocks.mean(dim=dims, keepdim=True)
         margin = 3.0 * (blocks - mean).square().mean(dim=dims, keepdim=True).sqrt()
         low, high = torch.maximum(low, mean - margin), torch.minimum(high, mean + margin)
@@ -136,7 +144,7 @@ def choose_qparams(
     if isinstance(levels, Grid):
         tensor = tensor.to(torch.promote_types(tensor.dtype, levels.compute_dtype))
     low, high = estimate_range(tensor, layout, method)
-    if method is RangeMethod.MSE:
+    if method == RangeMethod.MSE:
         if clip_ratio is None:
             clip_ratio = mse_clip_ratio(
                 tensor, levels, layout, scale_dtype=scale_dtype, integer_zero_point=integer_zero_point
@@ -250,17 +258,17 @@ class RunningStatistics:
         """
         if not self.count:
             raise config_error("calibration", "no data", allowed="at least one batch", fix="run calibrate_ with data")
-        if method is RangeMethod.MSE:
+        if method == RangeMethod.MSE:
             raise config_error(
                 "range_method",
                 "mse",
                 allowed="max_abs, min_max or three_sigma for static activations",
                 fix="use three_sigma",
             )
-        if method is RangeMethod.MAX_ABS:
+        if method == RangeMethod.MAX_ABS:
             limit = max(-self.low, self.high)
             return -limit, limit
-        if method is RangeMethod.MIN_MAX:
+        if method == RangeMethod.MIN_MAX:
             return self.low, self.high
         return max(self.low, self.mean - 3 * self.std), min(self.high, self.mean + 3 * self.std)
 

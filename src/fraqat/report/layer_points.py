@@ -32,6 +32,12 @@ class LayerPoint:
     weight_db: float | None
     output_db: float | None
 
+    @property
+    def rank_db(self) -> float:
+        """The value that layers are compared by: SQNR of the output, of the weight where no output was measured."""
+        known = [value for value in (self.output_db, self.weight_db) if value is not None]
+        return known[0] if known else math.inf
+
 
 @dataclass(frozen=True)
 class Block:
@@ -100,20 +106,12 @@ def blocks_of(points: tuple[LayerPoint, ...]) -> tuple[Block, ...]:
 
 
 def lowest_points(points: tuple[LayerPoint, ...], num_points: int = 3) -> tuple[LayerPoint, ...]:
-    """The layers with the lowest SQNR of the output; of the weight where no output was measured."""
+    """The layers with the lowest SQNR of the output; of the weight when no output was measured at all."""
     measured = [point for point in points if point.output_db is not None]
-    ranked = sorted(measured or points, key=lambda point: _rank(point))
-    return tuple(ranked[:num_points])
+    return tuple(sorted(measured or points, key=lambda point: point.rank_db)[:num_points])
 
 
 _COLUMN_WORDS = {"layer": ("layer",), "family": ("family",), "weight": ("weight", "sqnr"), "output": ("output", "sqnr")}
-
-
-def _rank(point: LayerPoint) -> float:
-    for value in (point.output_db, point.weight_db):
-        if value is not None:
-            return value
-    return math.inf
 
 
 def _find(columns: list[str], *words: str) -> int | None:

@@ -10,12 +10,11 @@ from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
-from markupsafe import Markup
 
 from fraqat.report.data import ImageRow, LossCurve, ReportData, StageSpan
 from fraqat.report.layer_points import LayerPoint, families_of, layer_points, lowest_points
 from fraqat.report.plots import MARKERS, NARROW, WIDE, loss_svg, sqnr_svg
-from fraqat.report.series import drawable_points
+from fraqat.report.series import MAX_BINS, drawable_points
 from fraqat.report.svg import series_variable
 from fraqat.table import Table, format_value
 
@@ -28,6 +27,7 @@ _MAX_HEAD_CHARACTERS = 90  # longer prompts are cut in the grid's head and liste
 _MAX_PIXELATED_PX = 128
 _GRID_WIDTH_PX = 880  # room for the images of one row on a wide screen
 _MIN_CELL_PX, _MAX_TINY_CELL_PX, _MAX_CELL_PX = 64, 128, 208
+_MAX_DECIMALS = 4
 _PLACEHOLDERS = ("", "-", "–", "n/a")
 
 
@@ -68,17 +68,19 @@ def _template() -> Template:
 def _table_view(table: Table, heading: str, main_label: str | None = None) -> dict[str, Any]:
     """A table as the template needs it. The title is left out where it only repeats the section's heading."""
     values = [tuple(row) for row in table.rows]
-    is_number = [_is_number_column([row[place] for row in values]) for place in range(len(table.columns))]
+    columns = list(zip(*values, strict=True)) if values else [()] * len(table.columns)
+    is_number = [_is_number_column(column) for column in columns]
+    cells = list(zip(*map(_column_texts, columns), strict=True))
     return {
         "label": table.title or heading,
         "title": "" if table.title.strip().casefold() == heading.casefold() else table.title,
         "columns": list(zip(table.columns, is_number, strict=True)),
         "rows": [
             {
-                "cells": list(zip(map(format_value, row), is_number, strict=True)),
-                "is_main": main_label is not None and str(row[0]) == main_label,
+                "cells": list(zip(texts, is_number, strict=True)),
+                "is_main": main_label is not None and texts[0] == main_label,
             }
-            for row in values
+            for texts in cells
         ],
         "notes": table.notes,
     }
@@ -89,6 +91,20 @@ def _is_number_column(values: Sequence[Any]) -> bool:
     numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
     num_gaps = sum(value is None or value in _PLACEHOLDERS for value in values)
     return bool(numbers) and len(numbers) + num_gaps == len(values)
+
+
+def _column_texts(values: Sequence[Any]) -> list[str]:
+    """A column as people read it. Floats get the same number of decimals, as many as any of them needs for four digits."""
+    texts = [format_value(value) for value in values]
+    is_float = [isinstance(value, float) and math.isfinite(value) for value in values]
+    decimals = [
+        len(text.partition(".")[2]) for text, is_one in zip(texts, is_float, strict=True) if is_one and "e" not in text
+    ]
+    if len(decimals) < sum(is_float) or max(decimals, default=0) > _MAX_DECIMALS:
+        return texts  # too wide a range for one number of decimals
+    places = max(decimals, default=0)
+    aligned = zip(values, texts, is_float, strict=True)
+    return [f"{value:.{places}f}" if is_one else text for value, text, is_one in aligned]
 
 
 def _grid_view(data: ReportData) -> dict[str, Any] | None:
@@ -124,8 +140,7 @@ def _png_size(image: bytes) -> tuple[int, int]:
 
 
 def _training_view(curves: Sequence[LossCurve]) -> dict[str, Any] | None:
-    wide = loss_svg(curves, WIDE, "loss-wide")
-    if not wide:
+    if not curves:
         return None
     num_losses = sum(len(curve.losses) + len(curve.validation) for curve in curves)
     num_drawable = sum(
@@ -134,11 +149,12 @@ def _training_view(curves: Sequence[LossCurve]) -> dict[str, Any] | None:
         for losses in (curve.losses, [loss for _, loss in curve.validation])
     )
     return {
-        "wide": Markup(wide),
-        "narrow": Markup(loss_svg(curves, NARROW, "loss-narrow")),
+        "wide": loss_svg(curves, WIDE, "loss-wide"),
+        "narrow": loss_svg(curves, NARROW, "loss-narrow"),
         "legend": [_key_view(index, curve.label, _last_held_out(curve)) for index, curve in enumerate(curves)],
         "has_validation": any(curve.validation for curve in curves),
         "has_stages": bool(curves[0].stages),
+        "is_sampled": any(len(curve.losses) > 3 * MAX_BINS for curve in curves),
         "num_dropped": num_losses - num_drawable,
     }
 
@@ -166,11 +182,11 @@ def _layers_view(layers: Table) -> dict[str, Any]:
     }
     if points:
         view["plot"] = {
-            "wide": Markup(sqnr_svg(points, WIDE, "sqnr-wide")),
-            "narrow": Markup(sqnr_svg(points, NARROW, "sqnr-narrow")),
+            "wide": sqnr_svg(points, WIDE, "sqnr-wide"),
+            "narrow": sqnr_svg(points, NARROW, "sqnr-narrow"),
             "legend": [_key_view(index, family) for index, family in enumerate(families_of(points))],
             "num_without": num_rows - len(points),
-            "lowest": [{"name": point.name, "db": f"{_plotted_db(point):.1f}"} for point in lowest_points(points)],
+            "lowest": [{"name": point.name, "db": f"{point.rank_db:.1f}"} for point in lowest_points(points)],
             "lowest_kind": "output" if any(point.output_db is not None for point in points) else "weight",
             "has_both": all(any(value is not None for value in column) for column in _columns(points)),
         }
@@ -179,11 +195,6 @@ def _layers_view(layers: Table) -> dict[str, Any]:
 
 def _columns(points: Sequence[LayerPoint]) -> tuple[list[float | None], list[float | None]]:
     return [point.weight_db for point in points], [point.output_db for point in points]
-
-
-def _plotted_db(point: LayerPoint) -> float:
-    value = point.output_db if point.output_db is not None else point.weight_db
-    return math.nan if value is None else value
 
 
 _KEY_PATHS = {

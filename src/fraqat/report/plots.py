@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -20,7 +21,14 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
 from fraqat.report.data import LossCurve, StageSpan
 from fraqat.report.layer_points import Block, LayerPoint, blocks_of, families_of
-from fraqat.report.series import drawable_points, smooth_log, spread_labels, thin_evenly, thin_to_extremes
+from fraqat.report.series import (
+    drawable_points,
+    smooth_log,
+    spread_labels,
+    thin_evenly,
+    thin_to_extremes,
+    thin_to_room,
+)
 from fraqat.report.svg import BAND, GRID, INK, MUTED, SURFACE, new_figure, series_color, to_inline_svg
 
 MARKERS = ("o", "s", "D", "^", "v", "P")
@@ -29,19 +37,21 @@ MARKERS = ("o", "s", "D", "^", "v", "P")
 _CHARACTER_PX = 7.7  # a digit of DejaVu Sans at 12 px
 _LABEL_GAP_PX = 7
 _MIN_LEADER_PX = 2  # a label moved further than this is tied to its stage by a line
-_MAX_VALIDATION_POINTS = 60
+_MANY_LAYERS = 150
+_VALIDATION_PX = 14  # held-out marks are at least this far apart
 
 
 @dataclass(frozen=True)
 class PlotSize:
-    """Size of a drawing and its margins, in CSS pixels."""
+    """Size of a drawing, of its margins and of its largest marks, in CSS pixels."""
 
     width: float
     height: float
     top: float = 12
-    right: float = 10
+    right: float = 18
     bottom: float = 46
     left: float = 50
+    mark: float = 8
 
     @property
     def axes_width(self) -> float:
@@ -55,13 +65,13 @@ class PlotSize:
 
 
 WIDE = PlotSize(width=960, height=400)
-NARROW = PlotSize(width=370, height=330, right=6)
+NARROW = PlotSize(width=370, height=330, mark=6.5)
 
 
-def loss_svg(curves: Sequence[LossCurve], size: PlotSize = WIDE, prefix: str = "loss") -> str:
+def loss_svg(curves: Sequence[LossCurve], size: PlotSize = WIDE, prefix: str = "loss") -> Markup:
     """Draws training and held-out losses over the optimizer steps, with a logarithmic loss axis.
 
-    Faint dots are the losses of single steps (of long runs, the extremes of 300 bins), the line is a smooth fit to them, and
+    Faint dots are the losses of single steps (of long runs a sample with the extremes), the line is a smooth fit to them, and
     ringed marks are held-out losses. Vertical lines are the stages of the first curve, with their bits above.
 
     Args:
@@ -70,16 +80,16 @@ def loss_svg(curves: Sequence[LossCurve], size: PlotSize = WIDE, prefix: str = "
         prefix: Start of the ids inside the drawing, unique in a page.
 
     Returns:
-        An `<svg>` element; "" when no curve has a finite positive value.
+        An `<svg>` element; empty when no curve has a finite positive value.
     """
     drawn = np.concatenate([np.empty(0), *(_drawable_losses(curve) for curve in curves)])
     if not len(drawn):
-        return ""
+        return Markup()
     low, high = _padded_log_range(float(drawn.min()), float(drawn.max()))
     ticks = _log_ticks(low, high)
     stages = curves[0].stages
     left = 14 + _CHARACTER_PX * max(len(_tick_text(tick)) for tick in ticks)
-    size = PlotSize(size.width, size.height, 44 if stages else size.top, size.right, size.bottom, max(left, 40))
+    size = replace(size, top=44 if stages else size.top, left=max(left, 40))
     with new_figure(size.width, size.height) as figure:
         axes = _new_axes(figure, size)
         axes.set_yscale("log")
@@ -89,17 +99,17 @@ def loss_svg(curves: Sequence[LossCurve], size: PlotSize = WIDE, prefix: str = "
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick_text(value)))
         end = _last_step(curves)
         axes.set_xlim(-0.008 * end, 1.012 * end)
-        axes.xaxis.set_major_locator(MaxNLocator(size.axes_width // 70, integer=True))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _step_text(value)))
+        axes.xaxis.set_major_locator(MaxNLocator(int(size.axes_width // 70), integer=True))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _step_text(value, end)))
         axes.set_xlabel("optimizer step", color=MUTED, labelpad=7)
         _draw_stages(axes, stages, size)
         for index in reversed(range(len(curves))):
-            _draw_curve(axes, curves[index], index)
+            _draw_curve(axes, curves[index], index, size)
         names = ", ".join(curve.label for curve in curves)
         return to_inline_svg(figure, prefix=prefix, label=f"Distillation loss over optimizer steps: {names}")
 
 
-def sqnr_svg(points: Sequence[LayerPoint], size: PlotSize = WIDE, prefix: str = "sqnr") -> str:
+def sqnr_svg(points: Sequence[LayerPoint], size: PlotSize = WIDE, prefix: str = "sqnr") -> Markup:
     """Draws the SQNR of weights (open marks) and outputs (filled marks) of all layers in model order, coloured by family.
 
     Args:
@@ -108,13 +118,13 @@ def sqnr_svg(points: Sequence[LayerPoint], size: PlotSize = WIDE, prefix: str = 
         prefix: Start of the ids inside the drawing, unique in a page.
 
     Returns:
-        An `<svg>` element; "" without points.
+        An `<svg>` element; empty without points.
     """
     if not points:
-        return ""
+        return Markup()
     values = [value for point in points for value in (point.weight_db, point.output_db) if value is not None]
     first, last = points[0].position, points[-1].position
-    mark_px = min(7.0, max(3.0, 0.6 * size.axes_width / (last - first + 1)))
+    mark_px = min(size.mark - 1, max(3.0, 0.6 * size.axes_width / (last - first + 1)))
     with new_figure(size.width, size.height) as figure:
         axes = _new_axes(figure, size)
         pad = 0.06 * (max(values) - min(values)) or 1.0
@@ -123,11 +133,7 @@ def sqnr_svg(points: Sequence[LayerPoint], size: PlotSize = WIDE, prefix: str = 
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
         axes.set_xlim(first - 0.9, last + 0.9)
         _draw_blocks(axes, blocks_of(tuple(points)), size)
-        for point in points:
-            if point.weight_db is not None and point.output_db is not None:
-                axes.plot(
-                    [point.position] * 2, [point.weight_db, point.output_db], color=MUTED, lw=0.9, alpha=0.55, zorder=2
-                )
+        _draw_stems(axes, points)
         titles: dict[str, list[str]] = {}
         for index, family in enumerate(families_of(tuple(points))):
             members = [point for point in points if point.family == family]
@@ -171,7 +177,7 @@ def _last_step(curves: Sequence[LossCurve]) -> int:
     return max(1, *steps, *(stage.end_step for stage in curves[0].stages))
 
 
-def _draw_curve(axes: Axes, curve: LossCurve, index: int) -> None:
+def _draw_curve(axes: Axes, curve: LossCurve, index: int, size: PlotSize) -> None:
     """Dots, smoothed line and held-out losses of one curve; the first curve is drawn last, above the others."""
     color, marker = series_color(index), MARKERS[index % len(MARKERS)]
     layer = 3.0 if index else 4.0
@@ -180,23 +186,14 @@ def _draw_curve(axes: Axes, curve: LossCurve, index: int) -> None:
     if len(dots):
         path = Path(dots, [Path.MOVETO, Path.LINETO] * (len(dots) // 2))  # lines of no length with round ends: dots
         axes.add_patch(PathPatch(path, fc="none", ec=color, lw=3, capstyle="round", alpha=0.36, zorder=layer))
-    axes.plot(
-        *smooth_log(steps, losses, [stage.first_step for stage in curve.stages]),
-        color=color,
-        lw=2,
-        zorder=layer + 0.1,
-    )
+    smooth = smooth_log(steps, losses, [stage.first_step for stage in curve.stages])
+    axes.plot(*smooth, color=color, lw=2, zorder=layer + 0.1)
     steps, losses = drawable_points(*_columns(curve.validation))
-    kept = thin_evenly(len(steps), _MAX_VALIDATION_POINTS)
-    style = {
-        "marker": marker,
-        "ms": 8 if marker != "D" else 7,
-        "mec": SURFACE,
-        "mew": 1.6,
-        "ls": (0, (1.5, 2.5)),
-        "lw": 1.2,
-    }
-    axes.plot(steps[kept], losses[kept], color=color, zorder=layer + 0.2, **style)
+    kept = thin_evenly(len(steps), int(size.axes_width // _VALIDATION_PX))
+    mark_px = size.mark * (0.85 if marker == "D" else 1)
+    marks = Line2D(steps[kept], losses[kept], color=color, linestyle="none", zorder=layer + 0.2)
+    marks.set(marker=marker, markersize=mark_px, markeredgecolor=SURFACE, markeredgewidth=1.6)
+    axes.add_line(marks)
 
 
 def _draw_stages(axes: Axes, stages: Sequence[StageSpan], size: PlotSize) -> None:
@@ -208,16 +205,15 @@ def _draw_stages(axes: Axes, stages: Sequence[StageSpan], size: PlotSize) -> Non
     low, high = axes.get_xlim()
     px_per_step = size.axes_width / (high - low)
     texts = [f"{stage.bits:g}" for stage in stages]
-    widest = max(map(len, texts)) * _CHARACTER_PX + _LABEL_GAP_PX
-    kept = thin_evenly(len(stages), max(1, int(size.axes_width // widest)))
-    widths = [len(texts[i]) * _CHARACTER_PX + _LABEL_GAP_PX for i in kept]
+    widths = [len(text) * _CHARACTER_PX + _LABEL_GAP_PX for text in texts]
+    kept = thin_to_room(widths, size.axes_width)
     centers = [(stages[i].first_step + stages[i].num_steps / 2 - low) * px_per_step for i in kept]
-    for i, center, position in zip(kept, centers, spread_labels(centers, widths, 0, size.axes_width), strict=True):
-        ends = (
-            [center / size.axes_width, position / size.axes_width],
-            [1 + 3 / size.axes_height, 1 + 14 / size.axes_height],
-        )
-        axes.add_line(Line2D(*ends, transform=axes.transAxes, color=MUTED, lw=0.9, alpha=0.55, clip_on=False))
+    positions = spread_labels(centers, [widths[i] for i in kept], 0, size.axes_width)
+    for i, center, position in zip(kept, centers, positions, strict=True):
+        if abs(position - center) > _MIN_LEADER_PX:
+            x = center / size.axes_width, position / size.axes_width
+            y = 1 + 2 / size.axes_height, 1 + 14 / size.axes_height
+            axes.add_line(Line2D(x, y, transform=axes.transAxes, color=MUTED, lw=0.9, alpha=0.7, clip_on=False))
         _text_above(axes, position / size.axes_width, texts[i], size, color=INK)
     _text_above(axes, -12 / size.axes_width, "bits", size, color=MUTED, ha="right")
 
@@ -248,6 +244,15 @@ def _draw_blocks(axes: Axes, blocks: Sequence[Block], size: PlotSize) -> None:
     axes.tick_params(axis="x", length=0, pad=7)
 
 
+def _draw_stems(axes: Axes, points: Sequence[LayerPoint]) -> None:
+    """A thin line between the two marks of each layer that has both."""
+    pairs = [(p, p.weight_db, p.output_db) for p in points if p.weight_db is not None and p.output_db is not None]
+    positions, ends = [p.position for p, _, _ in pairs], [(first, second) for _, first, second in pairs]
+    if ends:
+        alpha = 0.55 if len(points) < _MANY_LAYERS else 0.3
+        axes.vlines(positions, *zip(*ends, strict=True), color=MUTED, lw=0.9, alpha=alpha, zorder=2)
+
+
 def _draw_family(axes: Axes, members: Sequence[LayerPoint], index: int, mark_px: float) -> dict[str, list[str]]:
     """Marks of one family. Returns the tooltips: gid -> one text per mark."""
     color, marker = series_color(index), MARKERS[index % len(MARKERS)]
@@ -268,7 +273,7 @@ def _draw_family(axes: Axes, members: Sequence[LayerPoint], index: int, mark_px:
 
 def _padded_log_range(low: float, high: float) -> tuple[float, float]:
     """Room above and below the data on a log axis; a factor of two on each side of a single value."""
-    pad = 0.05 * math.log10(high / low) or math.log10(2)
+    pad = min(1.0, 0.05 * (math.log10(high) - math.log10(low))) or math.log10(2)
     return low * 10**-pad, high * 10**pad
 
 
@@ -288,7 +293,7 @@ def _tick_text(value: float) -> str:
     return f"{mantissa}e{int(exponent)}" if has_exponent else text
 
 
-def _step_text(value: float) -> str:
-    if abs(value) >= 1_000_000:
-        return f"{value / 1_000_000:g}M"
-    return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:g}"
+def _step_text(value: float, end: int) -> str:
+    """A step in the unit that suits the whole axis, which ends at `end`."""
+    factor, unit = (1_000_000, "M") if end >= 2_000_000 else (1000, "k") if end >= 10_000 else (1, "")
+    return f"{value / factor:g}{unit}" if value else "0"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 Values = NDArray[np.float64]
 
-MAX_BINS = 300
+MAX_BINS = 200
 MAX_SMOOTH_POINTS = 400
 _WINDOW_SHARE = 25  # the smoothing window is this fraction of the run
 _MIN_WINDOW = 9
@@ -32,20 +33,20 @@ def drawable_points(x: Sequence[float], y: Sequence[float]) -> tuple[Values, Val
 
 
 def thin_to_extremes(x: Values, y: Values, max_bins: int = MAX_BINS) -> tuple[Values, Values]:
-    """Keeps the lowest and the highest point of each of `max_bins` equal bins, so that no outlier vanishes.
+    """Keeps the first, the lowest and the highest point of each of `max_bins` equal bins.
+
+    The first points are a fair sample; with the other two no outlier vanishes.
 
     Returns:
-        x and y of at most `2 * max_bins` points in their order; all points when there are no more than that.
+        x and y of at most `3 * max_bins` points in their order; all points when there are no more than that.
     """
-    if len(x) <= 2 * max_bins:
+    if len(x) <= 3 * max_bins:
         return x, y
     edges = np.linspace(0, len(x), max_bins + 1).astype(int)
-    kept = {
-        first + pick(y[first:last])
-        for first, last in zip(edges, edges[1:], strict=False)
-        for pick in (np.argmin, np.argmax)
-    }
-    index = np.array(sorted(int(i) for i in kept))
+    kept: set[int] = set()
+    for first, last in pairwise(edges.tolist()):
+        kept |= {first, first + int(np.argmin(y[first:last])), first + int(np.argmax(y[first:last]))}
+    index = np.array(sorted(kept))
     return x[index], y[index]
 
 
@@ -100,6 +101,13 @@ def thin_evenly(num_items: int, max_items: int) -> list[int]:
     return list(range((num_items - 1) % stride, num_items, stride))
 
 
+def thin_to_room(widths: Sequence[float], room: float) -> list[int]:
+    """Indices of as many labels, at equal distances and with the last, as fit beside each other into `room`."""
+    counts = range(len(widths), 0, -1)
+    choices = [thin_evenly(len(widths), count) for count in counts]
+    return next((kept for kept in choices if sum(widths[i] for i in kept) <= room), choices[-1] if choices else [])
+
+
 def spread_labels(centers: Sequence[float], widths: Sequence[float], low: float, high: float) -> list[float]:
     """Moves labels on a line as little as needed (least squares) until none overlaps another.
 
@@ -114,7 +122,7 @@ def spread_labels(centers: Sequence[float], widths: Sequence[float], low: float,
     Returns:
         The centre of each label.
     """
-    gaps = [(left + right) / 2 for left, right in zip(widths, widths[1:], strict=False)]
+    gaps = [(left + right) / 2 for left, right in pairwise(widths)]
     offsets = [sum(gaps[:index]) for index in range(len(centers))]
     pools: list[tuple[float, int]] = []  # mean, number of labels
     for center, offset in zip(centers, offsets, strict=True):

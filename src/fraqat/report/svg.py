@@ -9,13 +9,18 @@ from __future__ import annotations
 import io
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 from xml.etree.ElementTree import Element
 
 import matplotlib
+from markupsafe import Markup
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
 
 INK = "#000101"
 MUTED = "#000102"
@@ -32,7 +37,7 @@ _CSS_COLORS = {
     SURFACE: "var(--surface)",
     **{color: f"var(--series-{index})" for index, color in enumerate(_SERIES)},
 }
-_STYLE = {
+_STYLE: dict[RcKeyType, Any] = {
     "svg.hashsalt": "fraqat",
     "svg.fonttype": "none",
     "font.family": ["DejaVu Sans"],  # comes with matplotlib and is wide: what it has room for, the page's font has too
@@ -58,7 +63,7 @@ def series_variable(index: int) -> str:
 
 
 @contextmanager
-def new_figure(width_px: float, height_px: float) -> Iterator[Figure]:
+def new_figure(width_px: float, height_px: float) -> Generator[Figure]:
     """Yields an empty figure whose unit is the CSS pixel, under settings that no matplotlibrc changes."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -68,7 +73,9 @@ def new_figure(width_px: float, height_px: float) -> Iterator[Figure]:
         yield figure
 
 
-def to_inline_svg(figure: Figure, *, prefix: str, label: str, titles: Mapping[str, Sequence[str]] | None = None) -> str:
+def to_inline_svg(
+    figure: Figure, *, prefix: str, label: str, titles: Mapping[str, Sequence[str]] | None = None
+) -> Markup:
     """Writes a figure of `new_figure` as an `<svg>` element for a page.
 
     Args:
@@ -78,12 +85,12 @@ def to_inline_svg(figure: Figure, *, prefix: str, label: str, titles: Mapping[st
         titles: gid of a scatter -> one text per point, shown when the pointer rests on the point.
 
     Returns:
-        The element: equal text for equal drawings, without scripts, styles or links out of itself.
+        The element, safe to put into HTML: equal text for equal drawings, without scripts, styles or links out of itself.
     """
     stream = io.StringIO()
     metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
     figure.savefig(stream, format="svg", transparent=True, metadata=metadata)
-    root = ElementTree.fromstring(stream.getvalue())
+    root = ElementTree.fromstring(stream.getvalue())  # noqa: S314  # matplotlib's own output
     for gid, texts in (titles or {}).items():
         _add_titles(root, gid, texts)
     used_ids = {link for element in root.iter() for link in _links(element)}
@@ -96,7 +103,7 @@ def to_inline_svg(figure: Figure, *, prefix: str, label: str, titles: Mapping[st
     for key in ("width", "height", "version"):
         root.attrib.pop(key, None)
     root.attrib.update({"class": f"plot {prefix}", "role": "img", "aria-label": label})
-    return ElementTree.tostring(root, encoding="unicode")
+    return Markup(ElementTree.tostring(root, encoding="unicode"))  # noqa: S704  # the serializer escapes
 
 
 def _local(name: str) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+import transformers
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -37,14 +40,15 @@ def load_pipeline(spec: ModelSpec, *, dtype: torch.dtype = torch.float32) -> Dif
             f"model.source = {spec.source!r}: there is no such folder, and it is no hub id (owner/name). Fix: correct the path."
         )
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            spec.source,
-            revision=spec.revision,
-            variant=spec.variant,
-            torch_dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
+        with _no_loading_bars():
+            pipeline = DiffusionPipeline.from_pretrained(
+                spec.source,
+                revision=spec.revision,
+                variant=spec.variant,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+            )
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(
             f"model.source = {spec.source!r} cannot be loaded: {_first_line(error)}. Fix: check the name, your network, "
@@ -104,6 +108,21 @@ def check_safetensors(path: Path) -> None:
             stream.keys()
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is truncated or damaged: {_first_line(error)}. Fix: copy the file again.") from error
+
+
+@contextmanager
+def _no_loading_bars() -> Generator[None]:
+    """The libraries' bars would break into our own progress line."""
+    logs = (diffusers.utils.logging, transformers.utils.logging)
+    were_on = [log.is_progress_bar_enabled() for log in logs]
+    for log in logs:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log, was_on in zip(logs, were_on, strict=True):
+            if was_on:
+                log.enable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,274 @@
+"""Bad input: the message names the field, the value, what is allowed and the fix, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from cli_helpers import TINY_ARGUMENTS
+
+from fraqat.zoo import zoo_path
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("train.stpes=3", "train.stpes: unknown key: .*did you mean 'steps'"),
+        ("quantisation.train=FF", "quantisation: unknown key: .*did you mean 'quantization'"),
+        ("quantization.rules.0.patern=x", "unknown key: .*did you mean 'pattern'"),
+        ("quantization.weight.bits=1", "bits = 1.0 is not possible: allowed is 1 < bits <= 32"),
+        ("quantization.weight.bits=33", "bits = 33.0 is not possible"),
+        ("quantization.weight.bits=four", 'quantization.weight.bits = "four" is not possible'),
+        ("quantization.weight.granularity=token", "weight.granularity = 'token' .* allowed is tensor, channel, group"),
+        ("quantization.activation.static=true", "activation.granularity = 'token' .* 'tensor' when static"),
+        (
+            "schedule={kind: custom, stages: [[8, 0.5], [5, 0.5]]}",
+            r"allowed is a last entry at the target, 4 bits\. Fix: end the list with \[4, \.\.\.\]",
+        ),
+        ("schedule={kind: custom, stages: [[4, 0.5], [8, 0.5]]}", "bits that fall from stage to stage"),
+        ("schedule={kind: custom, stages: [[8, 0.5], [4, 0.4]]}", r"shares that sum to 1 \(they sum to 0.9\)"),
+        ("train.steps=5", "allowed is enough for 9 stages"),
+        ("train.steps=-1", "train.steps = -1"),
+        ("train.learning_rate.peak=-1", "learning_rate.peak = -1.0"),
+        ("data.source=imagenet", "data.source = 'imagenet' .* allowed is color-digits"),
+        ("baselines.dynamic.data={}", "allowed is the sections quantization, schedule, train"),
+        ("baselines.vanilla-qat.train.steps=900", "baselines.vanilla-qat.train.steps = 900 .* allowed is 0 or"),
+        ("baselines.vanilla-qat.train.batch_size=1", "baselines.vanilla-qat.train.batch_size = 1"),
+        ("novalue", "--set = 'novalue' .* dotted.key=value"),
+    ],
+)
+def test_an_impossible_recipe_is_refused_before_anything_is_written(
+    fraqat, tmp_path: Path, setting: str, message: str
+) -> None:
+    import re
+
+    done = fraqat("train", "color-digits", "--out", tmp_path / "run", *TINY_ARGUMENTS, "--set", setting)
+    assert done.code == 2, done.err
+    assert re.search(message, done.err), done.err
+    assert "Traceback" not in done.err
+    assert not (tmp_path / "run" / "student.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        (
+            "[{pattern: 'blocks.9.*', skip: true}]",
+            "rule = \"pattern='blocks.9.\\*', skip=True\" .* a rule that matches a layer",
+        ),
+        ("[{family: Mamba, skip: true}]", "family = 'Mamba' .* allowed is FF, Attn, TF, All"),
+        (
+            "[{family: FF, group_size: 100}]",
+            "layer transformer_blocks.0.ff.conv_inverted: group_size = 100 .* a divisor of .* 192",
+        ),
+        ("[{pattern: '*', skip: true}]", "at least one quantized layer"),
+        ("[{}]", "at least one of pattern, module_type, family"),
+    ],
+)
+def test_an_impossible_rule_is_refused(fraqat, tmp_path: Path, rules: str, message: str) -> None:
+    import re
+
+    done = fraqat(
+        "train", "color-digits", "--out", tmp_path / "run", *TINY_ARGUMENTS, "--set", f"quantization.rules={rules}"
+    )
+    assert done.code == 2, done.err
+    assert re.search(message, done.err), done.err
+
+
+def test_unknown_recipe_names_the_known_ones(fraqat, tmp_path: Path) -> None:
+    done = fraqat("train", "colour-digits", "--out", tmp_path / "run")
+    assert done.code == 2
+    assert "recipe = 'colour-digits' is not possible: allowed is a YAML file, or one of color-digits" in done.err
+
+
+def test_broken_yaml_is_named(fraqat, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("name: [")
+    done = fraqat("train", recipe, "--out", tmp_path / "run")
+    assert done.code == 2
+    assert "is not valid YAML" in done.err
+
+
+@pytest.fixture
+def own_model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    shutil.copytree(zoo_path("color-digits-sana"), folder)
+    return folder
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _only_pickle(folder: Path) -> None:
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    (folder / "transformer" / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps({}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (shutil.rmtree, "there is no such folder, and it is no hub id"),
+        (lambda f: (f / "model_index.json").unlink(), "model_index.json is missing"),
+        (lambda f: (f / "model_index.json").write_text("{"), "model_index.json cannot be read"),
+        (lambda f: shutil.rmtree(f / "vae"), "component vae is missing"),
+        (lambda f: _truncate(f / "transformer" / "diffusion_pytorch_model.safetensors"), "is truncated or damaged"),
+        (
+            lambda f: (f / "vae" / "diffusion_pytorch_model.safetensors").unlink(),
+            "has a config.json but no .safetensors",
+        ),
+        (_only_pickle, "is a pickle, which can run any code when it is read: it was not opened"),
+    ],
+)
+def test_a_damaged_or_unsafe_model_is_refused(fraqat, tmp_path: Path, own_model: Path, damage, message: str) -> None:
+    damage(own_model)
+    run = tmp_path / "run"
+    done = fraqat("train", "color-digits", "--out", run, *TINY_ARGUMENTS, "--set", f"model.source={own_model}")
+    assert done.code == 3, done.err
+    assert message in done.err
+    assert "Fix:" in done.err
+
+
+def test_an_unsupported_transformer_says_what_to_add(fraqat, tmp_path: Path, own_model: Path) -> None:
+    from fraqat.errors import ModelError
+    from fraqat.tasks import architecture_of
+
+    with pytest.raises(ModelError, match=r"class int is not supported yet.*add an entry for int to ARCHITECTURES"):
+        architecture_of(1)
+
+
+def test_a_foreign_folder_is_not_touched(fraqat, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("x")
+    done = fraqat("train", "color-digits", "--out", folder, *TINY_ARGUMENTS)
+    assert done.code == 6
+    assert "exists and is no run folder: nothing was changed" in done.err
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.xdist_group("cli")
+def test_another_recipe_does_not_touch_a_run(fraqat, own_run) -> None:
+    before = {path: path.read_bytes() for path in own_run.path.glob("*.*")}
+    done = fraqat("train", "color-digits", "--out", own_run.path, *TINY_ARGUMENTS, "--set", "train.weight_decay=0.1")
+    assert done.code == 6
+    assert "holds a run of another recipe: nothing was changed" in done.err
+    assert {path: path.read_bytes() for path in own_run.path.glob("*.*")} == before
+
+
+@pytest.mark.xdist_group("cli")
+def test_a_corrupt_checkpoint_falls_back_and_says_so(fraqat, own_run) -> None:
+    whole = (own_run.path / "student.safetensors").read_bytes()
+    for name in ("student.safetensors", "result.json"):
+        (own_run.path / name).unlink()
+    newest = sorted((own_run.path / "checkpoints").iterdir())[-1]
+    (newest / "state.pt").write_bytes(b"broken")
+    done = fraqat("train", "color-digits", "--out", own_run.path, *TINY_ARGUMENTS)
+    assert done.code == 0, done.err
+    assert f"checkpoint {newest.name} is damaged (its checksum does not match): trying the one before" in done.err
+    assert (own_run.path / "student.safetensors").read_bytes() == whole
+
+
+@pytest.mark.xdist_group("cli")
+@pytest.mark.parametrize("verb", ["evaluate", "export", "report"])
+def test_verbs_need_a_finished_run(fraqat, own_run, verb: str, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert fraqat(verb, empty).code == 3
+    (own_run.path / "result.json").unlink()
+    done = fraqat(verb, own_run.path, "--overwrite")
+    assert done.code == 3
+    assert "is not trained to the end" in done.err
+
+
+@pytest.mark.xdist_group("cli")
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: _truncate(f / "model.safetensors"), "was changed or cut after it was written"),
+        (lambda f: (f / "model.safetensors").unlink(), "is no packed export"),
+        (lambda f: (f / "manifest.json").write_text('{"format_version": 99, "sha256": ""}'), "has format 99"),
+        (lambda f: (f / "manifest.json").write_text("[]"), "is no packed export"),
+    ],
+)
+def test_a_damaged_export_is_refused(fraqat, own_run, tmp_path: Path, damage, message: str) -> None:
+    folder = own_run.path / "export" / "packed"
+    damage(folder)
+    done = fraqat("generate", folder, "--prompt", "a red seven on white", "--out", tmp_path / "x.png")
+    assert done.code == 3
+    assert message in done.err
+
+
+@pytest.mark.xdist_group("cli")
+def test_no_permission_to_write_is_said(fraqat, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(self: Path, *args, **kwargs) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    done = fraqat("train", "color-digits", "--out", tmp_path / "locked" / "run", *TINY_ARGUMENTS)
+    assert done.code == 6
+    assert "no permission to write" in done.err
+    assert "Fix: choose a folder that you own" in done.err
+
+
+@pytest.mark.xdist_group("cli")
+def test_a_full_disk_while_exporting_keeps_the_old_export(fraqat, own_run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors import SafetensorError
+
+    from fraqat.export import packed
+
+    folder = own_run.path / "export" / "packed"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fail(*args, **kwargs) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(packed, "save_file", fail)
+    done = fraqat("export", own_run.path, "--overwrite")
+    assert done.code == 6
+    assert "the disk is full" in done.err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == ["packed"]
+
+
+@pytest.mark.xdist_group("cli")
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_during_training_leaves_a_checkpoint_and_an_exit_code(
+    tmp_path: Path, number: int, exit_code: int
+) -> None:
+    run = tmp_path / "run"
+    arguments = ["train", "color-digits", "--out", str(run), *TINY_ARGUMENTS, "--set", "train.steps=2000"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fraqat", *arguments], stderr=subprocess.PIPE, text=True, env=environment
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(run.glob("checkpoints/step-*")):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == exit_code, errors
+    assert "a checkpoint is in" in " ".join(errors.split())
+    newest = sorted((run / "checkpoints").iterdir())[-1]
+    logged = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert json.loads((newest / "manifest.json").read_text())["step"] == 1 + max(
+        event["step"] for event in logged if event["event"] == "step"
+    )
+
+
+def test_recipes_of_the_package_are_valid() -> None:
+    from fraqat.config import load_recipe, recipe_names
+
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        assert yaml.safe_load(recipe.to_yaml())["name"]

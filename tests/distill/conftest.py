@@ -1,0 +1,41 @@
+"""Builds trainers of the toy family."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from toy import ToyTask, toy_spec, toy_student, toy_teacher  # noqa: E402
+
+from fraqat import ScheduleSpec  # noqa: E402
+from fraqat.distill import Distiller  # noqa: E402
+
+
+@pytest.fixture
+def make_distiller(tmp_path: Path):
+    """Builds a fresh process' worth of trainer in the same run folder."""
+
+    def make(steps: int = 18, folder: str = "run", dropout: float = 0.0, **changes: Any) -> Distiller:
+        on_step = changes.pop("on_step", lambda record: None)
+        warn = changes.pop("warn", lambda text: None)
+        fingerprint = changes.pop("fingerprint", {"a": 1})
+        task = changes.pop("task", ToyTask())
+        schedule = changes.pop("schedule", ScheduleSpec("fractional").resolve(4.0, steps))
+        return Distiller(
+            task,
+            toy_teacher(dropout),
+            toy_student(dropout),
+            schedule,
+            toy_spec(**changes),
+            tmp_path / folder,
+            fingerprint=fingerprint,
+            on_step=on_step,
+            warn=warn,
+        )
+
+    return make

@@ -1,0 +1,140 @@
+"""Laws of checkpoints: atomic, checksummed, the newest sound one wins, and a full disk loses nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fraqat.distill import CheckpointStore
+from fraqat.errors import CheckpointError, OutputError
+
+
+def make_store(folder: Path, warnings: list[str] | None = None, **fingerprint) -> CheckpointStore:
+    return CheckpointStore(folder, fingerprint or {"a": 1}, 2, (warnings if warnings is not None else []).append)
+
+
+def state(value: float) -> dict:
+    return {"x": torch.full((3,), value), "n": value, "nested": {"list": [1, "a", None]}}
+
+
+def test_latest_state_comes_back_and_old_ones_go(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    assert store.load_latest() is None
+    for step in (1, 2, 3):
+        store.save(step, state(step))
+    loaded = make_store(tmp_path).load_latest()
+    assert loaded is not None
+    assert loaded.step == 3
+    assert torch.equal(loaded.state["x"], torch.full((3,), 3.0))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "state.pt").write_bytes((folder / "state.pt").read_bytes()[:-7]),
+        lambda folder: (folder / "state.pt").write_bytes(b"\0" + (folder / "state.pt").read_bytes()[1:]),
+        lambda folder: (folder / "state.pt").unlink(),
+        lambda folder: (folder / "manifest.json").write_text("{"),
+        lambda folder: (folder / "manifest.json").write_text("[]"),
+        lambda folder: (folder / "manifest.json").unlink(),
+    ],
+)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path: Path, damage) -> None:
+    store = make_store(tmp_path)
+    store.save(1, state(1))
+    store.save(2, state(2))
+    damage(tmp_path / "step-00000002")
+    warnings: list[str] = []
+    loaded = make_store(tmp_path, warnings).load_latest()
+    assert loaded is not None
+    assert loaded.step == 1
+    assert len(warnings) == 1
+    assert "step-00000002 is damaged" in warnings[0]
+
+
+def test_only_damaged_checkpoints_is_an_error(tmp_path: Path) -> None:
+    make_store(tmp_path).save(1, state(1))
+    (tmp_path / "step-00000001" / "state.pt").write_bytes(b"no")
+    with pytest.raises(CheckpointError, match="all 1 checkpoints are damaged"):
+        make_store(tmp_path).load_latest()
+
+
+def test_a_pickle_is_never_run(tmp_path: Path) -> None:
+    import pickle
+
+    from fraqat.files import sha256_of
+
+    class Attack:
+        def __reduce__(self):
+            return (Path.write_text, (tmp_path / "owned", "x"))
+
+    make_store(tmp_path / "c").save(1, state(1))
+    path = tmp_path / "c" / "step-00000001" / "state.pt"
+    path.write_bytes(pickle.dumps(Attack(), protocol=2))
+    manifest = path.with_name("manifest.json")
+    values = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**values, "sha256": sha256_of(path)}))
+    with pytest.raises(CheckpointError, match="damaged"):
+        make_store(tmp_path / "c").load_latest()
+    assert not (tmp_path / "owned").exists()
+
+
+def test_another_fingerprint_is_refused(tmp_path: Path) -> None:
+    make_store(tmp_path, bits=4, rate={"peak": 1}).save(1, state(1))
+    with pytest.raises(CheckpointError, match="rate.peak was 1 and is now 2"):
+        make_store(tmp_path, bits=4, rate={"peak": 2}).load_latest()
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    make_store(tmp_path).save(1, state(1))
+    manifest = tmp_path / "step-00000001" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format_version": 99}))
+    with pytest.raises(CheckpointError, match="format 99"):
+        make_store(tmp_path).load_latest()
+
+
+@pytest.mark.parametrize("failure", [errno.ENOSPC, errno.EACCES])
+def test_a_failing_save_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: int) -> None:
+    store = make_store(tmp_path)
+    store.save(1, state(1))
+    before = sorted(tmp_path.rglob("*"))
+
+    def fail(value, stream) -> None:
+        stream.write(b"half")
+        raise OSError(failure, "no")
+
+    monkeypatch.setattr(torch, "save", fail)
+    message = (
+        "the disk is full while writing .*files saved earlier are untouched"
+        if failure == errno.ENOSPC
+        else "no permission"
+    )
+    with pytest.raises(OutputError, match=message):
+        store.save(2, state(2))
+    assert sorted(tmp_path.rglob("*")) == before
+    monkeypatch.undo()
+    assert make_store(tmp_path).load_latest().step == 1
+
+
+def test_a_really_full_device_is_reported(tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    from fraqat.distill.checkpoint import _torch_save
+    from fraqat.files import explain_os_errors
+
+    with pytest.raises(OutputError, match="the disk is full"), explain_os_errors(Path("/dev/full")):
+        _torch_save({"x": torch.zeros(100_000)}, Path("/dev/full"))
+
+
+def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    store.save(1, state(1))
+    (tmp_path / ".step-00000002.abc.part").mkdir()
+    (tmp_path / ".step-00000002.abc.part" / "state.pt").write_bytes(b"half")
+    assert make_store(tmp_path).load_latest().step == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]

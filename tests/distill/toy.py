@@ -1,0 +1,62 @@
+"""A toy family: a small network distilled on random vectors, in milliseconds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fraqat import QuantSpec, WeightSpec, quantize_
+from fraqat.data.loader import ShuffledBatches, TensorRows
+from fraqat.distill import Batch, TrainSpec
+from fraqat.schedules import LearningRateSpec
+
+
+class ToyTask:
+    """Vectors [N, 8] through a two-layer network, with input noise as the random part."""
+
+    def __init__(self, num_rows: int = 20):
+        generator = torch.Generator().manual_seed(0)
+        self.train = TensorRows({"x": torch.randn(num_rows, 8, generator=generator)})
+        self.validation = TensorRows({"x": torch.randn(6, 8, generator=generator)})
+
+    def train_stream(self, batch_size: int, seed: int) -> ShuffledBatches:
+        return ShuffledBatches(self.train, batch_size, seed)
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        return len(self.train) // batch_size
+
+    def validation_batches(self, batch_size: int) -> list[Batch]:
+        return list(self.validation.batches(batch_size))
+
+    def calibration_batches(self, num_samples: int, batch_size: int) -> list[Batch]:
+        return self.validation_batches(batch_size)
+
+    def make_inputs(self, batch: Batch, generator: torch.Generator) -> Batch:
+        return {"x": batch["x"] + 0.1 * torch.randn(batch["x"].shape, generator=generator)}
+
+    def predict(self, model: nn.Module, inputs: Batch) -> Tensor:
+        return model(inputs["x"])
+
+
+def toy_teacher(dropout: float = 0.0) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Dropout(dropout), nn.Linear(16, 4))
+
+
+def toy_student(dropout: float = 0.0) -> nn.Module:
+    student = toy_teacher(dropout)
+    quantize_(student, QuantSpec(weight=WeightSpec(range_method="mse")))
+    return student
+
+
+def toy_spec(**changes: Any) -> TrainSpec:
+    values: dict[str, Any] = {
+        "batch_size": 4,
+        "learning_rate": LearningRateSpec(peak=1e-2),
+        "checkpoint_every": 4,
+        "validate_every": 5,
+        "tensorboard": False,
+    }
+    return TrainSpec(**{**values, **changes})
