@@ -11,11 +11,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from cli_helpers import TINY  # noqa: E402
+from cli_helpers import TINY
 
-from fraqat import cli, workflows  # noqa: E402
-from fraqat.config import load_recipe  # noqa: E402
-from fraqat.workflows import RunFolder, SilentProgress  # noqa: E402
+from fraqat import cli, workflows
+from fraqat.config import load_recipe
+from fraqat.workflows import RunFolder, SilentProgress
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from toy import ToyTask, toy_spec, toy_student, toy_teacher  # noqa: E402
+from toy import ToyTask, toy_spec, toy_student, toy_teacher
 
-from fraqat import ScheduleSpec  # noqa: E402
-from fraqat.distill import Distiller  # noqa: E402
+from fraqat import ScheduleSpec
+from fraqat.distill import Distiller
 
 
 @pytest.fixture

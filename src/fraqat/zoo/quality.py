@@ -33,7 +33,7 @@ class SamplerSettings:
     """
 
     num_steps: int = 12
-    guidance_scale: float = 3.0
+    guidance_scale: float = 4.5
     seed: int = 0
 
 

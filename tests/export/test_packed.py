@@ -1,0 +1,149 @@
+"""Laws of the packed format, on small models of every grid."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from fraqat import ActivationSpec, LayerRule, QuantSpec, WeightSpec, quantize_
+from fraqat.errors import ModelError, OutputError
+from fraqat.export import ModelDescription, load_packed_, read_packed, write_packed
+from fraqat.nn import packed_codes, quantized_layers
+
+DESCRIPTION = ModelDescription("Toy", {"width": 64}, "zoo:none")
+
+
+def build() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(64, 96), nn.SiLU(), nn.LayerNorm(96), nn.Unflatten(1, (96, 1, 1)), nn.Conv2d(96, 33, 1), nn.Flatten(1)
+    )
+
+
+SPECS = {
+    "channel": WeightSpec(),
+    "mse bf16": WeightSpec(range_method="mse", scale_dtype="bfloat16"),
+    "group": WeightSpec(granularity="group", group_size=32, scale_dtype="bfloat16"),
+    "tensor": WeightSpec(granularity="tensor"),
+    "narrow": WeightSpec(narrow=True),
+    "asymmetric": WeightSpec(symmetric=False, range_method="min_max"),
+    "5.5 bits": WeightSpec(bits=5.5),
+    "3 bits": WeightSpec(bits=3),
+    "8 bits": WeightSpec(bits=8),
+    "16 bits": WeightSpec(bits=16),
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_the_student_comes_back_bit_for_bit(tmp_path: Path, name: str) -> None:
+    student = build()
+    quantize_(student, QuantSpec(weight=SPECS[name]), rules=[LayerRule(pattern="4", activation_bits=16)])
+    student.eval()
+    write_packed(student, DESCRIPTION, tmp_path / "p")
+    packed = read_packed(tmp_path / "p")
+    assert packed.description == DESCRIPTION
+    assert packed.specs == {key: layer.spec for key, layer in quantized_layers(student)}
+    loaded = load_packed_(build(), packed)
+    for key, layer in quantized_layers(student):
+        expected, _ = layer.weight_quantizer.codes(layer.weight)
+        assert torch.equal(packed_codes(loaded)[key].to(torch.int64), expected.to(torch.int64))
+    x = torch.randn(5, 64)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), student(x))
+
+
+def test_a_trained_student_differs_from_the_float_model_it_is_loaded_into(tmp_path: Path) -> None:
+    student = build()
+    quantize_(student)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    write_packed(student, DESCRIPTION, tmp_path / "p")
+    loaded = load_packed_(build(), read_packed(tmp_path / "p"))
+    assert torch.equal(loaded[2].weight, student[2].weight)
+    assert torch.equal(loaded[0].bias, student[0].bias)
+    assert not any(name.endswith("0.weight") for name, _ in loaded.named_parameters())
+
+
+def test_static_activations_come_back(tmp_path: Path) -> None:
+    from fraqat import calibrate_
+
+    activation = ActivationSpec(granularity="tensor", static=True, symmetric=False, range_method="three_sigma")
+    student = build()
+    quantize_(student, QuantSpec(activation=activation))
+    calibrate_(student, student, [torch.randn(7, 64), torch.randn(3, 64)])
+    student.eval()
+    write_packed(student, DESCRIPTION, tmp_path / "p")
+    loaded = load_packed_(build(), read_packed(tmp_path / "p"))
+    x = torch.randn(5, 64)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), student(x))
+
+
+def test_sizes_are_those_of_the_file(tmp_path: Path) -> None:
+    student = nn.Sequential(nn.Linear(512, 512), nn.LayerNorm(512))
+    quantize_(student, QuantSpec(weight=WeightSpec(scale_dtype="bfloat16")))
+    size = write_packed(student, DESCRIPTION, tmp_path / "p")
+    path = tmp_path / "p" / "model.safetensors"
+    assert size.num_file_bytes == path.stat().st_size
+    assert size.num_quantized_weights == 512 * 512
+    assert size.num_other_bytes == 4 * 3 * 512
+    assert size.bits_per_weight == pytest.approx(8 * (path.stat().st_size - 4 * 3 * 512) / 512**2)
+    assert 4 + 16 / 512 < size.bits_per_weight < 4.1
+
+
+def test_four_bit_codes_lie_low_nibble_first(tmp_path: Path) -> None:
+    student = nn.Sequential(nn.Linear(2, 1, bias=False))
+    with torch.no_grad():
+        student[0].weight.copy_(torch.tensor([[7.0, -3.0]]))
+    quantize_(student)
+    write_packed(student, DESCRIPTION, tmp_path / "p")
+    with safe_open(tmp_path / "p" / "model.safetensors", framework="pt") as stream:
+        assert stream.get_tensor("0.weight.codes").tolist() == [[7 | (13 << 4)]]
+        assert stream.get_tensor("0.weight.scale").tolist() == [[1.0]]
+        description = json.loads(stream.metadata()["fraqat"])
+    assert description["model"]["class_name"] == "Toy"
+    assert description["layers"] == {"0": 0}
+    assert description["specs"][0]["weight"]["bits"] == 4.0
+
+
+def test_an_edited_file_is_refused(tmp_path: Path) -> None:
+    student = build()
+    quantize_(student)
+    write_packed(student, DESCRIPTION, tmp_path / "p")
+    path = tmp_path / "p" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(ModelError, match="checksum"):
+        read_packed(tmp_path / "p")
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    student = build()
+    quantize_(student)
+    write_packed(student, DESCRIPTION, tmp_path / "p")
+    packed = read_packed(tmp_path / "p")
+    with pytest.raises(ModelError, match="does not fit Linear"):
+        load_packed_(nn.Linear(3, 3), packed)
+
+
+def test_an_export_is_never_overwritten_unless_told(tmp_path: Path) -> None:
+    student = build()
+    quantize_(student)
+    write_packed(student, DESCRIPTION, tmp_path / "p")
+    before = (tmp_path / "p" / "model.safetensors").read_bytes()
+    other = copy.deepcopy(student)
+    with torch.no_grad():
+        other[0].weight.mul_(-1)
+    with pytest.raises(OutputError, match="exists already"):
+        write_packed(other, DESCRIPTION, tmp_path / "p")
+    assert (tmp_path / "p" / "model.safetensors").read_bytes() == before
+    write_packed(other, DESCRIPTION, tmp_path / "p", overwrite=True)
+    assert (tmp_path / "p" / "model.safetensors").read_bytes() != before

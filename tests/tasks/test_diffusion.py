@@ -1,0 +1,150 @@
+"""Laws of the diffusion task, on the embedded pipeline."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from fraqat.data.captioned import DataSpec
+from fraqat.errors import ConfigError
+from fraqat.nn import describe, quantize_
+from fraqat.tasks import ModelSpec, SamplerSpec, architecture_of
+from fraqat.tasks.diffusion import DiffusionTask, encode_prompts, sample_images
+from fraqat.tasks.pipelines import build_transformer, load_pipeline, transformer_description
+from fraqat.zoo import zoo_path
+
+SAMPLER = SamplerSpec(num_steps=2, guidance_scale=3.0, height=32, width=32, max_sequence_length=16)
+pytestmark = pytest.mark.xdist_group("diffusion")
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return load_pipeline(ModelSpec(str(zoo_path("color-digits-sana"))))
+
+
+@pytest.fixture(scope="module")
+def task(pipeline) -> DiffusionTask:
+    return DiffusionTask(pipeline, DataSpec(num_train=32, num_validation=8), SAMPLER)
+
+
+def test_noise_follows_the_flow_matching_path(task: DiffusionTask) -> None:
+    batch = task.validation_batches(8)[0]
+    inputs = task.make_inputs(batch, torch.Generator().manual_seed(5))
+    again = task.make_inputs(batch, torch.Generator().manual_seed(5))
+    for name, tensor in inputs.items():
+        assert torch.equal(tensor, again[name])
+    sigma = (inputs["timestep"] / 1000).view(-1, 1, 1, 1)
+    noise = (inputs["hidden_states"] - (1 - sigma) * batch["latents"]) / sigma
+    assert abs(float(noise.mean())) < 0.1
+    assert float(noise.std()) == pytest.approx(1.0, abs=0.1)
+    assert float(inputs["timestep"].min()) > 0
+    assert float(inputs["timestep"].max()) < 1000
+
+
+def test_latents_have_unit_scale_and_decode_to_the_pictures(task: DiffusionTask, pipeline) -> None:
+    from fraqat.data.captioned import load_validation_images
+
+    latents = task.validation_batches(8)[0]["latents"]
+    assert float(latents.std()) == pytest.approx(1.0, abs=0.2)
+    with torch.no_grad():
+        decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
+    images = load_validation_images(DataSpec(num_train=32, num_validation=8)).images
+    assert float((decoded - images).square().mean()) < 0.01
+
+
+def test_dropped_captions_are_the_empty_prompt(pipeline) -> None:
+    always = DiffusionTask(pipeline, DataSpec(num_train=8, num_validation=8, caption_dropout=0.999), SAMPLER)
+    inputs = always.make_inputs(always.validation_batches(8)[0], torch.Generator().manual_seed(0))
+    empty, mask = encode_prompts(pipeline, [""], SAMPLER)
+    for i in range(8):
+        assert torch.equal(inputs["encoder_hidden_states"][i], empty[0])
+        assert torch.equal(inputs["encoder_attention_mask"][i], mask[0])
+
+
+def test_training_and_held_out_prompts_are_disjoint(task: DiffusionTask) -> None:
+    from fraqat.data.captioned import load_training_images, load_validation_images
+
+    spec = DataSpec(num_train=600, num_validation=56)
+    assert not set(load_training_images(spec).prompts) & set(load_validation_images(spec).prompts)
+
+
+def test_the_teacher_predicts_the_velocity(task: DiffusionTask, pipeline) -> None:
+    batch = task.validation_batches(8)[0]
+    inputs = task.make_inputs(batch, torch.Generator().manual_seed(1))
+    sigma = (inputs["timestep"] / 1000).view(-1, 1, 1, 1)
+    noise = (inputs["hidden_states"] - (1 - sigma) * batch["latents"]) / sigma
+    with torch.no_grad():
+        velocity = task.predict(pipeline.transformer, inputs)
+    error = (velocity - (noise - batch["latents"])).square().mean()
+    assert float(error) < 0.6 * float((noise - batch["latents"]).square().mean())
+
+
+def test_images_do_not_depend_on_the_batch_size(pipeline) -> None:
+    prompts = ("a red seven on white", "a blue two on yellow", "a white zero on black")
+    together = sample_images(pipeline, pipeline.transformer, prompts, SAMPLER, seed=7)
+    alone = sample_images(pipeline, pipeline.transformer, prompts, SAMPLER, seed=7, batch_size=1)
+    assert together.shape == (3, 3, 32, 32)
+    assert torch.allclose(together, alone, atol=2e-3)
+    assert not torch.allclose(
+        together, sample_images(pipeline, pipeline.transformer, prompts, SAMPLER, seed=8), atol=0.1
+    )
+
+
+def test_sampling_a_student_leaves_the_pipeline_as_it_was(pipeline) -> None:
+    original = pipeline.transformer
+    student = copy.deepcopy(original)
+    quantize_(student)
+    sample_images(pipeline, student, ("a red seven on white",), SAMPLER, seed=0)
+    assert pipeline.transformer is original
+
+
+def test_families_cover_the_blocks(pipeline) -> None:
+    architecture = architecture_of(pipeline.transformer)
+    families = {row.name: row.family for row in describe(pipeline.transformer, architecture.families).rows}
+    assert families["transformer_blocks.0.attn1.to_q"] == "Attn"
+    assert families["transformer_blocks.0.attn2.to_out.0"] == "Attn"
+    assert families["transformer_blocks.0.ff.conv_inverted"] == "FF"
+    assert families["time_embed.linear"] == "-"
+    assert families[architecture.last_layer] == "-"
+
+
+@pytest.mark.parametrize(("family", "trained"), [("FF", ".ff."), ("Attn", ".attn"), ("TF", "transformer_blocks.")])
+def test_selective_training_trains_its_family_alone(pipeline, family: str, trained: str) -> None:
+    student = copy.deepcopy(pipeline.transformer).requires_grad_(True)
+    report = quantize_(student, families=architecture_of(student).families, train=family)
+    moving = [name for name, parameter in student.named_parameters() if parameter.requires_grad]
+    assert moving
+    assert all(trained in name for name in moving)
+    assert all(row.spec is not None for row in report.quantized)
+    assert len(report.quantized) == 37
+
+
+def test_a_transformer_is_rebuilt_from_its_description(pipeline) -> None:
+    class_name, config = transformer_description(pipeline)
+    built = build_transformer(class_name, config)
+    built.load_state_dict(pipeline.transformer.state_dict())
+    x = torch.randn(1, 8, 8, 8)
+    text, mask = encode_prompts(pipeline, ["a red seven on white"], SAMPLER)
+    inputs = {"encoder_hidden_states": text, "encoder_attention_mask": mask, "timestep": torch.tensor([500.0])}
+    with torch.no_grad():
+        assert torch.equal(built(x, **inputs).sample, pipeline.transformer(x, **inputs).sample)
+
+
+def test_too_large_a_batch_is_refused(task: DiffusionTask) -> None:
+    with pytest.raises(ConfigError, match="train.batch_size = 33 .* at most data.num_train = 32"):
+        task.train_stream(33, 0)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_steps": 0}, "sampler.num_steps = 0"),
+        ({"guidance_scale": 0.5}, "sampler.guidance_scale = 0.5"),
+        ({"guidance_scale": float("nan")}, "sampler.guidance_scale = nan"),
+    ],
+)
+def test_impossible_samplers_are_refused(values, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SamplerSpec(**values)
