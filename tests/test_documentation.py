@@ -14,7 +14,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_every_function_and_test_of_the_method_map_exists() -> None:
-    rows = re.findall(r"^\|.*?\| `(fraqat\.[\w.]+)` \| `([\w/.]+)` \|$", (ROOT / "docs" / "method.md").read_text(), re.M)
+    rows = re.findall(
+        r"^\|.*?\| `(fraqat\.[\w.]+)` \| `([\w/.]+)` \|$", (ROOT / "docs" / "method.md").read_text(), re.M
+    )
     assert len(rows) >= 12
     for dotted, test in rows:
         module, _, name = dotted.rpartition(".")

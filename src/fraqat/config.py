@@ -24,6 +24,7 @@ from fraqat.tasks import ModelSpec, SamplerSpec
 _BASELINE_SECTIONS = ("quantization", "schedule", "train")
 _SHARED_TRAIN_FIELDS = ("batch_size", "seed", "epochs")
 # What does not change the trained weights is left out of the fingerprint that a checkpoint must share.
+_TRAINED_SAMPLER_FIELDS = ("timesteps", "max_sequence_length")
 _FREE_TRAIN_FIELDS = ("validate_every", "checkpoint_every", "num_checkpoints_kept", "tensorboard")
 
 
@@ -125,7 +126,8 @@ class Recipe(BaseModel):
         values = self.model_dump(mode="json", exclude={"name", "evaluation", "baselines"})
         for name in _FREE_TRAIN_FIELDS:
             del values["train"][name]
-        values["sampler"] = {"timesteps": values["sampler"]["timesteps"]}
+        values["sampler"] = {name: values["sampler"][name] for name in _TRAINED_SAMPLER_FIELDS}
+        del values["model"]["device"]
         return values
 
 
@@ -200,19 +202,9 @@ def _apply_setting(values: dict[str, Any], setting: str) -> None:
     if isinstance(place, list) and last.isdigit() and int(last) < len(place):
         place[int(last)] = value
     elif isinstance(place, dict):
-        place[last] = _number(value)
+        place[last] = value
     else:
         raise config_error("--set", setting, allowed="a key that exists in the recipe", fix=f"check {last!r}")
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-4 as text; a person means the number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def test_a_pickle_is_never_run(tmp_path: Path) -> None:
 
 def test_another_fingerprint_is_refused(tmp_path: Path) -> None:
     make_store(tmp_path, bits=4, rate={"peak": 1}).save(1, state(1))
-    with pytest.raises(CheckpointError, match="rate.peak was 1 and is now 2"):
+    with pytest.raises(CheckpointError, match=r"rate\.peak was 1 and is now 2"):
         make_store(tmp_path, bits=4, rate={"peak": 2}).load_latest()
 
 

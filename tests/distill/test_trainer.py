@@ -171,7 +171,7 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_resumes_bitwise(make_dis
 
 def test_other_settings_are_refused_with_the_difference(make_distiller) -> None:
     make_distiller(fingerprint={"train": {"steps": 18}, "b": 2}).run()
-    with pytest.raises(CheckpointError, match="train.steps was 18 and is now 20"):
+    with pytest.raises(CheckpointError, match=r"train\.steps was 18 and is now 20"):
         make_distiller(fingerprint={"train": {"steps": 20}, "b": 2}).run()
 
 

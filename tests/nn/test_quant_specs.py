@@ -189,6 +189,11 @@ def test_usual_names_fall_into_the_papers_families(name: str, family: str) -> No
     assert families.contains("TF", name) == (family != "-")
 
 
+@pytest.mark.parametrize(("name", "family"), [("ff.net.0", "FF"), ("attn.to_q", "Attn"), ("mlp.gate_proj", "FF")])
+def test_pattern_also_matches_at_the_start_of_the_name(name: str, family: str) -> None:
+    assert LayerFamilies().family_of(name) == family
+
+
 def test_unknown_family_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"family = 'Nope' .* allowed is FF, Attn, TF, All\. Fix: use one of these"):
         LayerFamilies().contains("Nope", "proj_out")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fraqat.errors import ConfigError
-from fraqat.nn import ActivationSpec, LayerRule, QuantSpec, WeightSpec, calibrate_, quantize_
+from fraqat.nn import ActivationSpec, LayerRule, QuantSpec, WeightSpec, calibrate_, quantize_, unquantize_
 
 STATIC = ActivationSpec(granularity="tensor", static=True, range_method="three_sigma")
 ASYMMETRIC = ActivationSpec(granularity="tensor", static=True, range_method="min_max", symmetric=False)
@@ -148,6 +148,24 @@ def test_static_and_dynamic_layers_may_be_mixed() -> None:
     quantize_(model, rules=[LayerRule("1", spec=QuantSpec(WeightSpec(), STATIC))])
     assert calibrate_(model, model, batches()) == 1
     assert torch.isfinite(model(batches()[0])).all()
+
+
+@pytest.mark.parametrize("first", [STATIC, ActivationSpec(2), None], ids=["static", "dynamic", "float"])
+def test_layers_observe_what_the_float_model_would_give_them(first: ActivationSpec | None) -> None:
+    model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4))
+    inner = torch.cat([model[0](batch) for batch in batches()]).detach().double().numpy()
+    last = ActivationSpec(granularity="tensor", static=True)
+    quantize_(model, QuantSpec(WeightSpec(2), last), rules=[LayerRule("0", spec=QuantSpec(WeightSpec(2), first))])
+    calibrate_(model, model, batches())
+    assert model[1].activation_quantizer.scale.item() == pytest.approx(np.abs(inner).max() / 127, rel=1e-5)
+    x = batches()[0]
+    assert not torch.allclose(model(x), unquantized_output(model, x), rtol=0.05)
+
+
+def unquantized_output(model: nn.Module, x: Tensor) -> Tensor:
+    twin = copy.deepcopy(model)
+    unquantize_(twin)
+    return twin(x)
 
 
 def test_static_convolution_is_calibrated_too() -> None:

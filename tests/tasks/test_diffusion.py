@@ -133,7 +133,7 @@ def test_a_transformer_is_rebuilt_from_its_description(pipeline) -> None:
 
 
 def test_too_large_a_batch_is_refused(task: DiffusionTask) -> None:
-    with pytest.raises(ConfigError, match="train.batch_size = 33 .* at most data.num_train = 32"):
+    with pytest.raises(ConfigError, match=r"train\.batch_size = 33 .* at most data.num_train = 32"):
         task.train_stream(33, 0)
 
 

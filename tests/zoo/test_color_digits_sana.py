@@ -124,6 +124,14 @@ def test_quality_file_meets_the_acceptance_and_is_on_the_card() -> None:
     assert "Apache-2.0" in card and "CC BY 4.0" in card
 
 
+def test_code_on_the_card_runs() -> None:
+    card = (FOLDER / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {"folder": FOLDER}
+    exec(code, names)
+    assert names["image"].size == (32, 32)
+
+
 def test_locating_an_unknown_model_raises() -> None:
     with pytest.raises(ValueError, match="name is 'sd3'; allowed are color-digits-sana, color-digits-classifier"):
         zoo_path("sd3")

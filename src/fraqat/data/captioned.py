@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fraqat.data.color_digits import compose, held_out_combinations, sample_training_set
 from fraqat.errors import config_error
+from fraqat.nn import STRICT_KEYS
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class DataSpec:
             classifier-free guidance uses, is distilled too.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_KEYS
 
     source: str = "color-digits"
     num_train: int = 4096

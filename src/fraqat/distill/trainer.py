@@ -209,6 +209,7 @@ class Distiller:
             "average": self.average.state_dict() if self.average else None,
             "stream": self.stream.state_dict(),
             "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
         self.store.save(self.step, state)
         log.write_event("checkpoint", self.step)
@@ -226,6 +227,8 @@ class Distiller:
             self.average.load_state_dict(state["average"])
         self.stream.load_state_dict(state["stream"])
         torch.set_rng_state(state["rng"])
+        if torch.cuda.is_available() and len(state["cuda_rng"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
 
     def _leave(self, signal_number: int) -> NoReturn:
         raise InterruptedRunError(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fraqat.errors import config_error
 from fraqat.evaluation.frechet import frechet_distance
+from fraqat.nn import STRICT_KEYS
 
 _MAX_PSNR_DB = 99.0
 
@@ -26,7 +27,7 @@ class EvaluationSpec:
         batch_size: Images computed at a time.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_KEYS
 
     num_images: int = 256
     seed: int = 100_000

@@ -142,6 +142,7 @@ class ActivationQuantizer(KeepsBufferDtype):
         self.grid = spec.grid()
         self.layout = spec.layout(channel_axis)
         self.statistics: RunningStatistics | None = None
+        self.is_bypassed = False
         self.is_calibrated = not spec.static
         unset = torch.full((), float("nan"), device=device)
         self.register_buffer("scale", unset if spec.static else None)
@@ -178,13 +179,15 @@ class ActivationQuantizer(KeepsBufferDtype):
         self.is_calibrated = True
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` on the grid, same shape and dtype; while observing, `x` itself.
+        """`x` on the grid, same shape and dtype; while observing or bypassed, `x` itself.
 
         Raises:
             ConfigError: Static and not calibrated yet.
         """
         if self.statistics is not None:
             self.statistics.update(x)
+            return x
+        if self.is_bypassed:
             return x
         if self.scale is not None:
             if not self.is_calibrated:

@@ -214,8 +214,7 @@ def calibrate_(model: nn.Module, forward: Callable[[object], object], batches: I
         return 0
     for quantizer in observed.values():
         quantizer.start_observing()
-    for layer in layers.values():
-        layer.weight_quantizer.is_bypassed = True
+    _set_bypassed(layers.values(), True)
     try:
         for batch in batches:
             forward(batch)
@@ -232,8 +231,7 @@ def calibrate_(model: nn.Module, forward: Callable[[object], object], batches: I
     finally:
         for quantizer in observed.values():
             quantizer.statistics = None
-        for layer in layers.values():
-            layer.weight_quantizer.is_bypassed = False
+        _set_bypassed(layers.values(), False)
     return len(observed)
 
 
@@ -304,6 +302,13 @@ def _parameters_to_freeze(model: nn.Module, families: LayerFamilies, train: str,
         prefix = f"{layer}." if layer else ""
         outside |= {name for name in names if name.startswith(prefix)}
     return outside
+
+
+def _set_bypassed(layers: Iterable[QuantizedLayer], is_bypassed: bool) -> None:
+    for layer in layers:
+        layer.weight_quantizer.is_bypassed = is_bypassed
+        if layer.activation_quantizer is not None:
+            layer.activation_quantizer.is_bypassed = is_bypassed
 
 
 def _matches(rule: LayerRule, name: str, type_name: str, families: LayerFamilies) -> bool:

@@ -88,16 +88,21 @@ class DiffusionTask:
 
     def predict(self, model: nn.Module, inputs: Batch) -> Tensor:
         """The predicted velocity, [N, C, H, W]."""
-        dtype = next(model.parameters()).dtype
-        cast = {name: t.to(dtype) if name != "timestep" and t.is_floating_point() else t for name, t in inputs.items()}
-        with _attention_kernel(inputs["hidden_states"].device):
+        parameter = next(model.parameters())
+        moved = {name: tensor.to(parameter.device) for name, tensor in inputs.items()}
+        cast = {
+            name: tensor.to(parameter.dtype) if name != "timestep" and tensor.is_floating_point() else tensor
+            for name, tensor in moved.items()
+        }
+        with _attention_kernel(parameter.device):
             return model(**cast, return_dict=False)[0]
 
     @torch.no_grad()
     def _encode(self, pipeline: DiffusionPipeline, data: CaptionedImages) -> TensorRows:
         vae = pipeline.vae
         parts = data.images.to(vae.dtype).split(_ENCODE_BATCH)
-        latents = torch.cat([vae.encode(part).latent for part in parts]).float() * vae.config.scaling_factor
+        latents = torch.cat([vae.encode(part.to(vae.device)).latent.float().cpu() for part in parts])
+        latents *= vae.config.scaling_factor
         distinct = sorted(set(data.prompts))
         text, mask = encode_prompts(pipeline, distinct, self.sampler)
         row = torch.tensor([distinct.index(prompt) for prompt in data.prompts])
@@ -116,7 +121,7 @@ def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], sampler:
         pipeline.encode_prompt(list(prompts[i : i + _ENCODE_BATCH]), **arguments)[:2]
         for i in range(0, len(prompts), _ENCODE_BATCH)
     ]
-    return torch.cat([text for text, _ in parts]).float(), torch.cat([mask for _, mask in parts])
+    return torch.cat([text for text, _ in parts]).float().cpu(), torch.cat([mask for _, mask in parts]).cpu()
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ _PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 
 def load_pipeline(spec: ModelSpec, *, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
-    """Loads a whole pipeline on the CPU.
+    """Loads a whole pipeline to the device that `spec` asks for.
 
     Args:
         spec: `source` must be a folder or a hub id (`zoo:` names are resolved by the caller).
@@ -55,7 +55,7 @@ def load_pipeline(spec: ModelSpec, *, dtype: torch.dtype = torch.float32) -> Dif
             "`hf auth login` for a gated model, and that the repository has safetensors files."
         ) from error
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return pipeline.to(spec.torch_device)
 
 
 def check_pipeline_folder(folder: Path) -> None:

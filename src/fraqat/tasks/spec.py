@@ -21,6 +21,7 @@ class ModelSpec:
         source: Folder, hub id, or `zoo:NAME` for a model that comes with the package.
         revision, variant: Of a hub id.
         teacher_dtype: Precision of the teacher's weights. The student's master weights are always float32.
+        device: Where models run: `auto` is the GPU if there is one, else the CPU.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_KEYS
@@ -29,6 +30,19 @@ class ModelSpec:
     revision: str | None = None
     variant: str | None = None
     teacher_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise config_error(
+                "model.device", "cuda", allowed="cpu or auto on this machine, which has no GPU", fix="use auto"
+            )
+
+    @property
+    def torch_device(self) -> torch.device:
+        """`device` for torch."""
+        has_gpu = torch.cuda.is_available()
+        return torch.device("cuda" if self.device == "cuda" or (self.device == "auto" and has_gpu) else "cpu")
 
     @property
     def dtype(self) -> torch.dtype:

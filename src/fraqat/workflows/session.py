@@ -129,15 +129,20 @@ class PackedSession:
         from fraqat.tasks.pipelines import build_transformer
 
         description = self.packed.description
-        return load_packed_(build_transformer(description.class_name, description.config), self.packed)
+        transformer = load_packed_(build_transformer(description.class_name, description.config), self.packed)
+        return transformer.to(self._model.torch_device)
 
     @cached_property
     def pipeline(self) -> Any:
         """The base pipeline that the export names."""
         from fraqat.tasks.pipelines import load_pipeline
 
+        return load_pipeline(resolve_source(self._model))
+
+    @property
+    def _model(self) -> ModelSpec:
         description = self.packed.description
-        return load_pipeline(resolve_source(ModelSpec(description.base_pipeline, description.base_revision)))
+        return ModelSpec(description.base_pipeline, description.base_revision)
 
     def sample(self, prompts: tuple[str, ...], sampler: SamplerSpec, *, seed: int, batch_size: int) -> Tensor:
         """Images [N, 3, H, W] in [0, 1]."""

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, SanaPipeline
+from diffusers import SanaPipeline
 from torch import Tensor
 
 from fraqat.data.color_digits import COLOR_NAMES, IMAGE_SIZE, ColorDigit, held_out_combinations, train_combinations
@@ -154,7 +154,7 @@ def measure_folder(pipeline_folder: Path, classifier_folder: Path, num_images: i
         "held_out" and "trained" combinations with the recommended settings, and "held_out_default_call" with the
         pipeline's own (20 steps, guidance 4.5).
     """
-    pipeline = DiffusionPipeline.from_pretrained(pipeline_folder)
+    pipeline = SanaPipeline.from_pretrained(pipeline_folder)
     classifier = load_classifier(classifier_folder)
     held_out, trained = held_out_combinations(), train_combinations()
     default_call = SamplerSettings(num_steps=20, guidance_scale=4.5)

@@ -81,6 +81,8 @@ def write_pipeline(pipeline: SanaPipeline, folder: Path) -> None:
         pipeline: what to write; its parts are rounded in place.
         folder: where to; made when missing.
     """
+    pipeline.tokenizer.backend_tokenizer.no_padding()  # padding of the last call would be stored too
+    pipeline.tokenizer.backend_tokenizer.no_truncation()
     pipeline.vae.bfloat16()
     pipeline.transformer.bfloat16()
     pipeline.save_pretrained(folder, safe_serialization=True)

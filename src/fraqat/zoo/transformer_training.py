@@ -98,6 +98,66 @@ class _CaptionedLatents:
         return self._latents[chosen], self._tokens[caption], self._masks[caption]
 
 
+class _Run:
+    """Everything that a checkpoint holds, and one optimiser step on it."""
+
+    def __init__(self, pipeline: SanaPipeline, settings: TransformerSettings) -> None:
+        self.model = _Denoiser(pipeline).train()
+        self.average = {name: value.detach().clone() for name, value in self.model.named_parameters()}
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=settings.learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=_WEIGHT_DECAY,
+            fused=True,
+        )
+        self.schedule = _schedule(self.optimizer, settings)
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.losses: list[float] = []
+        self.minutes = 0.0
+        self._sigma_spread = settings.sigma_spread
+
+    def step(self, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+        loss = _loss(self.model, batch, self._sigma_spread, self.generator)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.losses.append(loss.item())
+        self._update_average(len(self.losses))
+
+    @torch.no_grad()
+    def _update_average(self, step: int) -> None:
+        decay = min(_EMA_DECAY, step / (step + 10))
+        for name, value in self.model.named_parameters():
+            self.average[name].lerp_(value, 1 - decay)
+
+    def save(self, path: Path) -> None:
+        state: dict[str, Any] = {
+            "model": self.model.state_dict(),
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "generator": self.generator.get_state(),
+            "losses": self.losses,
+            "minutes": self.minutes,
+        }
+        part = path.with_suffix(".part")
+        torch.save(state, part)
+        part.replace(path)  # an interruption while writing leaves the previous checkpoint whole
+
+    def load(self, path: Path) -> None:
+        state = torch.load(path, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.average.update(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.generator.set_state(state["generator"])
+        self.losses, self.minutes = state["losses"], state["minutes"]
+        print(f"resumed at step {len(self.losses)}", flush=True)
+
+
 def train_transformer(
     pipeline: SanaPipeline,
     latents: Tensor,
@@ -120,35 +180,23 @@ def train_transformer(
     Returns:
         Steps, minutes and final loss.
     """
-    model = _Denoiser(pipeline).train()
-    average = {name: value.detach().clone() for name, value in model.named_parameters()}
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=_WEIGHT_DECAY, fused=True
-    )
-    schedule = _schedule(optimizer, settings)
-    generator = torch.Generator().manual_seed(settings.seed)
+    run = _Run(pipeline, settings)
     data = _CaptionedLatents(pipeline, latents, prompts, settings.caption_dropout)
-    losses, minutes_before = _resume(checkpoint, model, average, optimizer, schedule, generator)
-    start = time.monotonic()
-    for step in range(len(losses) + 1, settings.num_steps + 1):
-        loss = _loss(model, data.draw(settings.batch_size, generator), settings.sigma_spread, generator)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        _update_average(average, model, step)
-        losses.append(loss.item())
-        minutes = minutes_before + (time.monotonic() - start) / 60
+    if checkpoint.exists():
+        run.load(checkpoint)
+    start = time.monotonic() - 60 * run.minutes
+    for step in range(len(run.losses) + 1, settings.num_steps + 1):
+        run.step(data.draw(settings.batch_size, run.generator))
+        run.minutes = (time.monotonic() - start) / 60
         if step % _PRINT_EVERY == 0:
-            recent = sum(losses[-_PRINT_EVERY:]) / _PRINT_EVERY
-            print(f"transformer step {step}/{settings.num_steps} loss {recent:.4f} {minutes:.1f} min", flush=True)
+            recent = sum(run.losses[-_PRINT_EVERY:]) / _PRINT_EVERY
+            print(f"transformer step {step}/{settings.num_steps} loss {recent:.4f} {run.minutes:.1f} min", flush=True)
         if step % settings.checkpoint_every == 0 or step == settings.num_steps:
-            _save(checkpoint, model, average, optimizer, schedule, generator, losses, minutes)
-    model.load_state_dict(average, strict=False)
-    model.eval()
-    tail = losses[-max(1, settings.num_steps // 10) :]
-    return TransformerResult(len(losses), _minutes(checkpoint), sum(tail) / len(tail))
+            run.save(checkpoint)
+    run.model.load_state_dict(run.average, strict=False)
+    run.model.eval()
+    tail = run.losses[-max(1, settings.num_steps // 10) :]
+    return TransformerResult(len(run.losses), run.minutes, sum(tail) / len(tail))
 
 
 def load_average(pipeline: SanaPipeline, checkpoint: Path) -> int:
@@ -184,58 +232,3 @@ def _schedule(optimizer: torch.optim.Optimizer, settings: TransformerSettings) -
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=settings.num_warmup_steps)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, decay, eta_min=settings.learning_rate / 100)
     return torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], [settings.num_warmup_steps])
-
-
-@torch.no_grad()
-def _update_average(average: dict[str, Tensor], model: nn.Module, step: int) -> None:
-    decay = min(_EMA_DECAY, step / (step + 10))
-    current = dict(model.named_parameters())
-    torch._foreach_lerp_(list(average.values()), [current[name] for name in average], 1 - decay)
-
-
-def _save(
-    path: Path,
-    model: nn.Module,
-    average: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    generator: torch.Generator,
-    losses: list[float],
-    minutes: float,
-) -> None:
-    state: dict[str, Any] = {
-        "model": model.state_dict(),
-        "average": average,
-        "optimizer": optimizer.state_dict(),
-        "schedule": schedule.state_dict(),
-        "generator": generator.get_state(),
-        "losses": losses,
-        "minutes": minutes,
-    }
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    part.replace(path)
-
-
-def _resume(
-    path: Path,
-    model: nn.Module,
-    average: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    generator: torch.Generator,
-) -> tuple[list[float], float]:
-    if not path.exists():
-        return [], 0.0
-    state = torch.load(path, weights_only=True)
-    model.load_state_dict(state["model"])
-    average.update(state["average"])
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    generator.set_state(state["generator"])
-    print(f"resumed at step {len(state['losses'])}", flush=True)
-    return state["losses"], state["minutes"]
-
-
-def _minutes(path: Path) -> float:
-    return torch.load(path, weights_only=True)["minutes"]
