@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from enum import StrEnum
+from typing import Any, TypeVar
+
+_Choice = TypeVar("_Choice", bound=StrEnum)
 
 
 class FraqatError(Exception):
@@ -47,6 +50,18 @@ class InterruptedRunError(FraqatError):
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def parse_choice(field: str, value: Any, choices: type[_Choice]) -> _Choice:
+    """The member of `choices` that `value` names.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    names = [choice.value for choice in choices]
+    if value not in names:
+        raise config_error(field, value, allowed=", ".join(names), fix="choose one of these")
+    return choices(value)
 
 
 def config_error(field: str, value: Any, *, allowed: str, fix: str) -> ConfigError:

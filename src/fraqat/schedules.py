@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar
 
-from fraqat.errors import config_error
+from fraqat.errors import config_error, parse_choice
 from fraqat.nn import STRICT_KEYS
 from fraqat.numerics import Grid
 
@@ -87,8 +87,8 @@ class ScheduleSpec:
     unit: StageUnit = StageUnit.SHARE
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kind", ScheduleKind(self.kind))
-        object.__setattr__(self, "unit", StageUnit(self.unit))
+        object.__setattr__(self, "kind", parse_choice("schedule.kind", self.kind, ScheduleKind))
+        object.__setattr__(self, "unit", parse_choice("schedule.unit", self.unit, StageUnit))
         object.__setattr__(self, "stages", tuple((float(b), float(n)) for b, n in self.stages))
         if self.kind is ScheduleKind.CUSTOM:
             self._check_stages()
@@ -234,7 +234,7 @@ class LearningRateSpec:
     final_ratio: float = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kind", LearningRateKind(self.kind))
+        object.__setattr__(self, "kind", parse_choice("learning_rate.kind", self.kind, LearningRateKind))
         if not (math.isfinite(self.peak) and self.peak > 0):
             raise config_error("learning_rate.peak", self.peak, allowed="a positive number", fix="try 1e-4")
         if self.warmup_steps < 0:

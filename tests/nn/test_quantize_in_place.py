@@ -533,3 +533,35 @@ def test_pickled_layer_computes_the_same() -> None:
     x = torch.randn(3, 8)
     assert torch.equal(again(x), model(x))
     assert specs_of(again) == specs_of(model)
+
+
+def test_fused_encoder_layers_do_not_skip_quantization() -> None:
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(32, 4, dim_feedforward=64, batch_first=True).eval()
+    x = torch.randn(2, 5, 32)
+    with torch.no_grad():
+        original = encoder(x)
+    quantize_(encoder, QuantSpec(weight=WeightSpec(bits=2)))
+    slow = encoder(x).detach()
+    with torch.no_grad():
+        assert torch.allclose(encoder(x), slow, atol=1e-5)
+        assert not torch.allclose(slow, original, atol=1e-2)
+        unquantize_(encoder)
+        assert torch.allclose(encoder(x), original, atol=1e-5)
+
+
+def test_a_rule_about_training_leaves_skipped_layers_in_float() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    report = quantize_(model, rules=[LayerRule(pattern="0", skip=True), LayerRule(pattern="*", trainable=False)])
+    assert [row.spec is None for row in report.rows] == [True, False]
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_tied_weight_is_frozen_by_either_name() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    quantize_(model, rules=[LayerRule(pattern="1", trainable=False)])
+    assert not model[0].weight.requires_grad
+    assert model[0].bias.requires_grad
+    unquantize_(model)
+    assert model[0].weight.requires_grad

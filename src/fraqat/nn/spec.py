@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from fraqat.errors import config_error
+from fraqat.errors import config_error, parse_choice
 from fraqat.numerics import (
     ACTIVATION_GRANULARITIES,
     WEIGHT_GRANULARITIES,
@@ -51,8 +51,8 @@ class WeightSpec:
     scale_dtype: ScaleDtype = "float32"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "granularity", Granularity(self.granularity))
-        object.__setattr__(self, "range_method", RangeMethod(self.range_method))
+        object.__setattr__(self, "granularity", parse_choice("granularity", self.granularity, Granularity))
+        object.__setattr__(self, "range_method", parse_choice("range_method", self.range_method, RangeMethod))
         _check_granularity("weight.granularity", self.granularity, WEIGHT_GRANULARITIES)
         _check_scale_dtype(self.scale_dtype)
         self.grid(self.bits)
@@ -95,8 +95,8 @@ class ActivationSpec:
     scale_dtype: ScaleDtype = "float32"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "granularity", Granularity(self.granularity))
-        object.__setattr__(self, "range_method", RangeMethod(self.range_method))
+        object.__setattr__(self, "granularity", parse_choice("granularity", self.granularity, Granularity))
+        object.__setattr__(self, "range_method", parse_choice("range_method", self.range_method, RangeMethod))
         _check_granularity("activation.granularity", self.granularity, ACTIVATION_GRANULARITIES)
         _check_scale_dtype(self.scale_dtype)
         if self.static and self.granularity is not Granularity.TENSOR:
@@ -174,6 +174,12 @@ class LayerRule:
             raise config_error(
                 "rule", self.to_text(), allowed="at least one of pattern, module_type, family", fix="add pattern: '*'"
             )
+
+    @property
+    def keeps_spec(self) -> bool:
+        """Whether the rule changes nothing about how a layer is quantized, only whether it trains."""
+        changes = (self.spec, self.weight_bits, self.weight_granularity, self.group_size)
+        return all(c is None for c in (*changes, self.activation_bits, self.activation_granularity))
 
     def to_text(self) -> str:
         """The fields that are set, for messages."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import cast
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from fraqat.nn.layers import QuantizedLayer, has_finite_weight, to_float_, to_qu
 from fraqat.nn.spec import LayerRule, QuantSpec
 from fraqat.table import Table
 
+_FUSED_ATTRIBUTE = "_fraqat_fused_activation"
 _FROZEN_ATTRIBUTE = "_fraqat_frozen_parameters"
 
 
@@ -112,9 +114,8 @@ def quantize_(
         twin = twin_type(module)
         if layer_spec is not None and twin is not None:
             to_quantized_(module, twin, layer_spec)
-    for name, parameter in model.named_parameters():
-        if name in frozen:
-            parameter.requires_grad_(False)
+    _disable_fused_encoders_(model)
+    _set_requires_grad_(model, frozen, False)
     model.__dict__[_FROZEN_ATTRIBUTE] = frozen
     return describe(model, families)
 
@@ -182,10 +183,9 @@ def unquantize_(model: nn.Module) -> int:
     layers = list(quantized_layers(model))
     for _, layer in layers:
         to_float_(layer)
+    _restore_fused_encoders_(model)
     frozen: set[str] = model.__dict__.pop(_FROZEN_ATTRIBUTE, set())
-    for name, parameter in model.named_parameters():
-        if name in frozen:
-            parameter.requires_grad_(True)
+    _set_requires_grad_(model, frozen, True)
     return len(layers)
 
 
@@ -273,7 +273,7 @@ def _plan(
             )
         for name in matched:
             current, is_trainable = plan[name]
-            changed = None if rule.skip else rule.apply(current or spec)
+            changed = None if rule.skip or (current is None and rule.keeps_spec) else rule.apply(current or spec)
             plan[name] = (changed, is_trainable if rule.trainable is None else rule.trainable)
     return plan
 
@@ -294,14 +294,39 @@ def _check_plan(model: nn.Module, plan: dict[str, tuple[QuantSpec | None, bool]]
 
 
 def _parameters_to_freeze(model: nn.Module, families: LayerFamilies, train: str, frozen_layers: list[str]) -> set[str]:
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    outside = {name for name in names if not families.contains(train, name)}
-    if names and len(outside) == len(names):
+    """Names of trainable parameters outside the family `train` or in a frozen layer.
+
+    A tied parameter has several names: it trains if one of them is in the family, and is frozen if one is in a frozen layer.
+    """
+    named = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
+    trained = {id(parameter) for name, parameter in named if families.contains(train, name)}
+    if named and not trained:
         raise config_error("train", train, allowed="a family that this model has", fix="use All, or give its families")
-    for layer in frozen_layers:
-        prefix = f"{layer}." if layer else ""
-        outside |= {name for name in names if name.startswith(prefix)}
-    return outside
+    prefixes = tuple(f"{layer}." if layer else "" for layer in frozen_layers)
+    return {name for name, parameter in named if id(parameter) not in trained or name.startswith(prefixes)}
+
+
+def _set_requires_grad_(model: nn.Module, names: set[str], requires_grad: bool) -> None:
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in names:
+            parameter.requires_grad_(requires_grad)
+
+
+def _disable_fused_encoders_(model: nn.Module) -> None:
+    """`nn.TransformerEncoderLayer` in evaluation has a fused path that reads the weights of its linear layers directly.
+
+    It would skip quantization in silence. Its own switch is an attribute that says which activation can be fused.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and any(True for _ in quantized_layers(module)):
+            module.__dict__.setdefault(_FUSED_ATTRIBUTE, module.activation_relu_or_gelu)
+            module.activation_relu_or_gelu = 0
+
+
+def _restore_fused_encoders_(model: nn.Module) -> None:
+    for module in model.modules():
+        if _FUSED_ATTRIBUTE in module.__dict__:
+            cast(nn.TransformerEncoderLayer, module).activation_relu_or_gelu = module.__dict__.pop(_FUSED_ATTRIBUTE)
 
 
 def _set_bypassed(layers: Iterable[QuantizedLayer], is_bypassed: bool) -> None:
