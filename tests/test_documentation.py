@@ -53,3 +53,10 @@ def test_no_module_reads_a_pickle_or_remote_code() -> None:
         assert "pickle.load" not in text, path
         assert "trust_remote_code=True" not in text, path
         assert not re.search(r"torch\.load\((?![^)]*weights_only=True)", text), path
+
+
+def test_the_examples_run() -> None:
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout

@@ -2,14 +2,17 @@
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderDC
 from torch import Tensor
 
 _LATENT_NOISE = 0.15  # noise that the decoder learns to undo, relative to unit-variance latents
 _STATISTICS_WEIGHT = 0.02
+
+Autoencoder = Any
+"""`diffusers.AutoencoderDC`, whose own annotations leave out what its calls return."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class AutoencoderResult:
 
 
 def train_autoencoder(
-    autoencoder: AutoencoderDC, images: Tensor, test_images: Tensor, *, num_steps: int, batch_size: int, seed: int
+    autoencoder: Autoencoder, images: Tensor, test_images: Tensor, *, num_steps: int, batch_size: int, seed: int
 ) -> AutoencoderResult:
     """Trains the autoencoder in place and sets its scaling factor so that scaled latents have unit variance.
 
@@ -72,7 +75,7 @@ def train_autoencoder(
     return AutoencoderResult(num_steps, (time.monotonic() - start) / 60, psnr_db)
 
 
-def _loss(autoencoder: AutoencoderDC, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _loss(autoencoder: Autoencoder, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     latents = autoencoder.encode(batch.contiguous(memory_format=torch.channels_last)).latent.float()
     variance, mean = torch.var_mean(latents, dim=(0, 2, 3))
     statistics = (variance - 1).square().mean() + mean.square().mean()
@@ -83,7 +86,7 @@ def _loss(autoencoder: AutoencoderDC, batch: Tensor, generator: torch.Generator)
 
 
 @torch.no_grad()
-def encode(autoencoder: AutoencoderDC, images: Tensor, batch_size: int = 512) -> Tensor:
+def encode(autoencoder: Autoencoder, images: Tensor, batch_size: int = 512) -> Tensor:
     """Encodes pictures to latents as the diffusion model sees them (scaled by the model's scaling factor).
 
     Args:
@@ -99,7 +102,7 @@ def encode(autoencoder: AutoencoderDC, images: Tensor, batch_size: int = 512) ->
 
 
 @torch.no_grad()
-def reconstruction_psnr_db(autoencoder: AutoencoderDC, images: Tensor) -> float:
+def reconstruction_psnr_db(autoencoder: Autoencoder, images: Tensor) -> float:
     """Measures how well pictures survive encoding and decoding.
 
     Args:

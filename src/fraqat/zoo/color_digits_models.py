@@ -111,7 +111,7 @@ def build_transformer(caption_channels: int) -> SanaTransformer2DModel:
         mlp_ratio=2.0,
         sample_size=LATENT_SIZE,
         patch_size=1,
-        interpolation_scale=1.0,
+        interpolation_scale=1,
     )
     torch.nn.init.zeros_(transformer.proj_out.weight)
     torch.nn.init.zeros_(transformer.proj_out.bias)

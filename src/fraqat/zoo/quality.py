@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from diffusers import SanaPipeline
@@ -73,13 +74,13 @@ def sample(pipeline: SanaPipeline, prompts: Sequence[str], settings: SamplerSett
     Returns:
         Pictures, [N, 3, 32, 32] float32 in [-1, 1].
     """
-    config = pipeline.transformer.config
+    config, call = pipeline.transformer.config, cast(Any, pipeline)
     shape = (len(prompts), config.in_channels, config.sample_size, config.sample_size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(settings.seed))
     pipeline.set_progress_bar_config(disable=True)
     parts = []
     for start in range(0, len(prompts), batch_size):
-        part = pipeline(
+        part = call(
             prompt=list(prompts[start : start + batch_size]),
             latents=noise[start : start + batch_size],
             num_inference_steps=settings.num_steps,

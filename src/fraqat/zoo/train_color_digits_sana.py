@@ -10,9 +10,9 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from diffusers import AutoencoderDC, SanaPipeline
-from torch import nn
 
 from fraqat.data.color_digits import COLOR_NAMES, compose, held_out_combinations, sample_training_set
 from fraqat.zoo.autoencoder_training import AutoencoderResult, encode, train_autoencoder
@@ -59,7 +59,8 @@ def _trained_autoencoder(pipeline: SanaPipeline, folder: Path) -> AutoencoderRes
     if record.exists():
         saved = AutoencoderDC.from_pretrained(folder)
         pipeline.vae.load_state_dict(saved.state_dict())
-        pipeline.vae.register_to_config(scaling_factor=saved.config.scaling_factor)
+        config: Any = saved.config
+        pipeline.vae.register_to_config(scaling_factor=config.scaling_factor)
         return AutoencoderResult(**json.loads(record.read_text()))
     images, _ = sample_training_set(NUM_AUTOENCODER_IMAGES, seed=SEED)
     test_images = compose(held_out_combinations() * 4, seed=SEED + 1, split="test")
@@ -88,7 +89,7 @@ def write_pipeline(pipeline: SanaPipeline, folder: Path) -> None:
     pipeline.save_pretrained(folder, safe_serialization=True)
 
 
-def trained_parts(pipeline: SanaPipeline) -> tuple[nn.Module, ...]:
+def trained_parts(pipeline: SanaPipeline) -> tuple[Any, ...]:
     """Lists the parts of the pipeline that have weights.
 
     Args:
