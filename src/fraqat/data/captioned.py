@@ -12,6 +12,9 @@ from fraqat.data.color_digits import compose, held_out_combinations, sample_trai
 from fraqat.errors import config_error
 from fraqat.nn import STRICT_KEYS
 
+_PROMPT_STRIDE = 17
+"""Prime, so that the first few prompts differ in digit, colour and ground, and all are used before one repeats."""
+
 
 @dataclass(frozen=True)
 class CaptionedImages:
@@ -81,7 +84,8 @@ def _digits_validation(spec: DataSpec) -> CaptionedImages:
 
 def _digits_prompts(num_prompts: int) -> tuple[str, ...]:
     held_out = held_out_combinations()
-    return tuple(held_out[i % len(held_out)].prompt for i in range(num_prompts))
+    assert len(held_out) % _PROMPT_STRIDE
+    return tuple(held_out[i * _PROMPT_STRIDE % len(held_out)].prompt for i in range(num_prompts))
 
 
 _Source = tuple[
