@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from fraqat import __version__, workflows
 from fraqat.config import Recipe, load_recipe, recipe_names
@@ -174,10 +175,14 @@ def generate(
     steps: Annotated[int | None, typer.Option(help="Sampler steps, instead of the recipe's")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale, instead of the recipe's")] = None,
     overwrite: OverwriteOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Sample images from the student of a run, or from an exported file."""
     changes = {"num_steps": steps, "guidance_scale": guidance}
-    for path in workflows.generate(source, tuple(prompt), out, seed=seed, sampler_changes=changes, overwrite=overwrite):
+    paths = workflows.generate(
+        source, tuple(prompt), out, ConsoleProgress(quiet), seed=seed, sampler_changes=changes, overwrite=overwrite
+    )
+    for path in paths:
         _output.print(str(path), markup=False)
 
 
@@ -245,12 +250,12 @@ def _print_tables(tables: list[Table], as_json: bool, **extra: Any) -> None:
         sys.stdout.write("\n\n".join(str(table) for table in tables) + "\n")
         return
     for table in tables:
-        rich_table = RichTable(title=table.title, title_justify="left", box=None, pad_edge=False)
+        rich_table = RichTable(title=Text(table.title, style="bold"), title_justify="left", box=None, pad_edge=False)
         for i, column in enumerate(table.columns):
             is_number = all(isinstance(row[i], int | float | None) for row in table.rows)
             rich_table.add_column(column, justify="right" if is_number else "left", overflow="fold")
         for cells in table.to_cells():
-            rich_table.add_row(*cells)
+            rich_table.add_row(*(Text(cell) for cell in cells))
         _output.print(rich_table)
         for note in table.notes:
             _output.print(note, style="dim", markup=False)

@@ -13,16 +13,19 @@ from typing import Any, ClassVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fraqat.data.captioned import DataSpec
+from fraqat.data.captioned import IMAGE_SIZES, DataSpec
 from fraqat.distill import TrainSpec
 from fraqat.errors import ConfigError, config_error
 from fraqat.evaluation import EvaluationSpec
 from fraqat.nn import ALL, STRICT_KEYS, ActivationSpec, LayerRule, QuantSpec, WeightSpec
-from fraqat.schedules import ScheduleSpec, StageUnit
+from fraqat.schedules import ScheduleKind, ScheduleSpec, StageUnit
 from fraqat.tasks import ModelSpec, SamplerSpec
 
+ORIGINAL = "original"
+"""The full-precision model's name in tables."""
+
 _BASELINE_SECTIONS = ("quantization", "schedule", "train")
-_SHARED_TRAIN_FIELDS = ("batch_size", "seed", "epochs")
+_SHARED_TRAIN_FIELDS = ("batch_size", "seed", "epochs", "losses")
 # What does not change the trained weights is left out of the fingerprint that a checkpoint must share.
 _TRAINED_SAMPLER_FIELDS = ("timesteps", "max_sequence_length")
 _FREE_TRAIN_FIELDS = ("validate_every", "checkpoint_every", "num_checkpoints_kept", "tensorboard")
@@ -68,18 +71,40 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
-        self.schedule.lengths(self.quantization.weight.bits)
+        target = self.quantization.weight.bits
+        stages = self.schedule.lengths(target)
+        kind = self.schedule.kind
+        if len(stages) == 1 and kind not in (ScheduleKind.CONSTANT, ScheduleKind.CUSTOM):
+            raise config_error(
+                "schedule.kind",
+                kind.value,
+                allowed=f"constant or custom for a target of {target:g} bits, which no named ramp lies above",
+                fix="set kind: constant",
+            )
         if self.train.steps and self.schedule.unit is not StageUnit.EPOCHS:
-            self.schedule.resolve(self.quantization.weight.bits, self.train.steps)
+            self.schedule.resolve(target, self.train.steps)
+        _check_rules(self.quantization)
+        _check_data(self)
         for name in self.baselines:
             self.baseline(name)
         return self
 
+    @property
+    def label(self) -> str:
+        """What the method is called in tables: a baseline's own name, `fraqat`, or what the schedule and steps say."""
+        if "/" in self.name:
+            return self.name.rsplit("/", 1)[-1]
+        if self.train.steps == 0:
+            return "post-training"
+        kind = self.schedule.kind.value
+        return {"fractional": "fraqat", "constant": "constant-width"}.get(kind, f"{kind}-schedule")
+
     def baseline(self, name: str) -> Recipe:
         """The recipe of a baseline: this one with the baseline's own quantization, schedule and training settings.
 
-        Model, data, sampler, seed, batch size and number of steps are shared, so that the comparison is fair; a baseline
-        may only train for 0 steps instead (post-training quantization).
+        Model, data, sampler, loss, seed, batch size and number of steps are shared, so that the comparison is fair; a
+        baseline may only train for 0 steps instead (post-training quantization). A schedule that names its kind replaces the
+        whole section.
 
         Raises:
             ConfigError: An unknown baseline, or one that changes what must be shared.
@@ -87,9 +112,11 @@ class Recipe(BaseModel):
         if name not in self.baselines:
             known = ", ".join(self.baselines) or "none"
             raise config_error("baseline", name, allowed=known, fix="add it to the recipe's baselines")
+        if name in ("", ".", "..", ORIGINAL, self.label) or "/" in name or "\\" in name:
+            raise config_error(
+                "baselines", name, allowed=f"a name without slashes, not {ORIGINAL} or {self.label}", fix="rename it"
+            )
         changes = self.baselines[name]
-        if name in ("", ".", "..") or "/" in name or "\\" in name:
-            raise config_error("baselines", name, allowed="a name without slashes", fix="rename it")
         foreign = sorted(set(changes) - set(_BASELINE_SECTIONS))
         if foreign:
             raise config_error(
@@ -98,20 +125,36 @@ class Recipe(BaseModel):
                 allowed=f"the sections {', '.join(_BASELINE_SECTIONS)}",
                 fix="remove the others",
             )
-        values = self.model_dump(mode="json", exclude={"baselines"}) | {"name": f"{self.name}/{name}"}
-        changed = load_values(_merge(values, changes))
+        try:
+            changed = load_values(self._baseline_values(name, changes))
+        except ConfigError as error:
+            raise ConfigError(f"baselines.{name}: {error}") from None
+        self._check_shared(name, changed)
+        return changed
+
+    def _baseline_values(self, name: str, changes: dict[str, Any]) -> dict[str, Any]:
+        values: dict[str, Any] = self.model_dump(mode="json", exclude={"baselines"})
+        values["name"] = f"{self.name}/{name}"
+        if "kind" in (changes.get("schedule") or {}):
+            values["schedule"] = {}
+        if (changes.get("train") or {}).get("steps") == 0:
+            values["train"]["epochs"] = None
+            values["schedule"] = {"kind": "constant"}
+        return _merge(values, changes)
+
+    def _check_shared(self, name: str, changed: Recipe) -> None:
+        is_untrained = changed.train.steps == 0
         for field_name in _SHARED_TRAIN_FIELDS:
             mine, theirs = getattr(self.train, field_name), getattr(changed.train, field_name)
-            if mine != theirs:
+            if mine != theirs and not (is_untrained and field_name == "epochs"):
                 raise config_error(f"baselines.{name}.train.{field_name}", theirs, allowed=repr(mine), fix="remove it")
-        if changed.train.steps not in (self.train.steps, 0):
+        if not is_untrained and changed.train.steps != self.train.steps:
             raise config_error(
                 f"baselines.{name}.train.steps",
                 changed.train.steps,
                 allowed=f"0 or {self.train.steps}",
                 fix="remove it",
             )
-        return changed
 
     def to_values(self) -> dict[str, Any]:
         """Plain JSON values of every field, defaults included."""
@@ -129,6 +172,40 @@ class Recipe(BaseModel):
         values["sampler"] = {name: values["sampler"][name] for name in _TRAINED_SAMPLER_FIELDS}
         del values["model"]["device"]
         return values
+
+
+def _check_rules(quantization: QuantizationSpec) -> None:
+    """The schedule ends at `weight.bits`: a layer that ends below it would never be trained at its own width."""
+    lowest = quantization.weight.bits
+    for i, rule in enumerate(quantization.rules):
+        bits = [rule.weight_bits, rule.spec.weight.bits if rule.spec else None]
+        below = [b for b in bits if b is not None and b < lowest]
+        if below:
+            raise config_error(
+                f"quantization.rules.{i}.weight_bits",
+                below[0],
+                allowed=f"quantization.weight.bits = {lowest:g}, where the schedule ends, or more",
+                fix="set quantization.weight.bits to the lowest width and raise the other layers by rules",
+            )
+
+
+def _check_data(recipe: Recipe) -> None:
+    if recipe.train.batch_size > recipe.data.num_train:
+        raise config_error(
+            "train.batch_size",
+            recipe.train.batch_size,
+            allowed=f"at most data.num_train = {recipe.data.num_train}",
+            fix="use a smaller batch or more data",
+        )
+    size = IMAGE_SIZES.get(recipe.data.source)
+    wanted = (recipe.sampler.height, recipe.sampler.width)
+    if size is not None and wanted != size:
+        raise config_error(
+            "sampler.height, width",
+            list(wanted),
+            allowed=f"{list(size)}, the size of {recipe.data.source}",
+            fix="set sampler.height and sampler.width",
+        )
 
 
 def load_recipe(source: str, settings: tuple[str, ...] = ()) -> Recipe:
@@ -169,7 +246,10 @@ def _read_yaml(source: str) -> dict[str, Any]:
         if not path.is_file():
             names = ", ".join(recipe_names())
             raise config_error("recipe", source, allowed=f"a YAML file, or one of {names}", fix="correct the path")
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"recipe {source} cannot be read: {error}. Fix: pass a YAML text file.") from None
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -64,6 +64,16 @@ def parse_choice(field: str, value: Any, choices: type[_Choice]) -> _Choice:
     return choices(value)
 
 
+def check_seed(field: str, value: int) -> None:
+    """Refuses a seed that the random generators cannot take.
+
+    Raises:
+        ConfigError: It is negative or 2^31 or more.
+    """
+    if not 0 <= value < 2**31:
+        raise config_error(field, value, allowed="0 to 2^31 - 1", fix="choose another seed")
+
+
 def config_error(field: str, value: Any, *, allowed: str, fix: str) -> ConfigError:
     """Builds the house's error text: `field = value: allowed is ...; fix`."""
     return ConfigError(f"{field} = {value!r} is not possible: allowed is {allowed}. Fix: {fix}.")

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
 from fraqat.errors import OutputError
 
 _TEMPORARY_SUFFIX = ".part"
+_OLD_SUFFIX = ".old"
 
 
 @contextmanager
@@ -43,9 +49,13 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Generator[Path]:
             yield temporary
             _sync_folder(temporary)
             if target.exists():
-                old = _temporary_path(target)
+                old = target.parent / f".{target.name}{_OLD_SUFFIX}"
                 os.replace(target, old)
-                os.replace(temporary, target)
+                try:
+                    os.replace(temporary, target)
+                except OSError:
+                    os.replace(old, target)
+                    raise
                 shutil.rmtree(old)
             else:
                 os.replace(temporary, target)
@@ -85,6 +95,38 @@ def write_json_atomic(path: Path, value: Any) -> None:
     write_text_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file from tensors on any device, tied or not contiguous too.
+
+    Raises:
+        OSError: The disk is full, in the words of the operating system, for `explain_os_errors`.
+    """
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    try:
+        save_file(plain, path, metadata=metadata)
+    except SafetensorError as error:
+        if any(text in str(error) for text in ("No space left", "Disk quota exceeded")):
+            raise OSError(errno.ENOSPC, "No space left on device") from error
+        raise
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Generator[None]:
+    """Keeps other processes out of `folder` while the block runs.
+
+    Raises:
+        OutputError: Another process is at work there.
+    """
+    with explain_os_errors(folder), (folder / ".lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"another process is at work in {folder}: nothing was changed. Fix: wait for it, or choose another folder."
+            ) from None
+        yield
+
+
 def sha256_of(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     with path.open("rb") as stream:
@@ -105,13 +147,23 @@ def explain_os_errors(path: Path) -> Generator[None]:
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise OutputError(f"no permission to write {path}. Fix: choose a folder that you own.") from error
+        if error.errno == errno.EISDIR:
+            raise OutputError(f"{path} is a folder: a file was to be written there. Fix: add a file name.") from error
+        if error.errno == errno.ENOENT:
+            raise OutputError(f"{path} cannot be made: {error.strerror}. Fix: choose another place.") from error
         if error.errno in (errno.ENOTDIR, errno.EEXIST):
             raise OutputError(f"{path} cannot be a folder: a file is in its way. Fix: choose another place.") from error
         raise
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what a killed process left half-written in `folder`."""
+    """Removes what a killed process left half-written in `folder`, and puts back what it was about to replace."""
+    for path in folder.glob(f".*{_OLD_SUFFIX}"):
+        target = folder / path.name.removeprefix(".").removesuffix(_OLD_SUFFIX)
+        if target.exists():
+            shutil.rmtree(path)
+        else:
+            os.replace(path, target)
     for path in folder.glob(f".*{_TEMPORARY_SUFFIX}"):
         if path.is_dir():
             shutil.rmtree(path)

@@ -44,6 +44,20 @@ from fraqat.zoo import zoo_path
         ("baselines.vanilla-qat.train.steps=900", "baselines.vanilla-qat.train.steps = 900 .* allowed is 0 or"),
         ("baselines.vanilla-qat.train.batch_size=1", "baselines.vanilla-qat.train.batch_size = 1"),
         ("novalue", "--set = 'novalue' .* dotted.key=value"),
+        (
+            "quantization.rules=[{pattern: '*', weight_bits: 3}]",
+            r"rules.0.weight_bits = 3.0 .* where the schedule ends",
+        ),
+        ("quantization.rules=[{pattern: '*', skip: true, weight_bits: 8}]", "rule.skip = True .* second rule"),
+        ("train.batch_size=100", "train.batch_size = 100 .* at most data.num_train = 64"),
+        ("sampler.height=48", r"sampler.height, width = \[48, 32\] .* the size of color-digits"),
+        ("sampler.guidance_scale=.inf", "sampler.guidance_scale = inf"),
+        ("evaluation.seed=-1", "evaluation.seed = -1 .* 0 to 2"),
+        ("baselines.dynamic.train.stepz=0", "baselines.dynamic: train.stepz: unknown key"),
+        ("baselines.original={}", "baselines = 'original' .* not original or fraqat"),
+        ("baselines.fraqat={}", "baselines = 'fraqat' .* not original or fraqat"),
+        ("baselines.dynamic.train.losses=[{name: l1}]", "baselines.dynamic.train.losses"),
+        ("quantization.weight.bits=8", "schedule.kind = 'fractional' .* constant or custom for a target of 8 bits"),
     ],
 )
 def test_an_impossible_recipe_is_refused_before_anything_is_written(
@@ -109,6 +123,13 @@ def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def _drop_tensors(path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    save_file({name: tensor for name, tensor in tensors.items() if not name.startswith("proj_out")}, path)
+
+
 def _only_pickle(folder: Path) -> None:
     (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     (folder / "transformer" / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps({}))
@@ -125,6 +146,11 @@ def _only_pickle(folder: Path) -> None:
         (
             lambda f: (f / "vae" / "diffusion_pytorch_model.safetensors").unlink(),
             "has a config.json but no .safetensors",
+        ),
+        (lambda f: (f / "model_index.json").write_text("[1]"), "it holds no mapping of components"),
+        (
+            lambda f: _drop_tensors(f / "transformer" / "diffusion_pytorch_model.safetensors"),
+            "transformer lacks 2 tensors, such as proj_out",
         ),
         (_only_pickle, "is a pickle, which can run any code when it is read: it was not opened"),
     ],
@@ -161,7 +187,7 @@ def test_another_recipe_does_not_touch_a_run(fraqat, own_run) -> None:
     before = {path: path.read_bytes() for path in own_run.path.glob("*.*")}
     done = fraqat("train", "color-digits", "--out", own_run.path, *TINY_ARGUMENTS, "--set", "train.weight_decay=0.1")
     assert done.code == 6
-    assert "holds a run of another recipe: nothing was changed" in done.err
+    assert "holds a run of another recipe (train.weight_decay was 0.0 and is now 0.1): nothing was changed" in done.err
     assert {path: path.read_bytes() for path in own_run.path.glob("*.*")} == before
 
 
@@ -224,7 +250,7 @@ def test_no_permission_to_write_is_said(fraqat, monkeypatch: pytest.MonkeyPatch,
 def test_a_full_disk_while_exporting_keeps_the_old_export(fraqat, own_run, monkeypatch: pytest.MonkeyPatch) -> None:
     from safetensors import SafetensorError
 
-    from fraqat.export import packed
+    from fraqat import files
 
     folder = own_run.path / "export" / "packed"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -232,7 +258,7 @@ def test_a_full_disk_while_exporting_keeps_the_old_export(fraqat, own_run, monke
     def fail(*args, **kwargs) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(packed, "save_file", fail)
+    monkeypatch.setattr(files, "save_file", fail)
     done = fraqat("export", own_run.path, "--overwrite")
     assert done.code == 6
     assert "the disk is full" in done.err
@@ -264,6 +290,106 @@ def test_a_signal_during_training_leaves_a_checkpoint_and_an_exit_code(
     assert json.loads((newest / "manifest.json").read_text())["step"] == 1 + max(
         event["step"] for event in logged if event["event"] == "step"
     )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("train.steps=null", "train.epochs=2"),
+        ("schedule={kind: custom, stages: [[8, 0.5], [4, 0.5]]}",),
+        ("train.steps=null", "schedule={kind: custom, unit: steps, stages: [[8, 3], [4, 5]]}"),
+        ("train.steps=null", "schedule={kind: custom, unit: epochs, stages: [[8, 1], [4, 2]]}"),
+    ],
+)
+def test_every_unit_of_a_schedule_works_with_the_baselines(settings: tuple[str, ...]) -> None:
+    from cli_helpers import TINY
+
+    from fraqat.config import load_recipe
+    from fraqat.workflows import resolve_schedule
+
+    recipe = load_recipe("color-digits", (*TINY, *settings))
+    main = resolve_schedule(recipe, steps_per_epoch=8)
+    vanilla = resolve_schedule(recipe.baseline("vanilla-qat"), 8, main.total_steps)
+    assert main.total_steps == vanilla.total_steps
+    assert len(vanilla) == 1
+    assert resolve_schedule(recipe.baseline("dynamic"), 8, main.total_steps) is None
+
+
+def test_a_binary_recipe_is_refused(fraqat, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_bytes(bytes(range(256)))
+    done = fraqat("train", recipe, "--out", tmp_path / "run")
+    assert done.code == 2
+    assert "cannot be read" in done.err
+
+
+def test_nothing_to_train_is_refused(fraqat, tmp_path: Path) -> None:
+    settings = ["--set", "quantization.train=Attn", "--set", "quantization.rules=[{family: Attn, trainable: false}]"]
+    done = fraqat("train", "color-digits", "--out", tmp_path / "run", *TINY_ARGUMENTS, *settings)
+    assert done.code == 2
+    assert "all frozen" in done.err
+
+
+@pytest.mark.xdist_group("cli")
+def test_a_finished_run_keeps_its_recipe(fraqat, own_run) -> None:
+    before = {name: (own_run.path / name).read_bytes() for name in ("recipe.yaml", "environment.json")}
+    again = fraqat("train", "color-digits", "--out", own_run.path, *TINY_ARGUMENTS, "--set", "sampler.num_steps=7")
+    assert again.code == 0
+    assert "finished already" in again.err
+    assert {name: (own_run.path / name).read_bytes() for name in before} == before
+
+
+@pytest.mark.xdist_group("cli")
+def test_a_full_disk_at_the_very_end_is_said_and_the_run_can_be_finished(
+    fraqat, own_run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors import SafetensorError
+
+    from fraqat import files
+
+    for path in (own_run.student_path, own_run.result_path):
+        path.unlink()
+
+    def fail(*args, **kwargs) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(files, "save_file", fail)
+    done = fraqat("train", "color-digits", "--out", own_run.path, *TINY_ARGUMENTS)
+    assert done.code == 6
+    assert "the disk is full" in done.err
+    monkeypatch.undo()
+
+
+@pytest.mark.xdist_group("cli")
+def test_two_processes_do_not_share_a_run(fraqat, own_run) -> None:
+    from fraqat.files import folder_lock
+
+    with folder_lock(own_run.path):
+        done = fraqat("train", "color-digits", "--out", own_run.path, *TINY_ARGUMENTS)
+    assert done.code == 6
+    assert "another process is at work" in done.err
+
+
+@pytest.mark.xdist_group("cli")
+def test_odd_outputs_are_refused(fraqat, own_run, tmp_path: Path) -> None:
+    done = fraqat("report", own_run.path, "--out", tmp_path, "--overwrite")
+    assert (done.code, "is a folder" in done.err) == (6, True)
+    prompt = ("--prompt", "a red seven on white")
+    assert fraqat("generate", own_run.path, *prompt, "--out", tmp_path / "x.jpg").code == 2
+    assert fraqat("generate", own_run.path, *prompt, "--out", tmp_path / "x.png", "--seed", "-1").code == 2
+    assert fraqat("generate", own_run.path, *prompt, "--out", tmp_path / "x.png", "--guidance", "inf").code == 2
+    own_run.evaluation_path.write_text("{}")
+    done = fraqat("report", own_run.path, "--overwrite")
+    assert done.code == 3
+    assert "evaluation.json lacks" in done.err
+
+
+@pytest.mark.xdist_group("cli")
+def test_an_untrained_baseline_is_named(fraqat, own_run) -> None:
+    shutil.rmtree(own_run.path / "baselines" / "dynamic")
+    done = fraqat("evaluate", own_run.path, "--overwrite", "--num-images", "2")
+    assert done.code == 0
+    assert "baseline dynamic is not trained and left out" in done.err
 
 
 def test_recipes_of_the_package_are_valid() -> None:

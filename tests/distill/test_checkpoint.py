@@ -138,3 +138,43 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".step-00000002.abc.part" / "state.pt").write_bytes(b"half")
     assert make_store(tmp_path).load_latest().step == 1
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_a_damaged_checkpoint_never_pushes_a_good_one_out(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    store.save(10, state(10))
+    store.save(20, state(20))
+    (tmp_path / "step-00000020" / "state.pt").write_bytes(b"no")
+    tight = CheckpointStore(tmp_path, {"a": 1}, 1, lambda text: None)
+    assert tight.load_latest().step == 10
+    tight.save(12, state(12))
+    assert make_store(tmp_path).load_latest().step == 12
+    assert (tmp_path / "damaged-step-00000020").is_dir()
+
+
+def test_a_failed_replacement_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    from fraqat.files import atomic_folder
+
+    target = tmp_path / "x"
+    target.mkdir()
+    (target / "a").write_text("mine")
+    replace = os.replace
+
+    def fail(source, destination) -> None:
+        if Path(destination) == target and str(source).endswith(".part"):
+            raise PermissionError(13, "no")
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OutputError), atomic_folder(target, replace=True) as folder:
+        (folder / "a").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert (target / "a").read_text() == "mine"
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
+    make_store(tmp_path).save(3, state(3))
+    (tmp_path / "step-00000003").rename(tmp_path / ".step-00000003.old")
+    assert make_store(tmp_path).load_latest().step == 3

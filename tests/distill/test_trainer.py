@@ -169,6 +169,24 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_resumes_bitwise(make_dis
     assert_same(weights(resumed), weights(whole))
 
 
+def test_a_signal_in_the_last_step_is_obeyed(make_distiller) -> None:
+    def interrupt(record: StepRecord) -> None:
+        if record.step == 17:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(InterruptedRunError, match="after step 18 of 18"):
+        make_distiller(on_step=interrupt).run()
+    assert make_distiller().run().num_steps == 18
+
+
+def test_a_failure_before_the_first_checkpoint_does_not_promise_one(make_distiller) -> None:
+    distiller = make_distiller()
+    with torch.no_grad():
+        distiller.student[0].bias[0] = float("nan")
+    with pytest.raises(NonFiniteLossError, match="No checkpoint had been written yet"):
+        distiller.run()
+
+
 def test_other_settings_are_refused_with_the_difference(make_distiller) -> None:
     make_distiller(fingerprint={"train": {"steps": 18}, "b": 2}).run()
     with pytest.raises(CheckpointError, match=r"train\.steps was 18 and is now 20"):

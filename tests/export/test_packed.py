@@ -37,6 +37,7 @@ SPECS = {
     "3 bits": WeightSpec(bits=3),
     "8 bits": WeightSpec(bits=8),
     "16 bits": WeightSpec(bits=16),
+    "28 bits": WeightSpec(bits=28),
 }
 
 
@@ -84,6 +85,29 @@ def test_static_activations_come_back(tmp_path: Path) -> None:
     x = torch.randn(5, 64)
     with torch.no_grad():
         assert torch.equal(loaded(x), student(x))
+
+
+def test_an_unbatched_picture_gives_the_same_as_in_the_student(tmp_path: Path) -> None:
+    student = nn.Conv2d(16, 8, 1)
+    holder = nn.Sequential(student)
+    quantize_(holder)
+    write_packed(holder, DESCRIPTION, tmp_path / "p")
+    loaded = load_packed_(nn.Sequential(nn.Conv2d(16, 8, 1)), read_packed(tmp_path / "p"))
+    x = torch.randn(16, 5, 6)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), holder(x))
+
+
+def test_a_student_above_its_final_width_is_refused(tmp_path: Path) -> None:
+    from fraqat import set_bits_
+    from fraqat.errors import ConfigError
+
+    student = build()
+    quantize_(student)
+    set_bits_(student, 8)
+    with pytest.raises(ConfigError, match=r"0\.bits = 8 .* 4, the final width"):
+        write_packed(student, DESCRIPTION, tmp_path / "p")
+    assert not (tmp_path / "p").exists()
 
 
 def test_sizes_are_those_of_the_file(tmp_path: Path) -> None:

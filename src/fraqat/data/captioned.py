@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from fraqat.data.color_digits import compose, held_out_combinations, sample_training_set
-from fraqat.errors import config_error
+from fraqat.data.color_digits import IMAGE_SIZE, compose, held_out_combinations, sample_training_set
+from fraqat.errors import check_seed, config_error
 from fraqat.nn import STRICT_KEYS
 
 _PROMPT_STRIDE = 17
@@ -52,6 +52,7 @@ class DataSpec:
         for name in ("num_train", "num_validation"):
             if getattr(self, name) < 1:
                 raise config_error(f"data.{name}", getattr(self, name), allowed="1 or more", fix="ask for more data")
+        check_seed("data.seed", self.seed)
         if not 0 <= self.caption_dropout < 1:
             raise config_error("data.caption_dropout", self.caption_dropout, allowed="[0, 1)", fix="use 0.1")
 
@@ -91,6 +92,9 @@ def _digits_prompts(num_prompts: int) -> tuple[str, ...]:
 _Source = tuple[
     Callable[[DataSpec], CaptionedImages], Callable[[DataSpec], CaptionedImages], Callable[[int], tuple[str, ...]]
 ]
+
+IMAGE_SIZES: dict[str, tuple[int, int]] = {"color-digits": (IMAGE_SIZE, IMAGE_SIZE)}
+"""Source -> height and width of its pictures, where they are fixed."""
 
 IMAGE_SOURCES: dict[str, _Source] = {"color-digits": (_digits_training, _digits_validation, _digits_prompts)}
 """Source -> training pictures, held-out pictures, held-out prompts."""

@@ -1,6 +1,6 @@
 """Distillation of a quantized student from its full-precision teacher, for any model family."""
 
-from fraqat.distill.checkpoint import CheckpointStore
+from fraqat.distill.checkpoint import CheckpointStore, describe_difference
 from fraqat.distill.log import LOG_FILE, StepRecord, read_log
 from fraqat.distill.losses import LossSpec, distillation_loss
 from fraqat.distill.spec import TrainSpec
@@ -19,6 +19,7 @@ __all__ = [
     "LossSpec",
     "StepRecord",
     "TrainSpec",
+    "describe_difference",
     "distillation_loss",
     "read_log",
     "validation_loss",

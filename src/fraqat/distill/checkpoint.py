@@ -83,17 +83,27 @@ class CheckpointStore:
         """
         remove_leftovers(self.folder)
         folders = self._folders()
+        damaged: list[Path] = []
         for folder in reversed(folders):
             try:
-                return self._load(folder)
+                loaded = self._load(folder)
+                for path in damaged:
+                    _set_aside(path)
+                return loaded
             except _DamagedError as error:
                 self.warn(f"checkpoint {folder.name} is damaged ({error}): trying the one before")
+                damaged.append(folder)
         if folders:
             raise CheckpointError(
                 f"{self.folder}: all {len(folders)} checkpoints are damaged. Fix: restore one from a backup, or delete the "
                 "folder to start from the beginning."
             )
         return None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no checkpoint was written yet."""
+        return not self._folders()
 
     def _load(self, folder: Path) -> LoadedCheckpoint:
         try:
@@ -107,7 +117,7 @@ class CheckpointStore:
             )
         if manifest.get("fingerprint") != self.fingerprint:
             raise CheckpointError(
-                f"{folder} belongs to other settings: {_difference(manifest.get('fingerprint'), self.fingerprint)}. "
+                f"{folder} belongs to other settings: {describe_difference(manifest.get('fingerprint'), self.fingerprint)}. "
                 "Fix: train in a new folder, or use the recipe that made this one."
             )
         path = folder / _STATE_FILE
@@ -138,11 +148,19 @@ def _torch_save(state: dict[str, Any], path: Path) -> None:
             raise
 
 
-def _difference(old: Any, new: Any, path: str = "") -> str:
+def _set_aside(folder: Path) -> None:
+    """Renames a damaged checkpoint, so that it is never counted among the good ones and nothing of it is lost."""
+    target = folder.with_name(f"damaged-{folder.name}")
+    if target.exists():
+        shutil.rmtree(target)
+    folder.rename(target)
+
+
+def describe_difference(old: Any, new: Any, path: str = "") -> str:
     """The first few fields in which two settings differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         parts = [
-            _difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+            describe_difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
             for key in sorted({*old, *new})
             if old.get(key) != new.get(key)
         ]

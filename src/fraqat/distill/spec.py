@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from fraqat.distill.losses import LossSpec
-from fraqat.errors import config_error
+from fraqat.errors import check_seed, config_error
 from fraqat.nn import STRICT_KEYS
 from fraqat.schedules import LearningRateSpec
 
@@ -66,7 +66,7 @@ class TrainSpec:
         _check(
             "train.accumulation", self.accumulation, self.batch_size % self.accumulation == 0, "a divisor of batch_size"
         )
-        _check("train.seed", self.seed, 0 <= self.seed < 2**31, "0 to 2^31 - 1")
+        check_seed("train.seed", self.seed)
         _check("train.losses", self.losses, len(self.losses) > 0, "at least one term")
         _check("train.betas", self.betas, all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
         _check("train.eps", self.eps, self.eps > 0, "more than 0")

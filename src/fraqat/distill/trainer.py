@@ -23,7 +23,7 @@ from fraqat.distill.losses import distillation_loss
 from fraqat.distill.spec import TrainSpec
 from fraqat.distill.task import Batch, DistillTask
 from fraqat.distill.validation import to_device, validation_loss
-from fraqat.errors import InterruptedRunError, NonFiniteLossError
+from fraqat.errors import InterruptedRunError, NonFiniteLossError, config_error
 from fraqat.nn import set_bits_
 from fraqat.schedules import Schedule, Stage
 
@@ -51,7 +51,8 @@ class Distiller:
         folder: Run folder for checkpoints and log.
         fingerprint: Settings that a checkpoint must share to be resumed.
         on_step: Called after every optimizer step, for the progress line.
-        warn: Receives lines that a person should read.
+        say: Receives lines about what happens.
+        warn: Receives lines that a person should not miss.
     """
 
     def __init__(
@@ -65,15 +66,20 @@ class Distiller:
         *,
         fingerprint: dict[str, Any] | None = None,
         on_step: Callable[[StepRecord], None] = lambda record: None,
+        say: Callable[[str], None] = lambda text: None,
         warn: Callable[[str], None] = print,
     ):
         self.task, self.schedule, self.spec, self.folder = task, schedule, spec, folder
         self.teacher = teacher.eval().requires_grad_(False)
         self.student = student
-        self.on_step, self.warn = on_step, warn
+        self.on_step, self.say, self.warn = on_step, say, warn
         self.device = next(student.parameters()).device
         self.store = CheckpointStore(folder / "checkpoints", fingerprint or {}, spec.num_checkpoints_kept, warn)
         trained = [p for p in student.parameters() if p.requires_grad]
+        if not trained:
+            raise config_error(
+                "quantization", "all frozen", allowed="something to train", fix="free a family, or train for 0 steps"
+            )
         self.optimizer = torch.optim.AdamW(
             trained,
             lr=spec.learning_rate.peak,
@@ -99,6 +105,9 @@ class Distiller:
         torch.manual_seed(self.spec.seed)
         self._resume()
         log = RunLog(self.folder, self.step, tensorboard=self.spec.tensorboard)
+        if self.step:
+            log.write_event("resume", self.step)
+            self.say(f"going on from the checkpoint after step {self.step}")
         batches = iter(self.stream)
         self.student.train()
         try:
@@ -113,7 +122,7 @@ class Distiller:
                         log.write_validation(self.step, stage.bits, self.validate())
                     if self.step % self.spec.checkpoint_every == 0 or is_last or guard.signal_number:
                         self._save(log)
-                    if guard.signal_number and not is_last:
+                    if guard.signal_number:
                         self._leave(guard.signal_number)
             return self._finish(log)
         finally:
@@ -238,9 +247,12 @@ class Distiller:
         )
 
     def _fail(self, stage: Stage, where: str, what: str) -> NoReturn:
+        kept = f"The newest checkpoint is kept in {self.store.folder}."
+        if self.store.is_empty:
+            kept = "No checkpoint had been written yet."
         raise NonFiniteLossError(
             f"{what} at step {self.step}, stage {stage.index + 1} of {len(self.schedule)} ({stage.bits:g} bits), first in "
-            f"{where}. The newest checkpoint is kept in {self.store.folder}. Fix: lower train.learning_rate.peak, set "
+            f"{where}. {kept} Fix: lower train.learning_rate.peak, set "
             "train.clip_norm, or train.autocast: none."
         )
 

@@ -14,7 +14,7 @@ VALIDATION_SEED = 20_251_014
 
 @torch.no_grad()
 def validation_loss(task: DistillTask, teacher: nn.Module, student: nn.Module, spec: TrainSpec) -> float:
-    """Mean loss over the task's held-out batches, without autocast, with noise that depends on nothing but the task.
+    """Mean loss over the task's held-out batches, without autocast, with noise that only task and batch size decide.
 
     Args:
         task: Gives the data.

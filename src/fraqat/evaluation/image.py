@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fraqat.errors import config_error
+from fraqat.errors import check_seed, config_error
 from fraqat.evaluation.frechet import frechet_distance
 from fraqat.nn import STRICT_KEYS
 
@@ -39,6 +39,7 @@ class EvaluationSpec:
                 raise config_error(
                     f"evaluation.{name}", getattr(self, name), allowed=f"{least} or more", fix="use more"
                 )
+        check_seed("evaluation.seed", self.seed)
 
 
 class Extractor(Protocol):

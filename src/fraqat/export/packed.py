@@ -17,11 +17,10 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fraqat.errors import ModelError
-from fraqat.files import atomic_folder, sha256_of, write_json_atomic, write_text_atomic
+from fraqat.errors import ModelError, config_error
+from fraqat.files import atomic_folder, save_tensors, sha256_of, write_json_atomic, write_text_atomic
 from fraqat.nn import ActivationSpec, QuantizedLayer, QuantSpec, WeightSpec, quantized_layers, to_packed_
 from fraqat.numerics import QParams, pack_codes, unpack_codes
 
@@ -43,6 +42,7 @@ class ModelDescription:
     config: dict[str, Any]
     base_pipeline: str
     base_revision: str | None = None
+    base_variant: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def write_packed(
     metadata = json.dumps(_metadata(description, layers), separators=(",", ":"))
     with atomic_folder(folder, replace=overwrite) as temporary:
         path = temporary / WEIGHTS_FILE
-        _save(tensors | others, path, metadata)
+        save_tensors(tensors | others, path, {_METADATA_KEY: metadata})
         num_weights = sum(layer.weight.numel() for layer in layers.values())
         num_other_bytes = sum(t.numel() * t.element_size() for t in others.values())
         num_file_bytes = path.stat().st_size
@@ -186,14 +186,21 @@ def _load_layer_(module: nn.Module, name: str, spec: QuantSpec, tensors: dict[st
 
 def _layer_tensors(name: str, layer: QuantizedLayer) -> dict[str, Tensor]:
     quantizer = layer.weight_quantizer
+    if quantizer.bits != quantizer.spec.bits:
+        raise config_error(
+            f"{name}.bits",
+            quantizer.bits,
+            allowed=f"{quantizer.spec.bits:g}, the final width",
+            fix="call set_bits_ first",
+        )
     codes, qparams = quantizer.codes(layer.weight)
     num_bits = quantizer.grid.storage_bits
     rows = codes.flatten(1)
     stored = pack_codes(rows, num_bits) if num_bits <= _MAX_PACKED_BITS else rows
-    scale_dtype = quantizer.spec.rounding_dtype or torch.float32
+    scale_dtype = quantizer.spec.rounding_dtype or qparams.scale.dtype
     tensors = {f"{name}.weight.codes": stored, f"{name}.weight.scale": qparams.scale.to(scale_dtype)}
     if qparams.offset is not None:
-        tensors[f"{name}.weight.offset"] = qparams.offset.float()
+        tensors[f"{name}.weight.offset"] = qparams.offset
     activation = layer.activation_quantizer
     if activation is not None and activation.scale is not None:
         tensors[f"{name}.activation.scale"] = activation.scale
@@ -210,16 +217,6 @@ def _other_tensors(model: nn.Module, layers: dict[str, QuantizedLayer], dtype: t
         for name, t in model.state_dict().items()
         if name not in skipped and not name.startswith(prefixes)
     }
-
-
-def _save(tensors: dict[str, Tensor], path: Path, metadata: str) -> None:
-    contiguous = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    try:
-        save_file(contiguous, path, metadata={_METADATA_KEY: metadata})
-    except SafetensorError as error:
-        if "No space left" in str(error):
-            raise OSError(28, "No space left on device") from error
-        raise
 
 
 def _metadata(description: ModelDescription, layers: dict[str, QuantizedLayer]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ device, training flag and state-dict keys stay what they were, and changing the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
 import torch
@@ -63,10 +64,15 @@ class QuantPointwiseConv(QuantizedLayer, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns y [N, O, H', W'] for input [N, I, H, W] or [I, H, W]."""
-        is_unbatched = input.ndim == 3
-        x, weight = self.quantized_operands(input.unsqueeze(0) if is_unbatched else input)
-        y = self._conv_forward(x, weight, self.bias)
-        return y.squeeze(0) if is_unbatched else y
+        return pointwise_forward(self, self.quantized_operands, input)
+
+
+def pointwise_forward(conv: nn.Conv2d, operands: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> Tensor:
+    """1x1 convolution of [N, I, H, W] or [I, H, W] with the input and weight that `operands` makes of a batched input."""
+    is_unbatched = x.ndim == 3
+    x, weight = operands(x.unsqueeze(0) if is_unbatched else x)
+    y = conv._conv_forward(x, weight, conv.bias)  # pyright: ignore[reportPrivateUsage]
+    return y.squeeze(0) if is_unbatched else y
 
 
 def twin_type(module: nn.Module) -> type[QuantizedLayer] | None:

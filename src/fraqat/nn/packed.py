@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
-from fraqat.nn.layers import QuantizedLayer, QuantLinear, QuantPointwiseConv, twin_type
+from fraqat.nn.layers import QuantizedLayer, QuantLinear, QuantPointwiseConv, pointwise_forward, twin_type
 from fraqat.nn.quantizers import ActivationQuantizer, KeepsBufferDtype
 from fraqat.nn.spec import QuantSpec
 from fraqat.numerics import BlockLayout, QParams, dequantize
@@ -52,9 +53,8 @@ class PackedPointwiseConv(PackedLayer, nn.Conv2d):
     type_name = QuantPointwiseConv.type_name
 
     def forward(self, input: Tensor) -> Tensor:
-        """Returns y [N, O, H', W'] for input [N, I, H, W]."""
-        x, weight = self.operands(input)
-        return self._conv_forward(x, weight, self.bias)
+        """Returns y [N, O, H', W'] for input [N, I, H, W] or [I, H, W]."""
+        return pointwise_forward(self, self.operands, input)
 
 
 _PACKED_TYPES: dict[type[QuantizedLayer], type[PackedLayer]] = {
@@ -83,14 +83,18 @@ def to_packed_(
     layer = cast(PackedLayer, module)
     layer.spec, layer.layout = spec, spec.weight.layout()
     layer.register_buffer("codes", codes)
-    layer.register_buffer("scale", qparams.scale.float())
-    layer.register_buffer("offset", None if qparams.offset is None else qparams.offset.float())
+    layer.register_buffer("scale", _at_least_float32(qparams.scale))
+    layer.register_buffer("offset", None if qparams.offset is None else _at_least_float32(qparams.offset))
     layer.activation_quantizer = None
     if spec.activation is not None:
         layer.activation_quantizer = ActivationQuantizer(spec.activation, twin.channel_axis, codes.device)
         if static_scale is not None:
             layer.activation_quantizer.set_static_(static_scale)
     return layer
+
+
+def _at_least_float32(value: Tensor) -> Tensor:
+    return value if value.dtype == torch.float64 else value.float()
 
 
 def packed_codes(model: nn.Module) -> dict[str, Tensor]:

@@ -175,6 +175,11 @@ class LayerRule:
                 "rule", self.to_text(), allowed="at least one of pattern, module_type, family", fix="add pattern: '*'"
             )
 
+        if self.skip and not self.keeps_spec:
+            raise config_error(
+                "rule.skip", True, allowed="no change of bits in the same rule", fix="write a second rule for the rest"
+            )
+
     @property
     def keeps_spec(self) -> bool:
         """Whether the rule changes nothing about how a layer is quantized, only whether it trains."""
@@ -210,11 +215,9 @@ class LayerRule:
         if self.activation_granularity is not None:
             activation_changes["granularity"] = self.activation_granularity
         if activation_changes and base.activation is None:
+            name, value = next(iter(activation_changes.items()))
             raise config_error(
-                "rule.activation_bits",
-                self.activation_bits,
-                allowed="layers with quantized inputs",
-                fix="give a whole spec",
+                f"rule.activation_{name}", value, allowed="layers with quantized inputs", fix="give a whole spec"
             )
         activation = dataclasses.replace(base.activation, **activation_changes) if base.activation else None
         return QuantSpec(dataclasses.replace(base.weight, **weight_changes), activation)

@@ -13,6 +13,7 @@ from torch import nn
 from fraqat.errors import ConfigError, config_error
 from fraqat.nn.families import ALL, LayerFamilies
 from fraqat.nn.layers import QuantizedLayer, has_finite_weight, to_float_, to_quantized_, twin_type
+from fraqat.nn.packed import PackedLayer
 from fraqat.nn.spec import LayerRule, QuantSpec
 from fraqat.table import Table
 
@@ -352,7 +353,6 @@ def _row(name: str, module: nn.Module, families: LayerFamilies) -> LayerRow:
     parameters = dict(module.named_parameters(recurse=False))
     weight = parameters.get("weight")
     is_quantized = isinstance(module, QuantizedLayer)
-    has_twin = is_quantized or twin_type(module) is not None
     return LayerRow(
         name=name,
         type_name=module.type_name if is_quantized else type(module).__name__,
@@ -361,8 +361,16 @@ def _row(name: str, module: nn.Module, families: LayerFamilies) -> LayerRow:
         spec=module.spec if is_quantized else None,
         is_trainable=any(p.requires_grad for p in parameters.values()),
         num_parameters=sum(p.numel() for p in parameters.values()),
-        reason="" if is_quantized else ("skipped" if has_twin else "not a matrix product"),
+        reason="" if is_quantized else _reason(module),
     )
+
+
+def _reason(module: nn.Module) -> str:
+    if isinstance(module, PackedLayer):
+        return "packed"
+    if twin_type(module) is not None:
+        return "skipped"
+    return "subclass" if isinstance(module, nn.Linear) else "not a matrix product"
 
 
 def _name_hint(names: list[str]) -> str:

@@ -5,8 +5,9 @@ Shape suffixes: N samples, C latent channels, H and W latent height and width, L
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -27,7 +28,7 @@ _ENCODE_BATCH = 256
 class DiffusionTask:
     """Distils the velocity prediction of a flow-matching transformer on encoded pictures.
 
-    Latents and text embeddings are computed once, here.
+    Latents and text embeddings are computed once, when they are first asked for.
 
     Args:
         pipeline: Gives the text encoder, the autoencoder and the transformer's class.
@@ -37,12 +38,18 @@ class DiffusionTask:
 
     def __init__(self, pipeline: DiffusionPipeline, data: DataSpec, sampler: SamplerSpec):
         self.architecture = architecture_of(pipeline.transformer)
-        self.caption_dropout = data.caption_dropout
-        self.sampler = sampler
-        self._train = self._encode(pipeline, load_training_images(data))
-        self._validation = self._encode(pipeline, load_validation_images(data))
+        self.data, self.sampler = data, sampler
+        self._pipeline = pipeline
         empty, empty_mask = encode_prompts(pipeline, [""], sampler)
         self._empty_LD, self._empty_mask_L = empty[0], empty_mask[0]
+
+    @cached_property
+    def _train(self) -> TensorRows:
+        return self._encode(self._pipeline, load_training_images(self.data))
+
+    @cached_property
+    def _validation(self) -> TensorRows:
+        return self._encode(self._pipeline, load_validation_images(self.data))
 
     def train_stream(self, batch_size: int, seed: int) -> ShuffledBatches:
         """Shuffled batches of encoded pictures.
@@ -50,15 +57,18 @@ class DiffusionTask:
         Raises:
             ConfigError: The batch is larger than the data.
         """
-        if batch_size > len(self._train):
+        if batch_size > self.data.num_train:
             raise config_error(
-                "train.batch_size", batch_size, allowed=f"at most data.num_train = {len(self._train)}", fix="use less"
+                "train.batch_size",
+                batch_size,
+                allowed=f"at most data.num_train = {self.data.num_train}",
+                fix="use less",
             )
         return ShuffledBatches(self._train, batch_size, seed)
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Whole batches in the training data."""
-        return max(1, len(self._train) // batch_size)
+        return max(1, self.data.num_train // batch_size)
 
     def validation_batches(self, batch_size: int) -> list[Batch]:
         """The held-out pictures in order."""
@@ -78,7 +88,7 @@ class DiffusionTask:
         if self.sampler.timesteps == "logit_normal":
             sigma_N = torch.sigmoid(torch.randn(num, generator=generator))
         noise_NCHW = torch.randn(latents_NCHW.shape, generator=generator)
-        is_dropped_N = torch.rand(num, generator=generator) < self.caption_dropout
+        is_dropped_N = torch.rand(num, generator=generator) < self.data.caption_dropout
         return {
             "hidden_states": torch.lerp(latents_NCHW, noise_NCHW, sigma_N.view(-1, 1, 1, 1)),
             "timestep": NUM_TRAIN_TIMESTEPS * sigma_N,
@@ -133,6 +143,7 @@ def sample_images(
     *,
     seed: int,
     batch_size: int = 64,
+    on_done: Callable[[int], None] = lambda num_done: None,
 ) -> Tensor:
     """Samples one image per prompt; image i starts from noise of seed `seed + i`, whatever the batch size.
 
@@ -143,6 +154,7 @@ def sample_images(
         sampler: Steps, guidance, size.
         seed: Seed of the first image.
         batch_size: Images computed at a time.
+        on_done: Called with the number of finished images after every batch.
 
     Returns:
         [N, 3, height, width] float32 in [0, 1].
@@ -167,6 +179,7 @@ def sample_images(
                 **arguments,
             )
             parts.append(output.images.float().cpu())
+            on_done(start + len(part))
         return torch.cat(parts)
     finally:
         pipeline.transformer = original

@@ -54,6 +54,7 @@ def load_pipeline(spec: ModelSpec, *, dtype: torch.dtype = torch.float32) -> Dif
             f"model.source = {spec.source!r} cannot be loaded: {_first_line(error)}. Fix: check the name, your network, "
             "`hf auth login` for a gated model, and that the repository has safetensors files."
         ) from error
+    _check_loaded(pipeline, spec.source)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(spec.torch_device)
 
@@ -73,12 +74,25 @@ def check_pipeline_folder(folder: Path) -> None:
         components = json.loads(index.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise ModelError(f"{index} cannot be read: {_first_line(error)}. Fix: copy the model again.") from error
+    if not isinstance(components, dict):
+        raise ModelError(f"{index} cannot be read: it holds no mapping of components. Fix: copy the model again.")
     for name, value in components.items():
         if name.startswith("_") or not isinstance(value, list) or value == [None, None]:
             continue
         if not (folder / name).is_dir():
             raise ModelError(f"{folder}: component {name} is missing. Fix: copy the whole model folder.")
         _check_component(folder / name)
+
+
+def _check_loaded(pipeline: DiffusionPipeline, source: str) -> None:
+    """Weights that no file held stay without data: they are named instead of failing later."""
+    for name, component in pipeline.components.items():
+        if isinstance(component, nn.Module):
+            missing = [key for key, value in component.state_dict().items() if value.is_meta]
+            if missing:
+                raise ModelError(
+                    f"{source}: {name} lacks {len(missing)} tensors, such as {missing[0]}. Fix: copy the model again."
+                )
 
 
 def _check_component(folder: Path) -> None:
@@ -152,15 +166,15 @@ def transformer_description(pipeline: DiffusionPipeline) -> tuple[str, dict[str,
     return type(pipeline.transformer).__name__, json.loads(json.dumps(config))
 
 
-def transformer_file_bytes(folder: Path) -> int:
-    """Bytes of the transformer's safetensors files in a local pipeline folder."""
-    return sum(path.stat().st_size for path in (folder / "transformer").glob("*.safetensors"))
+def transformer_files(folder: Path, variant: str | None) -> list[Path]:
+    """The transformer's safetensors files of one variant in a local pipeline folder."""
+    found = sorted((folder / "transformer").glob("*.safetensors"))
+    named = {path: path.name.removesuffix(".safetensors").split(".")[1:] for path in found}
+    return [path for path, parts in named.items() if (parts[0].split("-")[0] if parts else None) == variant]
 
 
-def stored_dtype(folder: Path) -> str:
-    """Precision of the transformer's weights in a local pipeline folder: `bf16`, `fp32`, ..."""
-    for path in sorted((folder / "transformer").glob("*.safetensors")):
-        with safe_open(path, framework="pt") as stream:
-            name = next(iter(stream.keys()))
-            return {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}.get(stream.get_slice(name).get_dtype(), "float")
-    return "float"
+def stored_dtype(path: Path) -> str:
+    """Precision of the first tensor of a safetensors file: `bf16`, `fp32`, ..."""
+    with safe_open(path, framework="pt") as stream:
+        name = next(iter(stream.keys()))
+        return {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}.get(stream.get_slice(name).get_dtype(), "float")

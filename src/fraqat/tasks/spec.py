@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -77,7 +78,10 @@ class SamplerSpec:
                 raise config_error(
                     f"sampler.{name}", getattr(self, name), allowed="1 or more", fix=f"correct sampler.{name}"
                 )
-        if not self.guidance_scale >= 1:
+        if not 1 <= self.guidance_scale < math.inf:
             raise config_error(
-                "sampler.guidance_scale", self.guidance_scale, allowed="1 or more", fix="use 1 for no guidance"
+                "sampler.guidance_scale",
+                self.guidance_scale,
+                allowed="a finite number of 1 or more",
+                fix="use 1 for no guidance",
             )

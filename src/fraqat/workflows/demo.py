@@ -10,6 +10,7 @@ from fraqat.workflows.evaluating import evaluate, quality_table
 from fraqat.workflows.exporting import check_packed, export
 from fraqat.workflows.progress import Progress
 from fraqat.workflows.reporting import report
+from fraqat.workflows.session import Session
 from fraqat.workflows.training import train
 
 DEMO_RECIPE = "color-digits"
@@ -26,12 +27,14 @@ def demo(out: Path, progress: Progress, settings: tuple[str, ...] = ()) -> tuple
     Returns:
         The tables (quality, export check) and the page's path.
     """
-    run = train(load_recipe(DEMO_RECIPE, settings), out, progress, with_baselines=True)
+    recipe = load_recipe(DEMO_RECIPE, settings)
+    session = Session(recipe)
+    run = train(recipe, out, progress, with_baselines=True, session=session)
     if not run.evaluation_path.exists():
-        evaluate(run, progress)
+        evaluate(run, progress, session=session)
     if not run.export_path("packed").exists():
-        export(run, "packed", progress)
-    check = check_packed(run)
+        export(run, "packed", progress, session=session)
+    check = check_packed(run, session)
     if not run.report_path.exists():
         report(run)
-    return [quality_table(run.read_json(run.evaluation_path), run.recipe()), check], run.report_path
+    return [quality_table(run.read_json(run.evaluation_path), run.recipe().name), check], run.report_path

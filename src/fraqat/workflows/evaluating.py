@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from fraqat.config import Recipe
+from fraqat.config import ORIGINAL
 from fraqat.distill import validation_loss
-from fraqat.errors import OutputError
+from fraqat.errors import ModelError, OutputError
 from fraqat.evaluation import EvaluationSpec, image_quality
 from fraqat.export import PackedSize, write_packed
 from fraqat.files import atomic_folder, write_json_atomic
+from fraqat.nn import quantized_layers, spec_label
 from fraqat.table import Table
 from fraqat.workflows.images import to_png
 from fraqat.workflows.progress import Progress
 from fraqat.workflows.runs import RunFolder
 from fraqat.workflows.session import Session, resolve_source
 
-ORIGINAL = "original"
 NUM_SHOWN = 8
 _COLUMNS = (
     "model",
@@ -40,7 +39,14 @@ _COLUMNS = (
 )
 
 
-def evaluate(run: RunFolder, progress: Progress, *, num_images: int | None = None, overwrite: bool = False) -> Table:
+def evaluate(
+    run: RunFolder,
+    progress: Progress,
+    *,
+    num_images: int | None = None,
+    overwrite: bool = False,
+    session: Session | None = None,
+) -> Table:
     """Samples images of every finished method, compares them with the original's, and writes `evaluation.json`.
 
     Args:
@@ -48,6 +54,7 @@ def evaluate(run: RunFolder, progress: Progress, *, num_images: int | None = Non
         progress: Told what happens.
         num_images: Instead of the recipe's `evaluation.num_images`.
         overwrite: Replace an evaluation that is there.
+        session: Models and data of the run's recipe, if they are loaded already.
 
     Returns:
         The table, original first.
@@ -62,7 +69,9 @@ def evaluate(run: RunFolder, progress: Progress, *, num_images: int | None = Non
     spec = recipe.evaluation
     if num_images is not None:
         spec = dataclasses.replace(spec, num_images=num_images)
-    session = Session(recipe)
+    for name in run.untrained_baselines():
+        progress.warn(f"baseline {name} is not trained and left out: run `fraqat train --baselines` to add it")
+    session = session or Session(recipe)
     prompts = session.held_out_prompts(spec.num_images)
     reference = _sample(session, session.teacher, prompts, spec, ORIGINAL, progress)
     models = [_original_row(session, reference, prompts)]
@@ -77,24 +86,34 @@ def evaluate(run: RunFolder, progress: Progress, *, num_images: int | None = Non
         "num_images": spec.num_images,
         "seed": spec.seed,
         "prompts": list(prompts[:NUM_SHOWN]),
+        "sampler": dataclasses.asdict(recipe.sampler),
+        "losses": [dataclasses.asdict(term) for term in recipe.train.losses],
         "models": models,
     }
     write_json_atomic(run.evaluation_path, evaluation)
-    return quality_table(evaluation, recipe)
+    return quality_table(evaluation, recipe.name)
 
 
-def quality_table(evaluation: dict[str, Any], recipe: Recipe) -> Table:
-    """The table of `evaluation.json`."""
-    rows = tuple(_cells(row) for row in evaluation["models"])
-    sampler = recipe.sampler
-    notes = (
-        f"{evaluation['num_images']} images per model from held-out prompts, {sampler.num_steps} sampler steps, guidance "
-        f"{sampler.guidance_scale:g}, the same prompt and seed in every model.",
-        "Distillation loss: mean squared error to the original's output on held-out data. Frechet: distance to the original's "
-        "images in the features of the colour-digits classifier. PSNR: median over pairs. Digit, colours: share of images that "
-        "show what the prompt says, by the same classifier. Size: transformer file, everything in it.",
-    )
-    return Table(f"Quality of {recipe.name}", _COLUMNS, rows, notes)
+def quality_table(evaluation: dict[str, Any], name: str) -> Table:
+    """The table of `evaluation.json` of the recipe `name`.
+
+    Raises:
+        ModelError: The evaluation lacks something, as one of another version does.
+    """
+    try:
+        rows = tuple(_cells(row) for row in evaluation["models"])
+        sampler, terms = evaluation["sampler"], evaluation["losses"]
+        loss = " + ".join(f"{term['weight']:g} {term['name']}" for term in terms).replace("1 mse", "mean squared error")
+        notes = (
+            f"{evaluation['num_images']} images per model from held-out prompts, {sampler['num_steps']} sampler steps, "
+            f"guidance {sampler['guidance_scale']:g}, the same prompt and seed in every model.",
+            f"Distillation loss: {loss} to the original's output on held-out data. Frechet: distance to the original's "
+            "images in the features of the colour-digits classifier. PSNR: median over pairs. Digit, colours: share of "
+            "images that show what the prompt says, by the same classifier. Size: transformer file, everything in it.",
+        )
+    except (KeyError, TypeError) as error:
+        raise ModelError(f"evaluation.json lacks {error}. Fix: run `fraqat evaluate RUN --overwrite`.") from error
+    return Table(f"Quality of {name}", _COLUMNS, rows, notes)
 
 
 def _cells(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -116,17 +135,16 @@ def _cells(row: dict[str, Any]) -> tuple[Any, ...]:
 def _sample(
     session: Session, model: nn.Module, prompts: tuple[str, ...], spec: EvaluationSpec, label: str, progress: Progress
 ) -> Tensor:
-    start, parts = time.perf_counter(), []
-    for first, part in _batches(prompts, spec.batch_size):
-        parts.append(session.sample(model, part, seed=spec.seed + first, batch_size=spec.batch_size))
-        progress.count(f"sampling {label}", first + len(part), len(prompts))
+    start = time.perf_counter()
+    images = session.sample(
+        model,
+        prompts,
+        seed=spec.seed,
+        batch_size=spec.batch_size,
+        on_done=lambda num_done: progress.count(f"sampling {label}", num_done, len(prompts)),
+    )
     progress.say(f"{label}: {len(prompts)} images in {time.perf_counter() - start:.1f} s")
-    return torch.cat(parts)
-
-
-def _batches(prompts: tuple[str, ...], batch_size: int) -> Iterator[tuple[int, tuple[str, ...]]]:
-    for first in range(0, len(prompts), batch_size):
-        yield first, prompts[first : first + batch_size]
+    return images
 
 
 def _original_row(session: Session, images: Tensor, prompts: tuple[str, ...]) -> dict[str, Any]:
@@ -152,15 +170,13 @@ def _method_row(
     reference: Tensor,
     prompts: tuple[str, ...],
 ) -> dict[str, Any]:
-    recipe = method.recipe()
     result = method.read_json(method.result_path)
     quality = image_quality(images, reference, prompts, session.judge, session.judge)
-    activation = recipe.quantization.activation
     return {
         "model": label,
-        "weights": f"W{recipe.quantization.weight.bits:g}A{activation.bits:g}" if activation else "weights only",
+        "weights": _weights_label(student),
         **dataclasses.asdict(packed_size(session, student)),
-        "validation_loss": validation_loss(session.task, session.teacher, student, recipe.train),
+        "validation_loss": validation_loss(session.task, session.teacher, student, session.recipe.train),
         "quality": dataclasses.asdict(quality),
         "num_steps": result["num_steps"],
         "train_s": result["train_s"],
@@ -173,20 +189,32 @@ def packed_size(session: Session, student: nn.Module) -> PackedSize:
         return write_packed(student, session.description(), Path(folder) / "packed")
 
 
-def _original_bytes(session: Session) -> int:
-    from fraqat.tasks.pipelines import transformer_file_bytes
+def _weights_label(student: nn.Module) -> str:
+    """`W4A8`, or with exceptions `36 W4A8, 1 W4A16`."""
+    counts = Counter(spec_label(layer.spec) for _, layer in quantized_layers(student))
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{num} {label}" for label, num in counts.most_common())
+
+
+def _original_files(session: Session) -> list[Path]:
+    from fraqat.tasks.pipelines import transformer_files
 
     folder = Path(resolve_source(session.recipe.model).source)
-    if folder.is_dir() and (num_bytes := transformer_file_bytes(folder)):
-        return num_bytes
+    return transformer_files(folder, session.recipe.model.variant) if folder.is_dir() else []
+
+
+def _original_bytes(session: Session) -> int:
+    if files := _original_files(session):
+        return sum(path.stat().st_size for path in files)
     return sum(p.numel() * p.element_size() for p in session.teacher.parameters())
 
 
 def _dtype_label(session: Session) -> str:
     from fraqat.tasks.pipelines import stored_dtype
 
-    folder = Path(resolve_source(session.recipe.model).source)
-    return stored_dtype(folder) if folder.is_dir() else session.recipe.model.teacher_dtype
+    files = _original_files(session)
+    return stored_dtype(files[0]) if files else session.recipe.model.teacher_dtype
 
 
 def _write_images(folder: Path, pictures: dict[str, Tensor]) -> None:

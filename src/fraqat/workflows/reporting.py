@@ -12,7 +12,7 @@ from fraqat.files import write_text_atomic
 from fraqat.table import Table
 from fraqat.workflows.evaluating import quality_table
 from fraqat.workflows.inspecting import layers_table
-from fraqat.workflows.runs import RunFolder, method_label
+from fraqat.workflows.runs import RunFolder
 
 
 def report(run: RunFolder, *, out: Path | None = None, overwrite: bool = False) -> Path:
@@ -34,10 +34,11 @@ def report(run: RunFolder, *, out: Path | None = None, overwrite: bool = False) 
         raise OutputError(f"{target} exists already. Fix: pass --overwrite or another --out.")
     recipe, methods = run.recipe(), run.methods()
     evaluation = run.read_json(run.evaluation_path)
+    quality = quality_table(evaluation, recipe.name)
     data = ReportData(
         title=f"FraQAT run: {recipe.name}",
         summary=_summary(recipe, evaluation),
-        quality=quality_table(evaluation, recipe),
+        quality=quality,
         prompts=tuple(evaluation["prompts"]),
         image_rows=_image_rows(run, evaluation),
         curves=tuple(_curve(label, method) for label, method in reversed(methods.items()) if read_log(method.path)),
@@ -52,7 +53,7 @@ def report(run: RunFolder, *, out: Path | None = None, overwrite: bool = False) 
 
 def _summary(recipe: Recipe, evaluation: dict[str, Any]) -> str:
     rows = {row["model"]: row for row in evaluation["models"]}
-    own = rows[method_label(recipe)]
+    own = rows[recipe.label]
     return (
         f"{recipe.model.source} at {own['weights']}: {own['bits_per_weight']:.2f} bits per quantized weight, "
         f"{own['num_file_bytes'] / 1e6:.2f} MB, {own['num_steps']} training steps, "

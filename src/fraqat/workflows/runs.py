@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from fraqat.config import Recipe, load_recipe
+from fraqat.distill import describe_difference
 from fraqat.errors import ModelError, OutputError
 from fraqat.files import explain_os_errors, write_json_atomic, write_text_atomic
 
@@ -55,17 +56,21 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, recipe: Recipe) -> RunFolder:
-        """A new run, or the same run again.
+        """A new run, or the same run again. A finished run keeps its recipe and its record of the environment.
 
         Raises:
             OutputError: The folder holds something else, or a run of another recipe; nothing is changed.
         """
         run = cls(path)
         if (path / "recipe.yaml").is_file():
-            if run.recipe().fingerprint() != recipe.fingerprint():
+            old, new = run.recipe().fingerprint(), recipe.fingerprint()
+            if old != new:
                 raise OutputError(
-                    f"{path} holds a run of another recipe: nothing was changed. Fix: train in a new folder."
+                    f"{path} holds a run of another recipe ({describe_difference(old, new)}): nothing was changed. "
+                    "Fix: train in a new folder."
                 )
+            if run.is_finished:
+                return run
         elif path.exists() and (not path.is_dir() or any(item.name != "baselines" for item in path.iterdir())):
             raise OutputError(f"{path} exists and is no run folder: nothing was changed. Fix: choose a new folder.")
         with explain_os_errors(path):
@@ -94,7 +99,11 @@ class RunFolder:
                 f"{self.path} is not trained to the end. Fix: run `fraqat train` with the same recipe and folder."
             )
         baselines = {name: self.baseline(name) for name in recipe.baselines if self.baseline(name).is_finished}
-        return {**baselines, method_label(recipe): self}
+        return {**baselines, recipe.label: self}
+
+    def untrained_baselines(self) -> list[str]:
+        """Baselines of the recipe that have not been trained to the end here."""
+        return [name for name in self.recipe().baselines if not self.baseline(name).is_finished]
 
     @property
     def is_finished(self) -> bool:
@@ -145,12 +154,6 @@ class RunFolder:
             return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ModelError(f"{path} cannot be read: {error}. Fix: run the command that writes it again.") from error
-
-
-def method_label(recipe: Recipe) -> str:
-    """What the run's own method is called in tables."""
-    kind = recipe.schedule.kind.value
-    return {"fractional": "fraqat", "constant": "constant-width"}.get(kind, f"{kind}-schedule")
 
 
 def environment() -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -100,17 +101,34 @@ class Session:
         from fraqat.tasks.pipelines import transformer_description
 
         class_name, config = transformer_description(self.pipeline)
-        return ModelDescription(class_name, config, self.recipe.model.source, self.recipe.model.revision)
+        model = self.recipe.model
+        return ModelDescription(class_name, config, model.source, model.revision, model.variant)
 
     def held_out_prompts(self, num_prompts: int) -> tuple[str, ...]:
         """Prompts that training never saw."""
         return load_prompts(self.recipe.data, num_prompts)
 
-    def sample(self, transformer: nn.Module, prompts: tuple[str, ...], *, seed: int, batch_size: int) -> Tensor:
+    def sample(
+        self,
+        transformer: nn.Module,
+        prompts: tuple[str, ...],
+        *,
+        seed: int,
+        batch_size: int,
+        on_done: Callable[[int], None] = lambda num_done: None,
+    ) -> Tensor:
         """Images [N, 3, H, W] in [0, 1] of a transformer in this session's pipeline."""
         from fraqat.tasks.diffusion import sample_images
 
-        return sample_images(self.pipeline, transformer, prompts, self.recipe.sampler, seed=seed, batch_size=batch_size)
+        return sample_images(
+            self.pipeline,
+            transformer,
+            prompts,
+            self.recipe.sampler,
+            seed=seed,
+            batch_size=batch_size,
+            on_done=on_done,
+        )
 
 
 class PackedSession:
@@ -142,10 +160,20 @@ class PackedSession:
     @property
     def _model(self) -> ModelSpec:
         description = self.packed.description
-        return ModelSpec(description.base_pipeline, description.base_revision)
+        return ModelSpec(description.base_pipeline, description.base_revision, description.base_variant)
 
-    def sample(self, prompts: tuple[str, ...], sampler: SamplerSpec, *, seed: int, batch_size: int) -> Tensor:
+    def sample(
+        self,
+        prompts: tuple[str, ...],
+        sampler: SamplerSpec,
+        *,
+        seed: int,
+        batch_size: int,
+        on_done: Callable[[int], None] = lambda num_done: None,
+    ) -> Tensor:
         """Images [N, 3, H, W] in [0, 1]."""
         from fraqat.tasks.diffusion import sample_images
 
-        return sample_images(self.pipeline, self.transformer, prompts, sampler, seed=seed, batch_size=batch_size)
+        return sample_images(
+            self.pipeline, self.transformer, prompts, sampler, seed=seed, batch_size=batch_size, on_done=on_done
+        )

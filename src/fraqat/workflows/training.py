@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from fraqat.analysis import layer_errors
 from fraqat.config import Recipe
-from fraqat.distill import Distiller, DistillResult, validation_loss
-from fraqat.files import atomic_file, write_json_atomic
+from fraqat.distill import Batch, Distiller, DistillResult, validation_loss
+from fraqat.files import atomic_file, folder_lock, save_tensors, write_json_atomic
 from fraqat.nn import QuantReport, calibrate_, describe
-from fraqat.schedules import Schedule
+from fraqat.schedules import Schedule, StageUnit
 from fraqat.tasks import architecture_of
 from fraqat.workflows.progress import Progress
-from fraqat.workflows.runs import RunFolder, method_label
+from fraqat.workflows.runs import RunFolder
 from fraqat.workflows.session import Session
 
 
@@ -31,7 +32,14 @@ def plan(recipe: Recipe) -> QuantReport:
     return report
 
 
-def train(recipe: Recipe, folder: Path, progress: Progress, *, with_baselines: bool = False) -> RunFolder:
+def train(
+    recipe: Recipe,
+    folder: Path,
+    progress: Progress,
+    *,
+    with_baselines: bool = False,
+    session: Session | None = None,
+) -> RunFolder:
     """Trains a recipe in a folder, or goes on with it; a finished run is left as it is.
 
     Args:
@@ -39,44 +47,49 @@ def train(recipe: Recipe, folder: Path, progress: Progress, *, with_baselines: b
         folder: The run folder.
         progress: Told what happens.
         with_baselines: Train the recipe's baselines first, each in `baselines/NAME`.
+        session: Models and data of the recipe, if they are loaded already.
 
     Raises:
         FraqatError: See the errors of `Distiller.run` and `RunFolder.create`.
     """
+    recipe = _with_absolute_source(recipe)
     run = RunFolder.create(folder, recipe)
-    session = Session(recipe)
-    if with_baselines:
-        for name in recipe.baselines:
-            _train_one(
-                session,
-                recipe.baseline(name),
-                RunFolder.create(run.baseline(name).path, recipe.baseline(name)),
-                progress,
-            )
-    _train_one(session, recipe, run, progress)
+    session = session or Session(recipe)
+    with folder_lock(run.path):
+        for name in recipe.baselines if with_baselines else ():
+            baseline = recipe.baseline(name)
+            _train_one(session, baseline, RunFolder.create(run.baseline(name).path, baseline), progress)
+        _train_one(session, recipe, run, progress)
     return run
 
 
-def resolve_schedule(recipe: Recipe, steps_per_epoch: int) -> Schedule | None:
-    """The stages of a run; None if it trains nothing (0 steps)."""
+def resolve_schedule(recipe: Recipe, steps_per_epoch: int, shared_steps: int | None = None) -> Schedule | None:
+    """The stages of a run; None if it trains nothing (0 steps).
+
+    Args:
+        recipe: Gives schedule and length.
+        steps_per_epoch: Batches of one pass over the data.
+        shared_steps: Length for a baseline whose own schedule has none, from the run that it is compared with.
+    """
     total = recipe.train.total_steps(steps_per_epoch)
     if total == 0:
         return None
+    if total is None and recipe.schedule.unit is StageUnit.SHARE:
+        total = shared_steps
     return recipe.schedule.resolve(recipe.quantization.weight.bits, total, steps_per_epoch)
 
 
 def _train_one(session: Session, recipe: Recipe, run: RunFolder, progress: Progress) -> None:
-    label = recipe.name if "/" in recipe.name else method_label(recipe)
+    label = recipe.label
     if run.is_finished:
         progress.say(f"{label}: finished already, nothing to do")
         return
     progress.say(f"{label}: preparing model and data")
     task, teacher = session.task, session.teacher
     student, _ = session.new_student(recipe)
-    calibration = task.calibration_batches(recipe.train.calibration_samples, recipe.train.batch_size)
-    if num_calibrated := calibrate_(student, lambda batch: task.predict(student, batch), calibration):
+    if num_calibrated := calibrate_(student, partial(task.predict, student), _calibration_batches(session, recipe)):
         progress.say(f"{label}: static activation ranges of {num_calibrated} layers calibrated")
-    schedule = resolve_schedule(recipe, task.steps_per_epoch(recipe.train.batch_size))
+    schedule = _shared_schedule(session, recipe)
     if schedule is None:
         result = DistillResult(0, 0.0, validation_loss(task, teacher, student, recipe.train))
     else:
@@ -91,6 +104,7 @@ def _train_one(session: Session, recipe: Recipe, run: RunFolder, progress: Progr
             run.path,
             fingerprint=recipe.fingerprint(),
             on_step=progress.step,
+            say=progress.say,
             warn=progress.warn,
         )
         result = distiller.run()
@@ -98,10 +112,28 @@ def _train_one(session: Session, recipe: Recipe, run: RunFolder, progress: Progr
     progress.say(f"{label}: held-out distillation loss {result.validation_loss:.5f}")
 
 
+def _calibration_batches(session: Session, recipe: Recipe) -> Iterator[Batch]:
+    """A generator, so that nothing is encoded for a student without static activations."""
+    yield from session.task.calibration_batches(recipe.train.calibration_samples, recipe.train.batch_size)
+
+
+def _shared_schedule(session: Session, recipe: Recipe) -> Schedule | None:
+    steps_per_epoch = session.task.steps_per_epoch(recipe.train.batch_size)
+    main = resolve_schedule(session.recipe, steps_per_epoch)
+    return resolve_schedule(recipe, steps_per_epoch, main.total_steps if main else None)
+
+
+def _with_absolute_source(recipe: Recipe) -> Recipe:
+    """A model folder is recorded so that it is found from any working directory."""
+    folder = Path(recipe.model.source)
+    if not folder.is_dir():
+        return recipe
+    return recipe.model_copy(update={"model": dataclasses.replace(recipe.model, source=str(folder.resolve()))})
+
+
 def _write_result(session: Session, run: RunFolder, student: nn.Module, result: DistillResult) -> None:
-    state = {name: tensor.detach().contiguous().clone() for name, tensor in student.state_dict().items()}
     with atomic_file(run.student_path) as path:
-        save_file(state, path)
+        save_tensors(student.state_dict(), path)
     write_json_atomic(run.layers_path, _layer_rows(session, student))
     write_json_atomic(run.result_path, dataclasses.asdict(result))
 
