@@ -108,6 +108,9 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
         if any(text in str(error) for text in ("No space left", "Disk quota exceeded")):
             raise OSError(errno.ENOSPC, "No space left on device") from error
         raise
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)  # safetensors makes files that only their owner can read
 
 
 @contextmanager
