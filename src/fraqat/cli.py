@@ -139,7 +139,7 @@ def train(
     settings: SetOption = None,
     baselines: Annotated[bool, typer.Option("--baselines", help="Train the recipe's baselines too")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved recipe and the layers, train nothing")
+        bool, typer.Option("--dry-run", help="Print the resolved recipe, the stages and the layers, train nothing")
     ] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -226,12 +226,13 @@ def inspect(
 
 
 def _print_dry_run(recipe: Recipe, as_json: bool) -> None:
-    layers = workflows.plan(recipe).to_table()
+    stages, layers = workflows.stages(recipe), workflows.plan(recipe).to_table()
     if as_json:
-        sys.stdout.write(json.dumps({"recipe": recipe.to_values(), "layers": layers.to_json()}, indent=2) + "\n")
+        values = {"recipe": recipe.to_values(), "stages": stages.to_json(), "layers": layers.to_json()}
+        sys.stdout.write(json.dumps(values, indent=2) + "\n")
         return
     sys.stdout.write(recipe.to_yaml() + "\n")
-    _print_tables([layers], as_json)
+    _print_tables([stages, layers], as_json)
 
 
 def _result_table(run: RunFolder) -> Table:

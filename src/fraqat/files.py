@@ -50,6 +50,8 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Generator[Path]:
             _sync_folder(temporary)
             if target.exists():
                 old = target.parent / f".{target.name}{_OLD_SUFFIX}"
+                if old.exists():  # of a process that was killed after its own replacement
+                    shutil.rmtree(old)
                 os.replace(target, old)
                 try:
                     os.replace(temporary, target)

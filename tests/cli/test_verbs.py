@@ -154,6 +154,9 @@ def test_dry_run_prints_recipe_and_layers_and_writes_nothing(fraqat, tmp_path: P
     done = fraqat("train", "color-digits", "--out", tmp_path / "run", "--dry-run", "--json", "--set", "train.steps=50")
     result = json.loads(done.out)
     assert result["recipe"]["train"]["steps"] == 50
+    own = [row for row in result["stages"]["rows"] if row["method"] == "fraqat"]
+    assert [row["bits"] for row in own] == [8, 7, 6, 5.5, 5, 4.75, 4.5, 4.25, 4]
+    assert sum(row["steps"] for row in own) == 50
     assert any(row["bits"] == "W4A16" for row in result["layers"]["rows"])
     assert not (tmp_path / "run").exists()
     text = fraqat("train", "color-digits", "--out", tmp_path / "run", "--dry-run").out

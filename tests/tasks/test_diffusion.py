@@ -148,3 +148,22 @@ def test_too_large_a_batch_is_refused(task: DiffusionTask) -> None:
 def test_impossible_samplers_are_refused(values, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         SamplerSpec(**values)
+
+
+def test_a_hub_id_that_cannot_be_had_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers import DiffusionPipeline
+
+    from fraqat.errors import ModelError
+
+    seen: dict[str, object] = {}
+
+    def offline(source: str, **arguments: object) -> None:
+        seen.update(arguments, source=source)
+        raise OSError("nobody/nothing is not a valid model identifier\nmore")
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", offline)
+    with pytest.raises(ModelError, match=r"'nobody/nothing' cannot be loaded: .* Fix: check the name, your network"):
+        load_pipeline(ModelSpec("nobody/nothing", revision="abc", variant="fp16"))
+    assert seen["use_safetensors"] is True
+    assert seen["trust_remote_code"] is False
+    assert (seen["revision"], seen["variant"]) == ("abc", "fp16")

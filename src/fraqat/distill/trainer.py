@@ -120,10 +120,13 @@ class Distiller:
                     is_last = self.step == self.schedule.total_steps
                     if self.step % self.spec.validate_every == 0 and not is_last:
                         log.write_validation(self.step, stage.bits, self.validate())
-                    if self.step % self.spec.checkpoint_every == 0 or is_last or guard.signal_number:
+                    signal_number = guard.signal_number  # read once: one that comes now is obeyed after the next step
+                    if self.step % self.spec.checkpoint_every == 0 or is_last or signal_number:
                         self._save(log)
-                    if guard.signal_number:
-                        self._leave(guard.signal_number)
+                    if signal_number:
+                        self._leave(signal_number)
+                if guard.signal_number:
+                    self._leave(guard.signal_number)
             return self._finish(log)
         finally:
             log.close()

@@ -8,7 +8,7 @@ from fraqat.workflows.progress import Progress, SilentProgress
 from fraqat.workflows.reporting import report
 from fraqat.workflows.runs import RunFolder
 from fraqat.workflows.session import PackedSession, Session
-from fraqat.workflows.training import plan, resolve_schedule, train
+from fraqat.workflows.training import plan, resolve_schedule, stages, train
 
 __all__ = [
     "FORMATS",
@@ -27,5 +27,6 @@ __all__ = [
     "quality_table",
     "report",
     "resolve_schedule",
+    "stages",
     "train",
 ]

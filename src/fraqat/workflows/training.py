@@ -17,6 +17,7 @@ from fraqat.distill import Batch, Distiller, DistillResult, validation_loss
 from fraqat.files import atomic_file, folder_lock, save_tensors, write_json_atomic
 from fraqat.nn import QuantReport, calibrate_, describe
 from fraqat.schedules import Schedule, StageUnit
+from fraqat.table import Table
 from fraqat.tasks import architecture_of
 from fraqat.workflows.progress import Progress
 from fraqat.workflows.runs import RunFolder
@@ -30,6 +31,22 @@ def plan(recipe: Recipe) -> QuantReport:
     for name in recipe.baselines:
         session.new_student(recipe.baseline(name))
     return report
+
+
+def stages(recipe: Recipe) -> Table:
+    """The stages of a recipe and of its baselines, for a dry run; loads nothing."""
+    steps_per_epoch = max(1, recipe.data.num_train // recipe.train.batch_size)
+    main = resolve_schedule(recipe, steps_per_epoch)
+    shared_steps = main.total_steps if main else None
+    rows: list[tuple[object, ...]] = []
+    for method in (*(recipe.baseline(name) for name in recipe.baselines), recipe):
+        schedule = resolve_schedule(method, steps_per_epoch, shared_steps)
+        if schedule is None:
+            rows.append((method.label, None, method.quantization.weight.bits, 0, None))
+            continue
+        rate = method.train.learning_rate
+        rows += [(method.label, s.index + 1, s.bits, s.num_steps, rate.at(s.first_step, schedule)) for s in schedule]
+    return Table("Stages", ("method", "stage", "bits", "steps", "learning rate at its start"), tuple(rows))
 
 
 def train(
