@@ -68,3 +68,11 @@ def test_row_of_another_length_is_our_own_bug() -> None:
 
 def test_cells_are_text() -> None:
     assert Table("T", ("a", "b"), ((1, None), (2.5, True))).to_cells() == [["1", "-"], ["2.5", "yes"]]
+
+
+def test_transposing_turns_columns_into_rows_and_keeps_the_text() -> None:
+    table = Table("t", ("model", "loss", "n"), (("a", 0.5, 20_000), ("b", None, 3)), ("note",))
+    turned = table.transposed()
+    assert turned.columns == ("model", "a", "b")
+    assert turned.rows == (("loss", "0.5", "-"), ("n", "20,000", "3"))
+    assert (turned.title, turned.notes) == ("t", ("note",))

@@ -251,15 +251,26 @@ def _print_tables(tables: list[Table], as_json: bool, **extra: Any) -> None:
         sys.stdout.write("\n\n".join(str(table) for table in tables) + "\n")
         return
     for table in tables:
-        rich_table = RichTable(title=Text(table.title, style="bold"), title_justify="left", box=None, pad_edge=False)
+        table = _fitted(table, _output.width)
+        rich_table = RichTable(
+            title=Text(table.title, style="bold"), title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+        )
         for i, column in enumerate(table.columns):
             is_number = all(isinstance(row[i], int | float | None) for row in table.rows)
-            rich_table.add_column(column, justify="right" if is_number else "left", overflow="fold")
+            rich_table.add_column(column, justify="right" if is_number else "left", no_wrap=True)
         for cells in table.to_cells():
             rich_table.add_row(*(Text(cell) for cell in cells))
         _output.print(rich_table)
         for note in table.notes:
             _output.print(note, style="dim", markup=False)
+
+
+def _fitted(table: Table, width: int) -> Table:
+    """The table, or its transposed form where only that fits a narrow terminal."""
+    gaps = 2 * (len(table.columns) - 1)
+    if sum(table.widths()) + gaps <= width or len(table.rows) >= len(table.columns):
+        return table
+    return table.transposed()
 
 
 def _duration(seconds: float) -> str:

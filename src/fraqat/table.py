@@ -32,9 +32,19 @@ class Table:
         """Every value as people read it."""
         return [[format_value(value) for value in row] for row in self.rows]
 
+    def widths(self) -> list[int]:
+        """Characters that each column needs."""
+        cells = [list(self.columns), *self.to_cells()]
+        return [max(len(row[i]) for row in cells) for i in range(len(self.columns))]
+
+    def transposed(self) -> Table:
+        """Columns as rows: for a table of few rows that is wider than the place it is shown in."""
+        head, *rest = zip(*([self.columns, *self.to_cells()]), strict=True)
+        return Table(self.title, tuple(head), tuple(rest), self.notes)
+
     def __str__(self) -> str:
         cells = [list(self.columns), *self.to_cells()]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(self.columns))]
+        widths = self.widths()
         is_number = [all(isinstance(row[i], int | float | None) for row in self.rows) for i in range(len(widths))]
 
         def line(row: list[str]) -> str:

@@ -190,11 +190,10 @@ def packed_size(session: Session, student: nn.Module) -> PackedSize:
 
 
 def _weights_label(student: nn.Module) -> str:
-    """`W4A8`, or with exceptions `36 W4A8, 1 W4A16`."""
+    """What most layers are, then the exceptions with their number: `W4A8`, or `W4A8, 1 W4A16`."""
     counts = Counter(spec_label(layer.spec) for _, layer in quantized_layers(student))
-    if len(counts) == 1:
-        return next(iter(counts))
-    return ", ".join(f"{num} {label}" for label, num in counts.most_common())
+    (usual, _), *others = counts.most_common()
+    return ", ".join([usual, *(f"{num} {label}" for label, num in others)])
 
 
 def _original_files(session: Session) -> list[Path]:
