@@ -19,6 +19,7 @@ from fraqat.numerics import (
     QParams,
     RangeMethod,
     choose_qparams,
+    covers_every_value,
     dequantize,
     fake_quantize,
     quantize,
@@ -479,3 +480,30 @@ def test_wider_grid_has_a_smaller_step(low: float, high: float, seed: int) -> No
     x = random_tensor(seed)
     coarse, fine = (choose_qparams(x, Grid(b), ROWS, RangeMethod.MAX_ABS).scale for b in (low, high))
     assert torch.all(fine <= coarse)
+
+
+@given(
+    bits=st.integers(2, 16),
+    seed=st.integers(0, 10_000),
+    exponent=st.integers(-120, 30),
+    layout=st.sampled_from([BlockLayout(Granularity.TENSOR), BlockLayout(Granularity.TOKEN)]),
+)
+def test_a_scale_that_covers_every_value_clips_none(bits: int, seed: int, exponent: int, layout: BlockLayout) -> None:
+    grid = Grid(bits)
+    assert covers_every_value(grid, RangeMethod.MAX_ABS)
+    generator = torch.Generator().manual_seed(seed)
+    x = (torch.randn(8, 16, generator=generator) * 2.0**exponent).requires_grad_(True)
+    qparams = choose_qparams(x.detach(), grid, layout, RangeMethod.MAX_ABS)
+    clipped = fake_quantize(x, qparams, grid, layout)
+    free = fake_quantize(x, qparams, grid, layout, can_clip=False)
+    assert torch.equal(clipped, free)
+    weight = torch.randn(8, 16, generator=generator)
+    gradients = [torch.autograd.grad((y * weight).sum(), x)[0] for y in (clipped, free)]
+    assert torch.equal(gradients[0], gradients[1])
+
+
+def test_other_scales_may_clip() -> None:
+    assert not covers_every_value(Grid(5.5), RangeMethod.MAX_ABS)
+    assert not covers_every_value(Grid(8), RangeMethod.MSE)
+    assert not covers_every_value(Grid(8), RangeMethod.MAX_ABS, scale_dtype=torch.bfloat16)
+    assert not covers_every_value(Grid(8, symmetric=False), RangeMethod.MIN_MAX)

@@ -17,6 +17,7 @@ from fraqat.numerics import (
     RangeMethod,
     RunningStatistics,
     choose_qparams,
+    covers_every_value,
     fake_quantize,
     mse_clip_ratio,
     qparams_from_range,
@@ -141,6 +142,8 @@ class ActivationQuantizer(KeepsBufferDtype):
         self.spec = spec
         self.grid = spec.grid()
         self.layout = spec.layout(channel_axis)
+        is_covered = covers_every_value(self.grid, spec.range_method, scale_dtype=spec.rounding_dtype)
+        self.can_clip = spec.static or not is_covered
         self.statistics: RunningStatistics | None = None
         self.is_bypassed = False
         self.is_calibrated = not spec.static
@@ -201,7 +204,7 @@ class ActivationQuantizer(KeepsBufferDtype):
         qparams = choose_qparams(
             x.detach(), self.grid, self.layout, self.spec.range_method, scale_dtype=self.spec.rounding_dtype
         )
-        return fake_quantize(x, qparams, self.grid, self.layout)
+        return fake_quantize(x, qparams, self.grid, self.layout, can_clip=self.can_clip)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -43,7 +43,9 @@ def dequantize(codes: Tensor, qparams: QParams, layout: BlockLayout, dtype: torc
     return layout.join(decode(blocks, qparams), tuple(codes.shape)).to(dtype)
 
 
-def fake_quantize(tensor: Tensor, qparams: QParams, levels: Levels, layout: BlockLayout) -> Tensor:
+def fake_quantize(
+    tensor: Tensor, qparams: QParams, levels: Levels, layout: BlockLayout, *, can_clip: bool = True
+) -> Tensor:
     """dequantize(quantize(x)) in floating point, differentiable by the straight-through estimator.
 
     Args:
@@ -51,6 +53,8 @@ def fake_quantize(tensor: Tensor, qparams: QParams, levels: Levels, layout: Bloc
         qparams: Scale and zero point; constants for autograd.
         levels: A `Grid`, or its numbers as 0-dim tensors.
         layout: Which elements share a scale.
+        can_clip: False promises that no code falls outside [qmin, qmax]: see `covers_every_value`. It changes no result and
+            saves the clipping, its mask and their memory.
 
     Returns:
         Values on the grid, shape and dtype of `tensor`.
@@ -64,7 +68,7 @@ def fake_quantize(tensor: Tensor, qparams: QParams, levels: Levels, layout: Bloc
     """
     blocks = layout.split(tensor)
     compute_dtype = _compute_dtype(tensor, levels)
-    output = _FakeQuantize.apply(blocks, _cast(qparams, compute_dtype), levels, compute_dtype)
+    output = _FakeQuantize.apply(blocks, _cast(qparams, compute_dtype), levels, compute_dtype, can_clip)
     return layout.join(output, tuple(tensor.shape))
 
 
@@ -79,16 +83,22 @@ def code_dtype(grid: Grid) -> torch.dtype:
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, blocks: Tensor, qparams: QParams, levels: Levels, compute_dtype: torch.dtype) -> Tensor:
-        rounded = round_to_codes(blocks.to(compute_dtype), qparams)
-        codes = clamp_codes(rounded, levels)
-        ctx.save_for_backward(codes == rounded)
+    def forward(
+        ctx: Any, blocks: Tensor, qparams: QParams, levels: Levels, compute_dtype: torch.dtype, can_clip: bool
+    ) -> Tensor:
+        codes = round_to_codes(blocks.to(compute_dtype), qparams)
+        ctx.can_clip = can_clip
+        if can_clip:
+            rounded, codes = codes, clamp_codes(codes, levels)
+            ctx.save_for_backward(codes == rounded)
         return decode(codes, qparams).to(blocks.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
+        if not ctx.can_clip:
+            return grad_outputs[0], None, None, None, None
         (is_inside,) = ctx.saved_tensors
-        return grad_outputs[0] * is_inside, None, None, None
+        return grad_outputs[0] * is_inside, None, None, None, None
 
 
 def _compute_dtype(tensor: Tensor, levels: Levels) -> torch.dtype:

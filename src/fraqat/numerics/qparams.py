@@ -186,6 +186,16 @@ def mse_clip_ratio(
     return best_ratio
 
 
+def covers_every_value(grid: Grid, method: RangeMethod, *, scale_dtype: torch.dtype | None = None) -> bool:
+    """Whether a scale measured on the same values by `method` can clip none of them.
+
+    True for max-abs on a symmetric grid of whole bits up to 16: max / (max / qmax) rounds to qmax, since both divisions
+    together err by less than 2^-22. A fractional width, a rounded scale or another method may clip.
+    """
+    is_whole = float(grid.bits).is_integer() and 2 <= grid.bits <= 16
+    return method is RangeMethod.MAX_ABS and grid.symmetric and is_whole and scale_dtype is None
+
+
 def encode(blocks: Tensor, qparams: QParams, levels: Levels) -> Tensor:
     """clamp(round((x - offset) / scale) + zero_point, qmin, qmax), codes as floats. Ties round to even."""
     return clamp_codes(round_to_codes(blocks, qparams), levels)
