@@ -107,7 +107,7 @@ def test_families_cover_the_blocks(pipeline) -> None:
     assert families["transformer_blocks.0.attn2.to_out.0"] == "Attn"
     assert families["transformer_blocks.0.ff.conv_inverted"] == "FF"
     assert families["time_embed.linear"] == "-"
-    assert families[architecture.last_layer] == "-"
+    assert families["proj_out"] == "-"
 
 
 @pytest.mark.parametrize(("family", "trained"), [("FF", ".ff."), ("Attn", ".attn"), ("TF", "transformer_blocks.")])

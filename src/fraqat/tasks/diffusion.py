@@ -37,7 +37,6 @@ class DiffusionTask:
     """
 
     def __init__(self, pipeline: DiffusionPipeline, data: DataSpec, sampler: SamplerSpec):
-        self.architecture = architecture_of(pipeline.transformer)
         self.data, self.sampler = data, sampler
         self._pipeline = pipeline
         empty, empty_mask = encode_prompts(pipeline, [""], sampler)

@@ -23,13 +23,11 @@ class Architecture:
 
     Args:
         families: Layer families FF, Attn and TF as name patterns.
-        last_layer: Name of the output projection, W4A16 in the paper's deployed model.
         call_arguments: Arguments of the pipeline's call that make it sample the size asked for, from the prompt as given.
         encode_arguments: Arguments of the pipeline's `encode_prompt`.
     """
 
     families: LayerFamilies
-    last_layer: str
     call_arguments: Mapping[str, Any] = field(default_factory=dict)
     encode_arguments: Mapping[str, Any] = field(default_factory=dict)
 
@@ -48,7 +46,6 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
                     }
                 )
             ),
-            last_layer="proj_out",
             call_arguments=MappingProxyType({"use_resolution_binning": False, **_PROMPT_AS_GIVEN}),
             encode_arguments=_PROMPT_AS_GIVEN,
         ),
@@ -67,6 +64,6 @@ def architecture_of(transformer: object) -> Architecture:
         known = ", ".join(ARCHITECTURES)
         raise ModelError(
             f"transformer class {name} is not supported yet: allowed is {known}. Fix: add an entry for {name} to "
-            "ARCHITECTURES in fraqat/tasks/families.py with its layer families, last layer and call arguments."
+            "ARCHITECTURES in fraqat/tasks/families.py with its layer families and call arguments."
         )
     return ARCHITECTURES[name]
