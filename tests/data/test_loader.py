@@ -7,9 +7,10 @@ import itertools
 import pytest
 import torch
 
-from fraqat.data.captioned import DataSpec, load_prompts
+from fraqat.data.captioned import DataSpec, held_out_prompts
 from fraqat.data.color_digits import held_out_combinations
-from fraqat.data.loader import ShuffledBatches, TensorRows
+from fraqat.data.loader import RowSource, ShuffledBatches, TensorRows
+from fraqat.errors import ConfigError
 
 
 def rows(num: int = 10) -> TensorRows:
@@ -56,9 +57,21 @@ def test_batches_leave_the_global_generator_alone() -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_a_row_source_hands_out_both_sides_in_the_parts_of_a_task() -> None:
+    source = RowSource(rows(10), rows(4))
+    assert source.num_train == 10 and source.steps_per_epoch(3) == 3 and source.steps_per_epoch(20) == 1
+    assert [batch["i"].tolist() for batch in source.validation_batches(3)] == [[0, 1, 2], [3]]
+    assert source.first_rows(2).columns["i"].tolist() == [0, 1]
+    assert take(source.train_stream(5, seed=0), 4) == take(ShuffledBatches(rows(10), 5, seed=0), 4)
+    with pytest.raises(
+        ConfigError, match=r"train.batch_size = 11 .* allowed is at most data.num_train = 10. Fix: use less"
+    ):
+        source.train_stream(11, seed=0)
+
+
 def test_prompts_are_held_out_varied_and_all_used_before_one_repeats() -> None:
     num = len(held_out_combinations())
-    prompts = load_prompts(DataSpec(), 2 * num)
+    prompts = held_out_prompts(DataSpec(), 2 * num)
     assert len(set(prompts[:num])) == num
     assert prompts[num:] == prompts[:num]
     assert len({prompt.split()[1] for prompt in prompts[:8]}) >= 5

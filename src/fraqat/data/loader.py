@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from fraqat.data.bad_samples import BadSamples
+from fraqat.data.samples import Outcome, Sample, SampleSet, Ticket, TicketOrder
+from fraqat.errors import CheckpointError, ConfigError, config_error
+
+
+class BatchStream(Protocol):
+    """Endless batches whose position can be saved."""
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts the position back; call it before iterating."""
+        ...
+
+
+class Rows(Protocol):
+    """Rows that can be had by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]: ...
 
 
 class TensorRows(Dataset[dict[str, Tensor]]):
@@ -29,6 +56,10 @@ class TensorRows(Dataset[dict[str, Tensor]]):
         starts = range(0, len(self), batch_size)
         return [{name: column[i : i + batch_size] for name, column in self.columns.items()} for i in starts]
 
+    def first(self, num_rows: int) -> TensorRows:
+        """The first rows, all of them where there are fewer."""
+        return TensorRows({name: column[:num_rows] for name, column in self.columns.items()})
+
 
 class ShuffledBatches:
     """Endless batches of whole size, every row once per epoch, in an order that only `seed` decides.
@@ -39,19 +70,11 @@ class ShuffledBatches:
         seed: Decides the order of every epoch.
     """
 
-    def __init__(self, rows: TensorRows, batch_size: int, seed: int):
-        with warnings.catch_warnings():
-            # torchdata 0.11 calls torch.set_vital, which torch 2.13 deprecates; nothing a user could do about it.
-            warnings.filterwarnings("ignore", message=".*set_vital.*", category=UserWarning)
-            from torchdata.stateful_dataloader import StatefulDataLoader
-            from torchdata.stateful_dataloader.sampler import RandomSampler
+    def __init__(self, rows: Rows, batch_size: int, seed: int):
+        from torchdata.stateful_dataloader.sampler import RandomSampler
 
-            sampler = RandomSampler(rows, generator=torch.Generator().manual_seed(seed))
-            # A generator of its own: otherwise every new iterator draws from torch's global one, and a resumed run would
-            # see other dropout than an uninterrupted one.
-            self._loader = StatefulDataLoader(
-                rows, batch_size=batch_size, sampler=sampler, drop_last=True, generator=torch.Generator()
-            )
+        sampler = RandomSampler(rows, generator=torch.Generator().manual_seed(seed))
+        self._loader = _stateful_loader(rows, batch_size=batch_size, sampler=sampler, drop_last=True)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         while True:
@@ -64,3 +87,248 @@ class ShuffledBatches:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Undoes `state_dict`; call it before iterating."""
         self._loader.load_state_dict(state)
+
+
+class RowSource:
+    """Training and held-out rows in memory, in the parts that a task hands to the trainer.
+
+    Args:
+        train: Rows that the student learns from.
+        validation: Rows that it never sees.
+    """
+
+    def __init__(self, train: TensorRows, validation: TensorRows):
+        self.train, self.validation = train, validation
+
+    @property
+    def num_train(self) -> int:
+        """Rows for training."""
+        return len(self.train)
+
+    def train_stream(self, batch_size: int, seed: int) -> ShuffledBatches:
+        """Shuffled batches without end.
+
+        Raises:
+            ConfigError: The batch is larger than the data.
+        """
+        if batch_size > self.num_train:
+            raise _batch_error(batch_size, self.num_train)
+        return ShuffledBatches(self.train, batch_size, seed)
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Whole batches in the training rows."""
+        return max(1, self.num_train // batch_size)
+
+    def validation_batches(self, batch_size: int) -> list[dict[str, Tensor]]:
+        """The held-out rows in order."""
+        return self.validation.batches(batch_size)
+
+    def first_rows(self, num_rows: int) -> TensorRows:
+        """The first training rows, for calibration."""
+        return self.train.first(num_rows)
+
+
+class SampleStream:
+    """Samples pass after pass, read by worker processes; bad ones are counted and left out.
+
+    Args:
+        samples: Where they come from.
+        seed: Decides the order of every pass; None is the stored order.
+        num_epochs: Passes; None goes on without end.
+        num_workers: Processes that read and decode; 0 does it here.
+        after: In stored order only: begin after the row with this place.
+    """
+
+    def __init__(
+        self,
+        samples: SampleSet,
+        seed: int | None,
+        *,
+        num_epochs: int | None,
+        num_workers: int = 0,
+        after: int = -1,
+    ):
+        self._bad: BadSamples = samples.count_bad()
+        self._num_workers = num_workers
+        self._loader = _stateful_loader(
+            _Fetcher(samples),
+            batch_size=None,
+            sampler=_Tickets(lambda: samples.order(seed, num_epochs=num_epochs, after=after)),
+            num_workers=num_workers,
+            collate_fn=_as_it_is,
+        )
+
+    def __iter__(self) -> Iterator[Sample]:
+        outcome: Outcome
+        for outcome in self._loader:
+            self._bad.add(outcome.epoch, outcome.key, outcome.reason)
+            if outcome.sample is not None:
+                yield {"key": outcome.key, "place": outcome.place, **outcome.sample}
+        self._bad.finish()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place after the last sample that was given out, and the count of bad ones."""
+        return {
+            "num_workers": self._num_workers,
+            "loader": self._loader.state_dict(),
+            "bad": self._bad.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Undoes `state_dict`; call it before iterating.
+
+        Raises:
+            CheckpointError: The state is of another number of workers.
+        """
+        if state["num_workers"] != self._num_workers:
+            raise CheckpointError(
+                f"data.num_workers = {self._num_workers}, but the checkpoint was made with {state['num_workers']}: its place "
+                f"in the data is counted by worker. Fix: set data.num_workers: {state['num_workers']}."
+            )
+        self._bad.load_state_dict(state["bad"])
+        self._loader.load_state_dict(state["loader"])
+
+
+class SampleBatches:
+    """Endless batches of whole size from a data set that is read while training.
+
+    Every sample comes once per pass; a batch may hold the end of one pass and the start of the next.
+
+    Args:
+        samples: Where they come from.
+        batch_size: Samples per batch.
+        seed: Decides the order of every pass.
+        collate: Makes a batch of samples.
+        num_workers: Processes that read and decode.
+    """
+
+    def __init__(
+        self,
+        samples: SampleSet,
+        batch_size: int,
+        seed: int,
+        collate: Callable[[Sequence[Sample]], dict[str, Any]],
+        *,
+        num_workers: int = 0,
+    ):
+        self._stream = SampleStream(samples, seed, num_epochs=None, num_workers=num_workers)
+        self._batch_size, self._collate = batch_size, collate
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        batch: list[Sample] = []
+        for sample in self._stream:
+            batch.append(sample)
+            if len(batch) == self._batch_size:
+                yield self._collate(batch)
+                batch = []
+        raise config_error(
+            "data.records", "no sample", allowed="a training split with samples", fix="check split and validation_share"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the pass and in the stored rows."""
+        return self._stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Undoes `state_dict`; call it before iterating."""
+        self._stream.load_state_dict(state)
+
+
+class SampleSource:
+    """Training and held-out samples that are read while training; the counterpart of `RowSource`.
+
+    Args:
+        train: Samples that the student learns from.
+        validation: Samples that it never sees.
+        collate: Makes a batch of samples.
+        num_workers: Processes that read and decode.
+    """
+
+    def __init__(
+        self,
+        train: SampleSet,
+        validation: SampleSet,
+        collate: Callable[[Sequence[Sample]], dict[str, Any]],
+        *,
+        num_workers: int = 0,
+    ):
+        self.train, self.validation = train, validation
+        self._collate, self._num_workers = collate, num_workers
+
+    @property
+    def num_train(self) -> int:
+        """Samples for training, with those that will turn out to be bad.
+
+        Raises:
+            ConfigError: They are streamed, and nobody has said how many to take.
+        """
+        if self.train.num_samples is None:
+            raise config_error("data.num_train", None, allowed="a number for streamed rows", fix="set data.num_train")
+        return self.train.num_samples
+
+    def train_stream(self, batch_size: int, seed: int) -> SampleBatches:
+        """Shuffled batches without end.
+
+        Raises:
+            ConfigError: The batch is larger than the data.
+        """
+        if batch_size > self.num_train:
+            raise _batch_error(batch_size, self.num_train)
+        return SampleBatches(self.train, batch_size, seed, self._collate, num_workers=self._num_workers)
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Whole batches in the training samples."""
+        return max(1, self.num_train // batch_size)
+
+    def validation_batches(self, batch_size: int) -> list[dict[str, Any]]:
+        """The held-out samples in order."""
+        return self._batches(self.validation, batch_size, None)
+
+    def first_batches(self, num_samples: int, batch_size: int) -> list[dict[str, Any]]:
+        """The first training samples in order, for calibration."""
+        return self._batches(self.train, batch_size, num_samples)
+
+    def _batches(self, samples: SampleSet, batch_size: int, num_samples: int | None) -> list[dict[str, Any]]:
+        stream = SampleStream(samples, None, num_epochs=1, num_workers=self._num_workers)
+        first = list(itertools.islice(stream, num_samples))
+        return [self._collate(first[i : i + batch_size]) for i in range(0, len(first), batch_size)]
+
+
+class _Tickets:
+    """A sampler that hands out tickets, the position of which the loader saves."""
+
+    def __init__(self, start: Callable[[], TicketOrder]):
+        self._start = start
+
+    def __iter__(self) -> TicketOrder:
+        return self._start()
+
+
+class _Fetcher(Dataset[Outcome]):
+    def __init__(self, samples: SampleSet):
+        self._samples = samples
+
+    def __getitem__(self, index: Ticket) -> Outcome:
+        return self._samples.fetch(index)
+
+
+def _as_it_is(outcome: Outcome) -> Outcome:
+    return outcome
+
+
+def _stateful_loader(dataset: Any, **arguments: Any) -> Any:
+    """A `StatefulDataLoader` with a generator of its own.
+
+    Otherwise every new iterator draws from torch's global one, and a resumed run would see other dropout than an
+    uninterrupted one.
+    """
+    with warnings.catch_warnings():
+        # torchdata 0.11 calls torch.set_vital, which torch 2.13 deprecates; nothing a user could do about it.
+        warnings.filterwarnings("ignore", message=".*set_vital.*", category=UserWarning)
+        from torchdata.stateful_dataloader import StatefulDataLoader
+
+        return StatefulDataLoader(dataset, generator=torch.Generator(), **arguments)
+
+
+def _batch_error(batch_size: int, num_train: int) -> ConfigError:
+    return config_error("train.batch_size", batch_size, allowed=f"at most data.num_train = {num_train}", fix="use less")

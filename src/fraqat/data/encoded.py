@@ -1,0 +1,187 @@
+"""Encoded samples on disk: computed once, found again by a key over everything that they were computed from.
+
+A store is a folder `DIGEST/` with `shard-00000.safetensors`, ... and `manifest.json`. A shard holds columns with one value per
+row, and shared columns that several rows point to (the text embedding of a prompt that gives several training rows).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fraqat.files import explain_os_errors, folder_lock, save_tensors, write_json_atomic
+
+FORMAT_VERSION = 1
+_ROW, _SHARED, _INDEX, _CONSTANT = "row.", "shared.", "shared_index", "constant."
+_MANIFEST = "manifest.json"
+_MAX_IN_MEMORY_BYTES = 2**31
+
+
+@dataclass(frozen=True)
+class EncodedShard:
+    """A few encoded samples.
+
+    Args:
+        rows: Columns [N, ...].
+        shared: Columns [M, ...] that rows point to.
+        index: [N] int64, the row of `shared` that each row points to.
+        constants: Tensors that are the same for every row, without a batch axis.
+    """
+
+    rows: Mapping[str, Tensor]
+    shared: Mapping[str, Tensor]
+    index: Tensor
+    constants: Mapping[str, Tensor]
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Everything under the names that a shard file has."""
+        named = {_ROW + name: value for name, value in self.rows.items()}
+        named |= {_SHARED + name: value for name, value in self.shared.items()}
+        named |= {_CONSTANT + name: value for name, value in self.constants.items()}
+        return {name: value.contiguous() for name, value in (named | {_INDEX: self.index}).items()}
+
+
+class EncodedRows(Dataset[dict[str, Tensor]]):
+    """The rows of all shards of a store, read from disk when they are asked for, or held in memory when they are small.
+
+    Args:
+        paths: Shard files.
+    """
+
+    def __init__(self, paths: list[Path]):
+        self._shards = [
+            _ShardReader(path, sum(p.stat().st_size for p in paths) <= _MAX_IN_MEMORY_BYTES) for path in paths
+        ]
+        self._ends = [sum(len(s) for s in self._shards[: i + 1]) for i in range(len(self._shards))]
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        shard = bisect_right(self._ends, index)
+        start = self._ends[shard - 1] if shard else 0
+        return self._shards[shard].row(index - start)
+
+    @cached_property
+    def constants(self) -> dict[str, Tensor]:
+        """Tensors that every row shares."""
+        return self._shards[0].constants() if self._shards else {}
+
+    def batches(self, batch_size: int, num_rows: int | None = None) -> list[dict[str, Tensor]]:
+        """The first `num_rows` rows (None: all) in order; the last batch may be smaller."""
+        total = len(self) if num_rows is None else min(num_rows, len(self))
+        parts = [[self[j] for j in range(i, min(i + batch_size, total))] for i in range(0, total, batch_size)]
+        return [{name: torch.stack([row[name] for row in part]) for name in part[0]} for part in parts]
+
+
+class _ShardReader:
+    def __init__(self, path: Path, in_memory: bool):
+        self._path = path
+        with safe_open(path, framework="pt") as stream:
+            self._names = list(stream.keys())
+            self._index: Tensor = stream.get_tensor(_INDEX)
+            self._held = {name: stream.get_tensor(name) for name in self._names} if in_memory else {}
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def row(self, index: int) -> dict[str, Tensor]:
+        shared = int(self._index[index])
+        places = {name: index for name in self._names if name.startswith(_ROW)}
+        places |= {name: shared for name in self._names if name.startswith(_SHARED)}
+        if self._held:
+            return {name.partition(".")[2]: self._held[name][place] for name, place in places.items()}
+        with safe_open(self._path, framework="pt") as stream:
+            return {
+                name.partition(".")[2]: stream.get_slice(name)[place : place + 1][0] for name, place in places.items()
+            }
+
+    def constants(self) -> dict[str, Tensor]:
+        with safe_open(self._path, framework="pt") as stream:
+            names = [name for name in self._names if name.startswith(_CONSTANT)]
+            return {name.removeprefix(_CONSTANT): stream.get_tensor(name) for name in names}
+
+
+class EncodedStore:
+    """Encoded samples of one key.
+
+    Args:
+        root: Folder of all stores.
+        key: Plain JSON values that identify model, data and settings; any change gives another store.
+    """
+
+    def __init__(self, root: Path, key: Mapping[str, Any]):
+        self.key = {**key, "format_version": FORMAT_VERSION}
+        text = json.dumps(self.key, sort_keys=True, separators=(",", ":"))
+        self.folder = root / hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def open(self) -> EncodedRows | None:
+        """The rows, or None where they are missing, unfinished or damaged."""
+        try:
+            manifest = json.loads((self.folder / _MANIFEST).read_text(encoding="utf-8"))
+            paths = [self.folder / name for name in manifest["shards"]]
+            is_whole = manifest["key"] == json.loads(json.dumps(self.key)) and all(
+                path.stat().st_size == size for path, size in zip(paths, manifest["shards"].values(), strict=True)
+            )
+            return EncodedRows(paths) if is_whole else None
+        except (OSError, ValueError, KeyError, SafetensorError):
+            return None
+
+    def build(self, make_shards: Callable[[int], Iterator[EncodedShard]]) -> EncodedRows:
+        """The rows, computed first where they are not there yet.
+
+        An interrupted computation goes on after the last whole shard.
+
+        Args:
+            make_shards: Called with the number of shards that are there already; yields the rest in order.
+
+        Raises:
+            OutputError: The folder cannot be written, or another process holds it for too long.
+        """
+        if (rows := self.open()) is not None:
+            return rows
+        with explain_os_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        with folder_lock(self.folder):
+            return self._build_locked(make_shards)
+
+    def _build_locked(self, make_shards: Callable[[int], Iterator[EncodedShard]]) -> EncodedRows:
+        if (self.folder / _MANIFEST).exists():  # finished by another process in the meantime, or damaged
+            if (rows := self.open()) is not None:
+                return rows
+            for path in self._shard_paths():
+                path.unlink()
+            (self.folder / _MANIFEST).unlink()
+        for number, shard in enumerate(make_shards(self._num_whole_shards()), self._num_whole_shards()):
+            part = self.folder / f"part-{number:05d}"
+            with explain_os_errors(self.folder):
+                save_tensors(shard.to_tensors(), part)
+                part.replace(self._shard_path(number))
+        shards = {path.name: path.stat().st_size for path in self._shard_paths()}
+        write_json_atomic(self.folder / _MANIFEST, {"key": self.key, "shards": shards})
+        rows = self.open()
+        assert rows is not None
+        return rows
+
+    def _num_whole_shards(self) -> int:
+        number = 0
+        while self._shard_path(number).exists():
+            number += 1
+        return number
+
+    def _shard_path(self, number: int) -> Path:
+        return self.folder / f"shard-{number:05d}.safetensors"
+
+    def _shard_paths(self) -> list[Path]:
+        return sorted(self.folder.glob("shard-*.safetensors"))

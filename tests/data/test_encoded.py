@@ -1,0 +1,103 @@
+"""Laws of encoded samples on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fraqat.data import encoded
+from fraqat.data.encoded import EncodedShard, EncodedStore
+from fraqat.data.loader import ShuffledBatches
+
+KEY = {"model": "a", "prompts": 6, "size": [8, 8], "dtype": "float32"}
+
+
+def shard(number: int, num: int = 3) -> EncodedShard:
+    values = torch.arange(num) + number * num
+    return EncodedShard(
+        rows={"latents": values.view(-1, 1).float()},
+        shared={"text": torch.tensor([[10.0 * number], [10.0 * number + 1]])},
+        index=torch.tensor([0, 1, 0][:num]),
+        constants={"ids": torch.tensor([7.0, 8.0])},
+    )
+
+
+class Producer:
+    """Makes shards, and remembers which were asked for."""
+
+    def __init__(self, num: int = 2, fail_at: int | None = None):
+        self.num, self.fail_at, self.made = num, fail_at, list[int]()
+
+    def __call__(self, num_done: int) -> Iterator[EncodedShard]:
+        for number in range(num_done, self.num):
+            if number == self.fail_at:
+                raise RuntimeError("the machine died")
+            self.made.append(number)
+            yield shard(number)
+
+
+def test_rows_are_what_was_encoded(tmp_path: Path) -> None:
+    rows = EncodedStore(tmp_path, KEY).build(Producer())
+    assert [float(rows[i]["latents"]) for i in range(len(rows))] == [0, 1, 2, 3, 4, 5]
+    assert [float(rows[i]["text"]) for i in range(len(rows))] == [0, 1, 0, 10, 11, 10]
+    assert torch.equal(rows.constants["ids"], torch.tensor([7.0, 8.0]))
+
+
+def test_what_is_stored_is_not_encoded_again(tmp_path: Path) -> None:
+    EncodedStore(tmp_path, KEY).build(Producer())
+    again = Producer()
+    assert len(EncodedStore(tmp_path, KEY).build(again)) == 6
+    assert again.made == []
+
+
+@pytest.mark.parametrize("change", [{"model": "b"}, {"prompts": 7}, {"size": [8, 9]}, {"dtype": "bfloat16"}])
+def test_any_change_of_the_key_encodes_anew(tmp_path: Path, change: dict[str, object]) -> None:
+    EncodedStore(tmp_path, KEY).build(Producer())
+    changed = Producer()
+    EncodedStore(tmp_path, KEY | change).build(changed)
+    assert changed.made == [0, 1]
+
+
+def test_an_interrupted_encoding_goes_on_after_the_last_whole_shard(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="died"):
+        EncodedStore(tmp_path, KEY).build(Producer(4, fail_at=2))
+    assert EncodedStore(tmp_path, KEY).open() is None
+    rest = Producer(4)
+    rows = EncodedStore(tmp_path, KEY).build(rest)
+    assert rest.made == [2, 3]
+    assert [float(rows[i]["latents"]) for i in range(12)] == list(range(12))
+
+
+@pytest.mark.parametrize("damage", ["cut", "removed", "manifest"])
+def test_a_damaged_store_is_made_anew(tmp_path: Path, damage: str) -> None:
+    store = EncodedStore(tmp_path, KEY)
+    store.build(Producer())
+    path = store.folder / ("manifest.json" if damage == "manifest" else "shard-00001.safetensors")
+    if damage == "removed":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-5])
+    assert store.open() is None
+    rows = store.build(Producer())
+    assert [float(rows[i]["latents"]) for i in range(6)] == [0, 1, 2, 3, 4, 5]
+
+
+def test_large_stores_are_read_from_disk_with_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = EncodedStore(tmp_path, KEY).build(Producer())
+    monkeypatch.setattr(encoded, "_MAX_IN_MEMORY_BYTES", 0)
+    read = EncodedStore(tmp_path, KEY).open()
+    assert read is not None
+    for i in range(6):
+        assert {k: v.tolist() for k, v in held[i].items()} == {k: v.tolist() for k, v in read[i].items()}
+
+
+def test_batches_hold_every_row_once(tmp_path: Path) -> None:
+    rows = EncodedStore(tmp_path, KEY).build(Producer())
+    assert [len(batch["latents"]) for batch in rows.batches(4)] == [4, 2]
+    assert [len(batch["latents"]) for batch in rows.batches(4, 5)] == [4, 1]
+    stream = iter(ShuffledBatches(rows, 3, seed=0))
+    epoch = torch.cat([next(stream)["latents"], next(stream)["latents"]]).flatten()
+    assert sorted(epoch.tolist()) == [0, 1, 2, 3, 4, 5]
