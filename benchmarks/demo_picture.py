@@ -36,7 +36,7 @@ def draw(run: RunFolder) -> Image.Image:
         top = HEAD_HEIGHT + row * (CELL + GAP)
         canvas.text((4, top + CELL // 2 - 8), label, fill="#111111", font=font)
         for column in range(len(prompts)):
-            image = Image.open(run.images_path / label / f"{column:02d}.png").resize(
+            image = Image.open(run.samples_path / label / f"{column:02d}.png").resize(
                 (CELL, CELL), Image.Resampling.NEAREST
             )
             picture.paste(image, (LABEL_WIDTH + column * (CELL + GAP), top))

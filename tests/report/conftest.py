@@ -3,14 +3,20 @@
 import io
 import math
 import random
+import sys
+import wave
+from array import array
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from fraqat.report import ImageRow, LossCurve, ReportData, StageSpan, render_report
+from fraqat.report import LossCurve, ReportData, SampleKind, SampleRow, Samples, StageSpan, render_report
 from fraqat.table import Table
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 PALETTE = {
     "red": (222, 28, 32),
@@ -32,6 +38,27 @@ SCENES = (
 )
 BITS = (8.0, 7.0, 6.0, 5.5, 5.0, 4.75, 4.5, 4.25, 4.0)
 EPOCHS = (1, 1, 1, 1, 1, 2, 2, 2, 14)
+MODELS = {"original": 0.0, "dynamic": 60.0, "vanilla QAT": 22.0, "FraQAT": 8.0}
+CONTINUATIONS = {
+    "The with statement is used to wrap the execution of a block with": (
+        "methods defined by a context manager.\n\nThis allows common try...except...finally usage patterns to be "
+        "encapsulated for convenient reuse. If the suite was exited due to an exception, and the return value from the "
+        "__exit__() method was false, the exception is reraised.",
+        "the the a value of object is the is a call to the the sequence of is an the the exception is is raised.",
+        "methods defined by a context manager.\n\nThis allows common try...except...finally statement to be encapsulated "
+        "for the target list. If the suite was exited due to an exception, the exception is reraised.",
+        "methods defined by a context manager.\n\nThis allows common try...except...finally usage patterns to be "
+        "encapsulated for convenient reuse. If the suite was exited due to an exception, the return value from the "
+        "__exit__() method was false, and the exception is reraised.",
+    ),
+    "A list display yields a new list object, the contents being specified by": (
+        'either a list of expressions or a comprehension.\n\n   list_display ::= "[" [flexible_expression_list] "]"',
+        "",
+        'either a list of expressions or a list comprehension.\n\n   list_display ::= "[" [expression_list] "]"',
+        'either a list of expressions or a comprehension.\n\n   list_display ::= "[" [flexible_expression_list] "]"',
+    ),
+}
+PHRASES = ("seven green birds sleep", "two red boats turn slowly past the old stone bridge", "nine")
 
 
 def png_bytes(image: Image.Image) -> bytes:
@@ -53,6 +80,57 @@ def draw_digit(digit: int, color: str, ground: str, noise: float, size: int = 32
             [tuple(round(v + generator.gauss(0, noise)) for v in pixel) for pixel in image.get_flattened_data()]
         )
     return png_bytes(image)
+
+
+def wav_bytes(values: array, rate: int = 16_000, width: int = 2, num_channels: int = 1) -> bytes:
+    """The samples as a WAV file."""
+    stream = io.BytesIO()
+    with wave.open(stream, "wb") as file:
+        file.setsampwidth(width)
+        file.setnchannels(num_channels)
+        file.setframerate(rate)
+        file.writeframes(values.tobytes())
+    return stream.getvalue()
+
+
+@cache
+def speak(phrase: str, noise: float, rate: int = 8_000) -> bytes:
+    """A tone with overtones for every letter, on a falling pitch; `noise` is the standard deviation in thousandths."""
+    generator = random.Random(f"{phrase}{noise}")
+    values, phase, letter_length = array("h"), 0.0, int(rate * (0.055 + noise / 4000))
+    for index, letter in enumerate(phrase):
+        color = ord(letter) % 7 + 1
+        for place in range(letter_length):
+            phase += 2 * math.pi * (150 - 45 * index / len(phrase)) / rate
+            level = 0 if letter == " " else math.sin(math.pi * place / letter_length)
+            tone = sum(math.sin(k * phase) / (1 + abs(k - 3 * color)) for k in (1, 2, 3 * color, 3 * color + 1))
+            value = 0.3 * level * tone + generator.gauss(0, noise / 1000)
+            values.append(max(-32767, min(32767, round(32767 * value))))
+    return wav_bytes(values, rate)
+
+
+def make_images() -> Samples:
+    """Eight digits of every model."""
+    prompts = tuple(f"a {color} {DIGITS[digit]} on {ground}" for digit, color, ground in SCENES)
+    rows = tuple(
+        SampleRow(label, tuple(draw_digit(*scene, noise) for scene in SCENES)) for label, noise in MODELS.items()
+    )
+    return Samples(SampleKind.IMAGES, prompts, rows)
+
+
+def make_texts() -> Samples:
+    """Two continuations of every model; the last model's second one is the original's."""
+    columns = zip(*CONTINUATIONS.values(), strict=True)
+    rows = tuple(
+        SampleRow(label, tuple(text.encode() for text in texts)) for label, texts in zip(MODELS, columns, strict=True)
+    )
+    return Samples(SampleKind.TEXTS, tuple(CONTINUATIONS), rows)
+
+
+def make_sounds() -> Samples:
+    """Three phrases of every model, noisier and slower with the model's error."""
+    rows = tuple(SampleRow(label, tuple(speak(phrase, noise) for phrase in PHRASES)) for label, noise in MODELS.items())
+    return Samples(SampleKind.SOUNDS, PHRASES, rows)
 
 
 def make_curve(
@@ -122,11 +200,6 @@ def make_layers(num_blocks: int = 3) -> Table:
 
 def make_report(**changes: object) -> ReportData:
     """The report; keyword arguments replace fields."""
-    prompts = tuple(f"a {color} {DIGITS[digit]} on {ground}" for digit, color, ground in SCENES)
-    models = {"original": 0.0, "dynamic": 60.0, "vanilla QAT": 22.0, "FraQAT": 8.0}
-    rows = tuple(
-        ImageRow(label, tuple(draw_digit(*scene, noise) for scene in SCENES)) for label, noise in models.items()
-    )
     quality = Table(
         "Against the original model's images, 512 held-out prompts",
         ("model", "bits", "follows prompt %", "Fréchet distance", "PSNR dB", "size MB", "step ms", "trained s"),
@@ -156,8 +229,7 @@ def make_report(**changes: object) -> ReportData:
         "summary": "At 4-bit weights and 8-bit activations FraQAT follows 95.3 % of the prompts (original: 97.5 %) at a "
         "seventh of the size; the same budget of vanilla QAT reaches 92.8 %.",
         "quality": quality,
-        "prompts": prompts,
-        "image_rows": rows,
+        "samples": make_images(),
         "curves": (make_curve("FraQAT", 0.011, BITS, EPOCHS), make_curve("vanilla QAT", 0.016, (4.0,), (25,))),
         "layers": make_layers(),
         "sizes": sizes,
@@ -176,7 +248,16 @@ def make_bare_report(**changes: object) -> ReportData:
 def factory() -> SimpleNamespace:
     """The functions above: tests do not import from each other."""
     return SimpleNamespace(
-        bare_report=make_bare_report, curve=make_curve, digit=draw_digit, layers=make_layers, report=make_report
+        bare_report=make_bare_report,
+        curve=make_curve,
+        digit=draw_digit,
+        images=make_images,
+        layers=make_layers,
+        report=make_report,
+        sounds=make_sounds,
+        speech=speak,
+        texts=make_texts,
+        wav=wav_bytes,
     )
 
 

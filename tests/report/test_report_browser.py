@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from fraqat.report import ReportData, render_report
+from fraqat.report import ReportData, SampleKind, SampleRow, Samples, render_report
+from fraqat.report.samples import read_sound
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
@@ -43,6 +44,9 @@ function measure(frame) {
   const result = {width, plots: plots.length, scrollWidth: doc.documentElement.scrollWidth, faults: []};
   result.images = [...doc.images].filter(image => image.complete && image.naturalWidth > 0 && isShown(image)).length;
   result.prompts = [...doc.querySelectorAll(".grid thead th")].filter(isShown).map(item => item.innerText);
+  result.seconds = [...doc.querySelectorAll("audio")].filter(isShown).map(item => item.duration);
+  result.texts = [...doc.querySelectorAll(".texts dd")].filter(isShown).map(item => item.innerText);
+  result.marks = [...doc.querySelectorAll("dd mark")].filter(isShown).length;
   result.rows = [...doc.querySelectorAll("table.data tbody tr")].filter(isShown).length;
   result.dark = frame.contentWindow.matchMedia("(prefers-color-scheme: dark)").matches;
   for (const plot of plots) {
@@ -113,9 +117,19 @@ def make_extreme_report(factory: SimpleNamespace) -> ReportData:
     curve = factory.curve("a long run " * 9, 1e-9, (16.0, 8.0, 7.25, 6.75, 6.0, 4.125, 4.0), (1, 1, 1, 1, 1, 1, 900), 3)
     texts = {"title": word, "summary": word, "settings": f"name: {word}"}
     curves = (curve, dataclasses.replace(curve, label=word))
-    report = factory.report(prompts=prompts, curves=curves, layers=factory.layers(12), **texts)
-    rows = tuple(dataclasses.replace(row, label=f"{row.label} {word[:40]}") for row in report.image_rows)
-    return dataclasses.replace(report, image_rows=rows)
+    rows = tuple(dataclasses.replace(row, label=f"{row.label} {word[:40]}") for row in factory.images().rows)
+    samples = Samples(SampleKind.IMAGES, prompts, rows)
+    return factory.report(samples=samples, curves=curves, layers=factory.layers(12), **texts)
+
+
+def make_extreme_samples(samples: Samples) -> Samples:
+    """Labels, prompts and texts of words without a break."""
+    word = "unbreakable" * 12
+    is_text = samples.kind is SampleKind.TEXTS
+    rows = tuple(
+        SampleRow(word + row.label, tuple(file + word.encode() * is_text for file in row.files)) for row in samples.rows
+    )
+    return Samples(samples.kind, (word, *samples.prompts[1:]), rows)
 
 
 def colors_of(image: Image.Image) -> set[tuple[int, int, int]]:
@@ -147,5 +161,26 @@ def test_layout_holds_at_every_width(page: str, factory: SimpleNamespace, tmp_pa
         assert (found["images"], found["plots"]) == (32, 2)
         assert found["labels"] > 20
     for found in measured[: len(WIDTHS)]:
-        assert found["prompts"] == list(report.prompts)
+        assert found["prompts"] == list(report.samples.prompts)
         assert found["rows"] == sum(len(t.rows) for t in (report.quality, report.layers, report.sizes, report.versions))
+
+
+@pytest.mark.parametrize("kind", ["texts", "sounds"])
+def test_texts_and_sounds_fit_at_every_width(factory: SimpleNamespace, tmp_path: Path, kind: str) -> None:
+    samples = getattr(factory, kind)()
+    page, extreme = (
+        render_report(factory.bare_report(samples=each)) for each in (samples, make_extreme_samples(samples))
+    )
+    measured = measure(tmp_path, [(page, WIDTHS[0]), (page, WIDTHS[2]), (extreme, WIDTHS[-1])])
+    num_files = len(samples.prompts) * len(samples.rows)
+    for found in measured:
+        assert found["faults"] == []
+        assert found["scrollWidth"] == found["width"]
+        assert len(found[{"texts": "texts", "sounds": "seconds"}[kind]]) == num_files
+        assert found["images"] == (num_files if kind == "sounds" else 0)
+    if kind == "texts":
+        assert all(text for found in measured for text in found["texts"])
+        assert [found["marks"] for found in measured[:2]] == [15, 15]
+    else:  # the page's own policy lets them play
+        expected = [read_sound(row.files[i]).duration_s for i in range(len(samples.prompts)) for row in samples.rows]
+        assert measured[0]["seconds"] == pytest.approx(expected, abs=0.01)

@@ -5,35 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fraqat.errors import config_error
+from fraqat.report.samples import Samples
 from fraqat.table import Table
-
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-
-
-@dataclass(frozen=True)
-class ImageRow:
-    """The images of one model.
-
-    Args:
-        label: Name of the model: "original", "dynamic", "vanilla QAT", "FraQAT".
-        images: PNG files, one per prompt, all made with the seeds that the other rows use.
-
-    Raises:
-        ConfigError: An image that is not a PNG file.
-    """
-
-    label: str
-    images: tuple[bytes, ...]
-
-    def __post_init__(self) -> None:
-        for index, image in enumerate(self.images):
-            if not image.startswith(PNG_SIGNATURE):
-                raise config_error(
-                    f"images[{index}] of row {self.label!r}",
-                    image[:8],
-                    allowed="the bytes of a PNG file",
-                    fix="encode it as PNG",
-                )
 
 
 @dataclass(frozen=True)
@@ -92,36 +65,21 @@ class ReportData:
         summary: The result in one sentence.
         quality: One row per model: original, dynamic, vanilla QAT, FraQAT. The row whose first value is the label of the
             first curve is set in bold.
-        prompts: The prompts of the images.
-        image_rows: One row of images per model, in the order to be read; empty when no images were made.
+        samples: What the models made of the same prompts, the original first; None when nothing was kept.
         curves: Training runs, the main method first; its stages are marked with their bits. Empty without training.
         layers: One row per layer in model order. Columns `layer`, `family`, `weight SQNR dB` and `output SQNR dB` feed the
             plot (each is optional); all columns are listed.
         sizes: Bytes on disk and in memory.
         settings: The resolved recipe as YAML text.
         versions: Software and hardware.
-
-    Raises:
-        ConfigError: A row that has not one image per prompt.
     """
 
     title: str
     summary: str
     quality: Table
-    prompts: tuple[str, ...]
-    image_rows: tuple[ImageRow, ...]
+    samples: Samples | None
     curves: tuple[LossCurve, ...]
     layers: Table
     sizes: Table
     settings: str
     versions: Table
-
-    def __post_init__(self) -> None:
-        for row in self.image_rows:
-            if len(row.images) != len(self.prompts):
-                raise config_error(
-                    f"image_rows[{row.label!r}].images",
-                    f"{len(row.images)} images",
-                    allowed=f"one image for each of the {len(self.prompts)} prompts",
-                    fix="make the images of every model with the same prompts",
-                )

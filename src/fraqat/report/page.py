@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import base64
 import math
-import struct
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from fraqat.report.data import ImageRow, LossCurve, ReportData, StageSpan
+from fraqat.report.data import LossCurve, ReportData
 from fraqat.report.layer_points import LayerPoint, families_of, layer_points, lowest_points
 from fraqat.report.plots import MARKERS, NARROW, WIDE, loss_svg, sqnr_svg
+from fraqat.report.sample_views import samples_view
 from fraqat.report.series import MAX_BINS, drawable_points
 from fraqat.report.svg import series_variable
 from fraqat.table import Table, format_value
 
-__all__ = ["ImageRow", "LossCurve", "ReportData", "StageSpan", "render_report"]
-
 MAX_OPEN_LAYERS = 40
 """From this many rows on, the layers table is folded."""
 
-_MAX_HEAD_CHARACTERS = 90  # longer prompts are cut in the grid's head and listed in full below
-_MAX_PIXELATED_PX = 128
-_GRID_WIDTH_PX = 880  # room for the images of one row on a wide screen
-_MIN_CELL_PX, _MAX_TINY_CELL_PX, _MAX_CELL_PX = 64, 128, 208
 _MAX_DECIMALS = 4
 _PLACEHOLDERS = ("", "-", "–", "n/a")
 
@@ -34,8 +27,8 @@ _PLACEHOLDERS = ("", "-", "–", "n/a")
 def render_report(data: ReportData) -> str:
     """Renders the page.
 
-    Every text is escaped, and the page forbids itself scripts and loads of any kind. Images are embedded as they are, so the
-    page is a third larger than their files together.
+    Every text is escaped, and the page forbids itself scripts and loads of any kind. Images and sounds are embedded as they
+    are, so the page is a third larger than their files together.
 
     Args:
         data: What to show.
@@ -47,7 +40,7 @@ def render_report(data: ReportData) -> str:
         title=data.title,
         summary=data.summary,
         quality=_table_view(data.quality, "Quality", main_label=data.curves[0].label if data.curves else None),
-        grid=_grid_view(data),
+        samples=samples_view(data.samples) if data.samples else None,
         training=_training_view(data.curves),
         layers=_layers_view(data.layers),
         sizes=_table_view(data.sizes, "Size"),
@@ -105,38 +98,6 @@ def _column_texts(values: Sequence[Any]) -> list[str]:
     places = max(decimals, default=0)
     aligned = zip(values, texts, is_float, strict=True)
     return [f"{value:.{places}f}" if is_one else text for value, text, is_one in aligned]
-
-
-def _grid_view(data: ReportData) -> dict[str, Any] | None:
-    if not data.prompts or not data.image_rows:
-        return None
-    sizes = [_png_size(image) for row in data.image_rows for image in row.images]
-    widest = max(width for width, _ in sizes)
-    room = _GRID_WIDTH_PX // len(data.prompts) - 8
-    cell = min(max(room, _MIN_CELL_PX), _MAX_CELL_PX)
-    if widest <= _MAX_PIXELATED_PX:  # whole multiples keep the pixels square and equal
-        cell = max(1, min(cell, _MAX_TINY_CELL_PX) // widest) * widest
-    return {
-        "prompts": data.prompts,
-        "cell_px": cell,
-        "is_pixelated": widest <= _MAX_PIXELATED_PX,
-        "is_cut": any(len(prompt) > _MAX_HEAD_CHARACTERS for prompt in data.prompts),
-        "rows": [
-            {"label": row.label, "images": list(zip(data.prompts, map(_image_view, row.images), strict=True))}
-            for row in data.image_rows
-        ],
-    }
-
-
-def _image_view(image: bytes) -> dict[str, Any]:
-    width, height = _png_size(image)
-    return {"width": width, "height": height, "url": "data:image/png;base64," + base64.b64encode(image).decode("ascii")}
-
-
-def _png_size(image: bytes) -> tuple[int, int]:
-    """Width and height in pixels, from the header that every PNG file begins with."""
-    width, height = struct.unpack(">II", image[16:24])
-    return width, height
 
 
 def _training_view(curves: Sequence[LossCurve]) -> dict[str, Any] | None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fraqat.config import Recipe
+from fraqat.config import ORIGINAL, Recipe
 from fraqat.distill import read_log
-from fraqat.errors import OutputError
+from fraqat.errors import ConfigError, ModelError, OutputError
 from fraqat.files import write_text_atomic
-from fraqat.table import Table
+from fraqat.table import Table, format_value
 from fraqat.workflows.evaluating import quality_table
 from fraqat.workflows.inspecting import layers_table
 from fraqat.workflows.runs import RunFolder
+
+_SAMPLE_KINDS = {".png": "images", ".txt": "texts", ".wav": "sounds"}
+_EVALUATE_AGAIN = "Fix: run `fraqat evaluate RUN --overwrite`."
 
 
 def report(run: RunFolder, *, out: Path | None = None, overwrite: bool = False) -> Path:
@@ -24,7 +28,7 @@ def report(run: RunFolder, *, out: Path | None = None, overwrite: bool = False) 
         overwrite: Replace a page that is there.
 
     Raises:
-        ModelError: The run is not finished or not evaluated.
+        ModelError: The run is not finished or not evaluated, or samples are missing, damaged or of different kinds.
         OutputError: The page exists.
     """
     from fraqat.report import ReportData, render_report
@@ -37,10 +41,9 @@ def report(run: RunFolder, *, out: Path | None = None, overwrite: bool = False) 
     quality = quality_table(evaluation, recipe.name)
     data = ReportData(
         title=f"FraQAT run: {recipe.name}",
-        summary=_summary(recipe, evaluation),
+        summary=_summary(recipe, evaluation, quality),
         quality=quality,
-        prompts=tuple(evaluation["prompts"]),
-        image_rows=_image_rows(run, evaluation),
+        samples=_samples(run, evaluation),
         curves=tuple(_curve(label, method) for label, method in reversed(methods.items()) if read_log(method.path)),
         layers=layers_table(run),
         sizes=_sizes(evaluation),
@@ -51,25 +54,55 @@ def report(run: RunFolder, *, out: Path | None = None, overwrite: bool = False) 
     return target
 
 
-def _summary(recipe: Recipe, evaluation: dict[str, Any]) -> str:
-    rows = {row["model"]: row for row in evaluation["models"]}
-    own = rows[recipe.label]
-    return (
-        f"{recipe.model.source} at {own['weights']}: {own['bits_per_weight']:.2f} bits per quantized weight, "
-        f"{own['num_file_bytes'] / 1e6:.2f} MB, {own['num_steps']} training steps, "
-        f"{100 * own['quality']['all']:.1f} % of {evaluation['num_images']} images show what the prompt says "
-        f"(original: {100 * rows['original']['quality']['all']:.1f} %)."
-    )
+def _summary(recipe: Recipe, evaluation: Mapping[str, Any], quality: Table) -> str:
+    """Model, weights, size and training, then the quality of the run's own method with the original's in brackets."""
+    own = next((row for row in evaluation["models"] if row["model"] == recipe.label), None)
+    if own is None:
+        raise ModelError(f"evaluation.json has no row of {recipe.label}. {_EVALUATE_AGAIN}")
+    facts = [f"{own['num_file_bytes'] / 1e6:.2f} MB", _steps_phrase(own["num_steps"])]
+    if own.get("bits_per_weight") is not None:
+        facts.insert(0, f"{own['bits_per_weight']:.2f} bits per quantized weight")
+    original, student = (_shown_values(quality, label) for label in (ORIGINAL, recipe.label))
+    titles = [column["title"] for column in evaluation["columns"]]
+    measured = [_phrase(title, student[title], original[title]) for title in titles if student[title] is not None]
+    return f"{recipe.model.source} at {own['weights']}: {'; '.join([', '.join(facts), *measured])}."
 
 
-def _image_rows(run: RunFolder, evaluation: dict[str, Any]) -> tuple[Any, ...]:
-    from fraqat.report import ImageRow
+def _shown_values(quality: Table, label: str) -> dict[str, Any]:
+    return dict(zip(quality.columns, next(row for row in quality.rows if row[0] == label), strict=True))
 
+
+def _steps_phrase(num_steps: int) -> str:
+    return {0: "without training", 1: "1 training step"}.get(num_steps, f"{num_steps} training steps")
+
+
+def _phrase(title: str, value: float, original: float | None) -> str:
+    """`digit, %` with its values as `digit 95.3 % (original: 97.5 %)`."""
+    name, _, unit = title.rpartition(", ") if ", " in title else (title, "", "")
+    shown, reference = (f"{format_value(x)} {unit}".rstrip() for x in (value, original))
+    return f"{name} {shown}" if original is None else f"{name} {shown} (original: {reference})"
+
+
+def _samples(run: RunFolder, evaluation: Mapping[str, Any]) -> Any:
+    from fraqat.report import SampleKind, SampleRow, Samples
+
+    prompts = tuple(evaluation["prompts"])
+    if not prompts:
+        return None
     labels = [row["model"] for row in evaluation["models"]]
-    return tuple(
-        ImageRow(label, tuple(p.read_bytes() for p in sorted((run.images_path / label).glob("*.png"))))
-        for label in labels
-    )
+    paths = {label: sorted((run.samples_path / label).glob("[0-9]*.*")) for label in labels}
+    suffixes = sorted({path.suffix for found in paths.values() for path in found})
+    if len(suffixes) != 1 or suffixes[0] not in _SAMPLE_KINDS:
+        found = f"{' and '.join(suffixes)} files" if suffixes else "no files"
+        raise ModelError(
+            f"{run.samples_path} holds {found}: allowed is one of {', '.join(_SAMPLE_KINDS)}. {_EVALUATE_AGAIN}"
+        )
+    rows = tuple(SampleRow(label, tuple(path.read_bytes() for path in paths[label])) for label in labels)
+    try:
+        return Samples(SampleKind(_SAMPLE_KINDS[suffixes[0]]), prompts, rows)
+    except ConfigError as error:
+        what, _, _ = str(error).partition(" Fix: ")
+        raise ModelError(f"{run.samples_path} cannot be shown: {what} {_EVALUATE_AGAIN}") from None
 
 
 def _curve(label: str, run: RunFolder) -> Any:
@@ -86,7 +119,7 @@ def _curve(label: str, run: RunFolder) -> Any:
     )
 
 
-def _sizes(evaluation: dict[str, Any]) -> Table:
+def _sizes(evaluation: Mapping[str, Any]) -> Table:
     rows = tuple(
         (
             row["model"],
@@ -99,7 +132,7 @@ def _sizes(evaluation: dict[str, Any]) -> Table:
     )
     columns = ("model", "file, bytes", "quantized weights", "other tensors, bytes", "bits per quantized weight")
     note = "Bits per quantized weight count codes, scales, tensor names and the model's description."
-    return Table("Sizes of the transformer", columns, rows, (note,))
+    return Table("Files of the quantized model", columns, rows, (note,))
 
 
 def _versions(run: RunFolder) -> Table:
