@@ -1,7 +1,7 @@
 """Every test is seeded, single-threaded and derandomized, so that a failure is the same on every machine and every day."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -18,6 +18,14 @@ settings.register_profile(
 )
 settings.load_profile("laws")
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Encoded data goes to a folder of the test session, not to the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FRAQAT_CACHE", str(tmp_path_factory.mktemp("encoded")))
+        yield
 
 
 @pytest.fixture(autouse=True)

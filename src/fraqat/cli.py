@@ -13,7 +13,7 @@ import sys
 import warnings
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -25,6 +25,7 @@ from fraqat import __version__, workflows
 from fraqat.config import Recipe, load_recipe, recipe_names
 from fraqat.distill import StepRecord
 from fraqat.errors import FraqatError
+from fraqat.planning import DEVICES, THIS_MACHINE, PlanOptions, Sharding
 from fraqat.table import Table
 from fraqat.workflows import RunFolder
 
@@ -135,7 +136,9 @@ def demo(
 @app.command()
 def train(
     recipe: RecipeArgument,
-    out: Annotated[Path, typer.Option(help="Run folder; the same recipe and folder go on where they stopped")],
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder; the same recipe and folder go on where they stopped")
+    ] = None,
     settings: SetOption = None,
     baselines: Annotated[bool, typer.Option("--baselines", help="Train the recipe's baselines too")] = False,
     dry_run: Annotated[
@@ -149,38 +152,75 @@ def train(
     if dry_run:
         _print_dry_run(resolved, as_json)
         return
+    if out is None:
+        raise typer.BadParameter("is needed, unless with --dry-run", param_hint="--out")
     run = workflows.train(resolved, out, ConsoleProgress(quiet), with_baselines=baselines)
     _print_tables([_result_table(run)], as_json)
 
 
 @app.command()
+def plan(
+    recipe: RecipeArgument,
+    device: Annotated[str, typer.Option(help="One of: " + ", ".join((*DEVICES, THIS_MACHINE)))] = "H100",
+    num_devices: Annotated[int, typer.Option(help="Devices that share a batch")] = 1,
+    sharding: Annotated[Sharding | None, typer.Option(help="How they share it; fsdp for more than one device")] = None,
+    cached_teacher: Annotated[
+        bool, typer.Option("--cached-teacher", help="Read the teacher's outputs from disk")
+    ] = False,
+    activation_checkpointing: Annotated[
+        bool, typer.Option("--activation-checkpointing", help="Blocks run again in the backward pass")
+    ] = False,
+    optimizer_bits: Annotated[int, typer.Option(help="Bits of the optimizer's states, 32 or 8")] = 32,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a recipe needs before anything is downloaded or rented: memory, time, size of the result."""
+    options = PlanOptions(
+        num_devices=num_devices,
+        sharding=sharding or (Sharding.NONE if num_devices == 1 else Sharding.FSDP),
+        cached_teacher=cached_teacher,
+        activation_checkpointing=activation_checkpointing,
+        optimizer_bits=cast(Any, optimizer_bits),
+    )
+    planned = workflows.plan(load_recipe(recipe, tuple(settings or ())), device, options)
+    _print_tables([planned.to_table()], as_json)
+
+
+@app.command()
 def evaluate(
     run: RunArgument,
-    num_images: Annotated[int | None, typer.Option(help="Images per model, instead of the recipe's")] = None,
+    num_samples: Annotated[
+        int | None,
+        typer.Option(
+            "--num-samples", "--num-images", help="Held-out samples per model, instead of the recipe's number"
+        ),
+    ] = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Compare original, baselines and student on the same prompts and seeds."""
-    table = workflows.evaluate(RunFolder.open(run), ConsoleProgress(quiet), num_images=num_images, overwrite=overwrite)
+    table = workflows.evaluate(
+        RunFolder.open(run), ConsoleProgress(quiet), num_samples=num_samples, overwrite=overwrite
+    )
     _print_tables([table], as_json)
 
 
 @app.command()
 def generate(
     source: Annotated[Path, typer.Argument(help="Folder of a run or of a packed export")],
-    prompt: Annotated[list[str], typer.Option(help="Prompt; repeat for more images")],
-    out: Annotated[Path, typer.Option(help="PNG file for one prompt, folder for more")],
-    seed: Annotated[int, typer.Option(help="Seed of the first image")] = 0,
+    prompt: Annotated[list[str], typer.Option(help="Prompt; repeat for more")],
+    out: Annotated[Path, typer.Option(help="PNG, TXT or WAV file for one prompt, folder for more")],
+    seed: Annotated[int, typer.Option(help="Seed of the first one")] = 0,
     steps: Annotated[int | None, typer.Option(help="Sampler steps, instead of the recipe's")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale, instead of the recipe's")] = None,
     overwrite: OverwriteOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Sample images from the student of a run, or from an exported file."""
-    changes = {"num_steps": steps, "guidance_scale": guidance}
+    """Make images, texts or speech with the student of a run, or with an exported file."""
+    changes = {"sampler": {"num_steps": steps, "guidance_scale": guidance}}
     paths = workflows.generate(
-        source, tuple(prompt), out, ConsoleProgress(quiet), seed=seed, sampler_changes=changes, overwrite=overwrite
+        source, tuple(prompt), out, ConsoleProgress(quiet), seed=seed, changes=changes, overwrite=overwrite
     )
     for path in paths:
         _output.print(str(path), markup=False)
@@ -226,7 +266,7 @@ def inspect(
 
 
 def _print_dry_run(recipe: Recipe, as_json: bool) -> None:
-    stages, layers = workflows.stages(recipe), workflows.plan(recipe).to_table()
+    stages, layers = workflows.stages(recipe), workflows.layers(recipe).to_table()
     if as_json:
         values = {"recipe": recipe.to_values(), "stages": stages.to_json(), "layers": layers.to_json()}
         sys.stdout.write(json.dumps(values, indent=2) + "\n")

@@ -168,7 +168,7 @@ def test_an_unsupported_transformer_says_what_to_add(fraqat, tmp_path: Path, own
     from fraqat.errors import ModelError
     from fraqat.tasks import architecture_of
 
-    with pytest.raises(ModelError, match=r"class int is not supported yet.*add an entry for int to ARCHITECTURES"):
+    with pytest.raises(ModelError, match=r'class int has no entry in the table.*add "int": Architecture\('):
         architecture_of(1)
 
 

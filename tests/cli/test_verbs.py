@@ -59,7 +59,7 @@ def test_evaluate_refuses_to_overwrite_unless_told(own_run, fraqat) -> None:
     done = fraqat("evaluate", own_run.path, "--overwrite", "--num-images", "3", "--json", "--quiet")
     assert done.code == 0
     assert [row["model"] for row in json.loads(done.out)["tables"][0]["rows"]] == METHODS
-    assert json.loads(own_run.evaluation_path.read_text())["num_images"] == 3
+    assert json.loads(own_run.evaluation_path.read_text())["notes"][0].startswith("3 images per model")
 
 
 @pytest.mark.xdist_group("cli")

@@ -3,30 +3,57 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import shutil
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from fraqat.data.captioned import DataSpec
+from fraqat.distill import LossSpec, TrainSpec, validation_loss
 from fraqat.errors import ConfigError
 from fraqat.nn import describe, quantize_
 from fraqat.tasks import ModelSpec, SamplerSpec, architecture_of
-from fraqat.tasks.diffusion import DiffusionTask, encode_prompts, sample_images
+from fraqat.tasks.conditioning import PromptEncoder
+from fraqat.tasks.diffusion import DiffusionTask
+from fraqat.tasks.image_samples import DiffusionSource
 from fraqat.tasks.pipelines import build_transformer, load_pipeline, transformer_description
+from fraqat.tasks.sampling import sample_images
 from fraqat.zoo import zoo_path
 
 SAMPLER = SamplerSpec(num_steps=2, guidance_scale=3.0, height=32, width=32, max_sequence_length=16)
+SOURCE = ModelSpec(str(zoo_path("color-digits-sana")))
 pytestmark = pytest.mark.xdist_group("diffusion")
+
+MakeTask = Callable[..., DiffusionTask]
 
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return load_pipeline(ModelSpec(str(zoo_path("color-digits-sana"))))
+    return load_pipeline(SOURCE)
 
 
 @pytest.fixture(scope="module")
-def task(pipeline) -> DiffusionTask:
-    return DiffusionTask(pipeline, DataSpec(num_train=32, num_validation=8), SAMPLER)
+def make_task(pipeline, tmp_path_factory: pytest.TempPathFactory) -> MakeTask:
+    cache = tmp_path_factory.mktemp("cache")
+
+    def make(sampler: SamplerSpec = SAMPLER, **data: Any) -> DiffusionTask:
+        values = {"num_train": 32, "num_validation": 8, **data}
+        return DiffusionTask(DiffusionSource(SOURCE, lambda: pipeline, DataSpec(**values), sampler, cache))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def task(make_task: MakeTask) -> DiffusionTask:
+    return make_task()
+
+
+def encode_prompts(pipeline, prompts: list[str], sampler: SamplerSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    columns = PromptEncoder(pipeline, sampler).encode(prompts)
+    return columns["encoder_hidden_states"], columns["encoder_attention_mask"]
 
 
 def test_noise_follows_the_flow_matching_path(task: DiffusionTask) -> None:
@@ -54,8 +81,8 @@ def test_latents_have_unit_scale_and_decode_to_the_pictures(task: DiffusionTask,
     assert float((decoded - images).square().mean()) < 0.01
 
 
-def test_dropped_captions_are_the_empty_prompt(pipeline) -> None:
-    always = DiffusionTask(pipeline, DataSpec(num_train=8, num_validation=8, caption_dropout=0.999), SAMPLER)
+def test_dropped_captions_are_the_empty_prompt(pipeline, make_task: MakeTask) -> None:
+    always = make_task(num_train=8, caption_dropout=0.999)
     inputs = always.make_inputs(always.validation_batches(8)[0], torch.Generator().manual_seed(0))
     empty, mask = encode_prompts(pipeline, [""], SAMPLER)
     for i in range(8):
@@ -76,7 +103,7 @@ def test_the_teacher_predicts_the_velocity(task: DiffusionTask, pipeline) -> Non
     sigma = (inputs["timestep"] / 1000).view(-1, 1, 1, 1)
     noise = (inputs["hidden_states"] - (1 - sigma) * batch["latents"]) / sigma
     with torch.no_grad():
-        velocity = task.predict(pipeline.transformer, inputs)
+        velocity = task.predict(pipeline.transformer, inputs)["output"]
     error = (velocity - (noise - batch["latents"])).square().mean()
     assert float(error) < 0.6 * float((noise - batch["latents"]).square().mean())
 
@@ -122,7 +149,7 @@ def test_selective_training_trains_its_family_alone(pipeline, family: str, train
 
 
 def test_a_transformer_is_rebuilt_from_its_description(pipeline) -> None:
-    class_name, config = transformer_description(pipeline)
+    class_name, config = transformer_description(pipeline.transformer)
     built = build_transformer(class_name, config)
     built.load_state_dict(pipeline.transformer.state_dict())
     x = torch.randn(1, 8, 8, 8)
@@ -141,7 +168,8 @@ def test_too_large_a_batch_is_refused(task: DiffusionTask) -> None:
     ("values", "message"),
     [
         ({"num_steps": 0}, "sampler.num_steps = 0"),
-        ({"guidance_scale": 0.5}, "sampler.guidance_scale = 0.5"),
+        ({"guidance_scale": -0.5}, "sampler.guidance_scale = -0.5"),
+        ({"timestep_shift": 0.0}, "sampler.timestep_shift = 0.0"),
         ({"guidance_scale": float("nan")}, "sampler.guidance_scale = nan"),
     ],
 )
@@ -167,3 +195,89 @@ def test_a_hub_id_that_cannot_be_had_says_what_to_do(monkeypatch: pytest.MonkeyP
     assert seen["use_safetensors"] is True
     assert seen["trust_remote_code"] is False
     assert (seen["revision"], seen["variant"]) == ("abc", "fp16")
+
+
+def test_encoded_samples_are_found_again_without_the_pipeline(pipeline, tmp_path) -> None:
+    spec = DataSpec(num_train=8, num_validation=4)
+    first = DiffusionTask(DiffusionSource(SOURCE, lambda: pipeline, spec, SAMPLER, tmp_path))
+    expected = first.validation_batches(4)[0]
+
+    def refuse() -> Any:
+        raise AssertionError("the pipeline was loaded again")
+
+    found = DiffusionTask(DiffusionSource(SOURCE, refuse, spec, SAMPLER, tmp_path)).validation_batches(4)[0]
+    assert {name: value.tolist() for name, value in found.items()} == {k: v.tolist() for k, v in expected.items()}
+
+
+@pytest.mark.parametrize(
+    ("data", "sampler"),
+    [
+        ({"seed": 2}, {}),
+        ({"num_train": 9}, {}),
+        ({}, {"max_sequence_length": 8}),
+        ({"learn_from": "sampling_path"}, {}),
+    ],
+)
+def test_a_changed_input_never_reads_a_stale_cache(pipeline, tmp_path, data, sampler) -> None:
+    opened: list[int] = []
+
+    def open_pipeline() -> Any:
+        opened.append(1)
+        return pipeline
+
+    spec = {"num_train": 8, "num_validation": 4}
+    DiffusionTask(DiffusionSource(SOURCE, open_pipeline, DataSpec(**spec), SAMPLER, tmp_path)).steps_per_epoch(4)
+    num_opened = len(opened)
+    changed = dataclasses.replace(SAMPLER, **sampler)
+    DiffusionTask(DiffusionSource(SOURCE, open_pipeline, DataSpec(**spec | data), changed, tmp_path)).steps_per_epoch(4)
+    assert len(opened) > num_opened
+
+
+def test_a_changed_encoder_never_reads_a_stale_cache(pipeline, tmp_path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(SOURCE.source, folder)
+    spec, source = DataSpec(num_train=8, num_validation=4), ModelSpec(str(folder))
+    opened: list[int] = []
+
+    def open_pipeline() -> Any:
+        opened.append(1)
+        return pipeline
+
+    def encode() -> None:
+        DiffusionTask(DiffusionSource(source, open_pipeline, spec, SAMPLER, tmp_path)).steps_per_epoch(4)
+
+    encode()
+    num_opened = len(opened)
+    encode()
+    assert len(opened) == num_opened
+    config = folder / "vae" / "config.json"
+    config.write_text(config.read_text().replace('"scaling_factor": ', '"scaling_factor": 0'))
+    encode()
+    assert len(opened) > num_opened
+
+
+def test_streaming_gives_what_the_cache_gives(make_task: MakeTask) -> None:
+    cached, streamed = make_task(num_train=8), make_task(num_train=8, cache=False)
+    for expected, found in zip(cached.validation_batches(4), streamed.validation_batches(4), strict=True):
+        for name, value in cached.make_inputs(expected, torch.Generator().manual_seed(3)).items():
+            again = streamed.make_inputs(found, torch.Generator().manual_seed(3))[name]
+            assert torch.allclose(value.float(), again.float(), atol=1e-4)
+    batch = next(iter(streamed.train_stream(4, seed=0)))
+    inputs = streamed.make_inputs(batch, torch.Generator().manual_seed(0))
+    assert inputs["hidden_states"].shape == (4, 8, 8, 8)
+    assert set(inputs) == set(cached.make_inputs(cached.validation_batches(4)[0], torch.Generator()))
+
+
+def test_a_sampling_path_needs_the_cache(make_task: MakeTask) -> None:
+    with pytest.raises(ConfigError, match=r"data\.cache = False is not possible: allowed is true with learn_from"):
+        make_task(learn_from="sampling_path", cache=False)
+
+
+def test_the_teacher_loses_nothing_along_its_own_path(make_task: MakeTask, pipeline) -> None:
+    task = make_task(num_train=4, num_validation=4, learn_from="sampling_path")
+    assert task.steps_per_epoch(4) == 2  # four prompts, two steps
+    student = copy.deepcopy(pipeline.transformer)
+    spec = TrainSpec(batch_size=4, losses=(LossSpec("mse"),))
+    assert validation_loss(task, pipeline.transformer, student, spec) == 0
+    quantize_(student)
+    assert validation_loss(task, pipeline.transformer, student, spec) > 0

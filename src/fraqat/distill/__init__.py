@@ -2,14 +2,16 @@
 
 from fraqat.distill.checkpoint import CheckpointStore, describe_difference
 from fraqat.distill.log import LOG_FILE, StepRecord, read_log
-from fraqat.distill.losses import LossSpec, distillation_loss
+from fraqat.distill.losses import LANGUAGE_LOSSES, OUTPUT_LOSSES, LossSpec, distillation_loss
 from fraqat.distill.spec import TrainSpec
-from fraqat.distill.task import Batch, BatchStream, DistillTask
+from fraqat.distill.task import Batch, BatchStream, DistillTask, Prediction
 from fraqat.distill.trainer import Distiller, DistillResult
 from fraqat.distill.validation import validation_loss
 
 __all__ = [
+    "LANGUAGE_LOSSES",
     "LOG_FILE",
+    "OUTPUT_LOSSES",
     "Batch",
     "BatchStream",
     "CheckpointStore",
@@ -17,6 +19,7 @@ __all__ = [
     "DistillTask",
     "Distiller",
     "LossSpec",
+    "Prediction",
     "StepRecord",
     "TrainSpec",
     "describe_difference",

@@ -20,10 +20,13 @@ OUTPUT_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 """Name -> mean distance of (student, teacher) outputs in float32."""
 
+LANGUAGE_LOSSES = ("kl", "hidden_mse")
+"""Terms that a language model's task computes itself: of next-token distributions, and of hidden states."""
+
 
 @dataclass(frozen=True)
 class LossSpec:
-    """One term of the loss: `weight` times the distance `name` of the outputs."""
+    """One term of the loss: `weight` times the distance `name`, of `OUTPUT_LOSSES` or `LANGUAGE_LOSSES`."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_KEYS
 
@@ -31,8 +34,8 @@ class LossSpec:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.name not in OUTPUT_LOSSES:
-            names = ", ".join(OUTPUT_LOSSES)
+        if self.name not in OUTPUT_LOSSES and self.name not in LANGUAGE_LOSSES:
+            names = ", ".join((*OUTPUT_LOSSES, *LANGUAGE_LOSSES))
             raise config_error("losses.name", self.name, allowed=names, fix=f"choose one of {names}")
         if not (math.isfinite(self.weight) and self.weight > 0):
             raise config_error(

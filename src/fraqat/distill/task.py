@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-Batch = Mapping[str, Tensor]
-"""Tensors of one batch, the batch on the first axis."""
+from fraqat.distill.losses import LossSpec
+
+Batch = Mapping[str, Any]
+"""One batch by column, the batch on the first axis: tensors, and texts where a task encodes them itself."""
+
+Prediction = Mapping[str, Tensor]
+"""What a model's forward pass gives for distillation, by name."""
 
 
 class BatchStream(Protocol):
@@ -49,6 +54,17 @@ class DistillTask(Protocol):
         """Adds what is drawn at random (noise, timesteps, dropped captions) from `generator` alone."""
         ...
 
-    def predict(self, model: nn.Module, inputs: Batch) -> Tensor:
-        """The output that is distilled."""
+    def predict(self, model: nn.Module, inputs: Batch) -> Prediction:
+        """The outputs that are distilled."""
+        ...
+
+    def loss(self, student: Prediction, teacher: Prediction, inputs: Batch, terms: Sequence[LossSpec]) -> Tensor:
+        """Weighted sum of the terms, a mean over the batch, 0-dim float32.
+
+        Args:
+            student: With gradient.
+            teacher: Without.
+            inputs: What both predictions were made from; masks are here.
+            terms: At least one.
+        """
         ...

@@ -19,7 +19,6 @@ from fraqat.distill.diagnose import first_non_finite_layer, first_non_finite_par
 from fraqat.distill.ema import ParameterAverage
 from fraqat.distill.interrupt import InterruptGuard
 from fraqat.distill.log import RunLog, StepRecord
-from fraqat.distill.losses import distillation_loss
 from fraqat.distill.spec import TrainSpec
 from fraqat.distill.task import Batch, DistillTask
 from fraqat.distill.validation import to_device, validation_loss
@@ -168,7 +167,7 @@ class Distiller:
             teacher_output = self.task.predict(self.teacher, inputs)
         with self._autocast():
             student_output = self.task.predict(self.student, inputs)
-        loss = distillation_loss(student_output, teacher_output, self.spec.losses)
+            loss = self.task.loss(student_output, teacher_output, inputs, self.spec.losses)
         if not bool(torch.isfinite(loss)):
             self._fail(stage, self._find_non_finite_layer(inputs), f"the loss is {loss.item()}")
         return loss

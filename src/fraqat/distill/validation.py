@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fraqat.distill.losses import distillation_loss
 from fraqat.distill.spec import TrainSpec
 from fraqat.distill.task import Batch, DistillTask
 
@@ -29,8 +28,8 @@ def validation_loss(task: DistillTask, teacher: nn.Module, student: nn.Module, s
     for batch in task.validation_batches(spec.batch_size):
         inputs = to_device(task.make_inputs(batch, generator), device)
         teacher_output = task.predict(teacher, inputs)
-        loss = distillation_loss(task.predict(student, inputs), teacher_output, spec.losses)
-        size = teacher_output.shape[0]
+        loss = task.loss(task.predict(student, inputs), teacher_output, inputs, spec.losses)
+        size = len(next(iter(batch.values())))
         total, count = total + size * loss.item(), count + size
     student.train(was_training)
     return total / count
@@ -38,4 +37,4 @@ def validation_loss(task: DistillTask, teacher: nn.Module, student: nn.Module, s
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with every tensor on `device`."""
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}

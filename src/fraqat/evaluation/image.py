@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fraqat.data.prompts import PromptSpec
 from fraqat.errors import check_seed, config_error
 from fraqat.evaluation.frechet import frechet_distance
 from fraqat.nn import STRICT_KEYS
@@ -25,6 +26,7 @@ class EvaluationSpec:
         num_images: Images per model, one per held-out prompt (prompts repeat with other seeds).
         seed: Seed of the first image; image i of every model starts from the same noise.
         batch_size: Images computed at a time.
+        prompts: A published list or a file of prompts; None takes captions of held-out data.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_KEYS
@@ -32,6 +34,7 @@ class EvaluationSpec:
     num_images: int = 256
     seed: int = 100_000
     batch_size: int = 64
+    prompts: PromptSpec | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("num_images", 2), ("batch_size", 1)):
@@ -88,6 +91,11 @@ def paired_psnr_db(images: Tensor, reference: Tensor) -> list[float]:
     return (-10 * torch.log10(mse)).clamp(max=_MAX_PSNR_DB).tolist()
 
 
+def median_psnr_db(images: Tensor, reference: Tensor) -> float:
+    """Median of `paired_psnr_db`."""
+    return statistics.median(paired_psnr_db(images, reference))
+
+
 @torch.no_grad()
 def image_quality(
     images: Tensor, reference: Tensor, prompts: Sequence[str], extractor: Extractor, judge: AdherenceJudge
@@ -105,7 +113,7 @@ def image_quality(
     return ImageQuality(
         num_images=len(images),
         frechet=frechet_distance(extractor.features(signed), extractor.features(signed_reference)),
-        psnr_db=statistics.median(paired_psnr_db(images, reference)),
+        psnr_db=median_psnr_db(images, reference),
         digit=adherence.digit,
         colors=adherence.colors,
         all=adherence.all,

@@ -1,54 +1,124 @@
 """What differs between diffusion transformers, as a table: one entry per transformer class of diffusers.
 
-To add an architecture, add an entry to `ARCHITECTURES` and a test that samples a tiny pipeline of its class.
+Everything else is found out by watching the pipeline run (see `fraqat.tasks.conditioning`), so an entry is a few lines:
+docs/add_an_architecture.md shows how to write and test one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from types import MappingProxyType
-from typing import Any
 
 from fraqat.errors import ModelError
-from fraqat.nn import LayerFamilies
+from fraqat.nn import LayerFamilies, LayerRule
 
 NUM_TRAIN_TIMESTEPS = 1000
-"""Timesteps of the flow-matching convention of diffusers: timestep = 1000 * sigma."""
+"""Timesteps of the training process of every pipeline here: flow matching's sigma = 1 is timestep 1000."""
+
+
+class Process(StrEnum):
+    """How noise is added, which fixes what the transformer predicts.
+
+    Attributes:
+        FLOW: x = (1 - sigma) image + sigma noise; the velocity, noise - image, is predicted.
+        NOISE: x = sqrt(a_t) image + sqrt(1 - a_t) noise with the scheduler's cumulative product a_t; the noise is predicted.
+    """
+
+    FLOW = "flow"
+    NOISE = "noise"
+
+
+class TimeScale(StrEnum):
+    """What the transformer is given as the time of noise level sigma.
+
+    Attributes:
+        THOUSAND: 1000 sigma.
+        SIGMA: sigma.
+        REVERSED: 1 - sigma.
+    """
+
+    THOUSAND = "thousand"
+    SIGMA = "sigma"
+    REVERSED = "reversed"
+
+
+class Guidance(StrEnum):
+    """How the pipeline is guided.
+
+    Attributes:
+        CLASSIFIER_FREE: A second prediction for the empty prompt; scale 1 is none.
+        DISTILLED: In the weights, or an input of the transformer; one prediction per step.
+    """
+
+    CLASSIFIER_FREE = "classifier_free"
+    DISTILLED = "distilled"
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One diffusion transformer that predicts the flow-matching velocity (noise - image).
+    """One diffusion transformer.
 
     Args:
-        families: Layer families FF, Attn and TF as name patterns.
-        call_arguments: Arguments of the pipeline's call that make it sample the size asked for, from the prompt as given.
-        encode_arguments: Arguments of the pipeline's `encode_prompt`.
+        last_layers: The output layers as patterns; their inputs stay at 16 bits (the paper's W4A16 last layer) unless the
+            recipe says otherwise.
+        skipped: Patterns of layers that stay in floating point unless the recipe says otherwise.
+        families: Layer families FF, Attn and TF; the default covers the usual names.
+        process: How noise is added in training on images.
+        time: What the transformer takes as time.
+        guidance: How the pipeline is guided.
+        packs_latents: Whether the pipeline turns 2x2 squares of latents into one token (FLUX).
+        timesteps: Default distribution of noise levels in training: `uniform`, `logit_normal` or `sampler`, the levels of
+            the sampler's own steps.
     """
 
-    families: LayerFamilies
-    call_arguments: Mapping[str, Any] = field(default_factory=dict)
-    encode_arguments: Mapping[str, Any] = field(default_factory=dict)
+    last_layers: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
+    families: LayerFamilies = field(default_factory=LayerFamilies)
+    process: Process = Process.FLOW
+    time: TimeScale = TimeScale.THOUSAND
+    guidance: Guidance = Guidance.CLASSIFIER_FREE
+    packs_latents: bool = False
+    timesteps: str = "logit_normal"
+
+    def default_rules(self) -> tuple[LayerRule, ...]:
+        """The table's exceptions as rules, to be put before the recipe's own."""
+        kept = tuple(LayerRule(pattern=pattern, activation_bits=16) for pattern in self.last_layers)
+        return (*kept, *(LayerRule(pattern=pattern, skip=True) for pattern in self.skipped))
 
 
-_PROMPT_AS_GIVEN = MappingProxyType({"complex_human_instruction": None})
+def _families(**patterns: tuple[str, ...]) -> LayerFamilies:
+    return LayerFamilies(MappingProxyType(patterns))
+
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
         "SanaTransformer2DModel": Architecture(
-            families=LayerFamilies(
-                MappingProxyType(
-                    {
-                        "FF": ("transformer_blocks.*.ff.*",),
-                        "Attn": ("transformer_blocks.*.attn1.*", "transformer_blocks.*.attn2.*"),
-                        "TF": ("transformer_blocks.*",),
-                    }
-                )
+            last_layers=("proj_out",),
+            families=_families(
+                FF=("transformer_blocks.*.ff.*",),
+                Attn=("transformer_blocks.*.attn1.*", "transformer_blocks.*.attn2.*"),
+                TF=("transformer_blocks.*",),
             ),
-            call_arguments=MappingProxyType({"use_resolution_binning": False, **_PROMPT_AS_GIVEN}),
-            encode_arguments=_PROMPT_AS_GIVEN,
+            timesteps="uniform",
         ),
+        "SD3Transformer2DModel": Architecture(last_layers=("proj_out",)),
+        "PixArtTransformer2DModel": Architecture(last_layers=("proj_out",), process=Process.NOISE, timesteps="uniform"),
+        "FluxTransformer2DModel": Architecture(
+            last_layers=("proj_out",),
+            families=_families(
+                FF=("*.ff.*", "*.ff_context.*", "*.proj_mlp", "single_transformer_blocks.*.proj_out"),
+                Attn=("*.attn.*",),
+                TF=("transformer_blocks.*", "single_transformer_blocks.*"),
+            ),
+            time=TimeScale.SIGMA,
+            guidance=Guidance.DISTILLED,
+            packs_latents=True,
+            timesteps="sampler",
+        ),
+        "Lumina2Transformer2DModel": Architecture(last_layers=("norm_out.linear_2",), time=TimeScale.REVERSED),
+        "WanTransformer3DModel": Architecture(last_layers=("proj_out",)),
     }
 )
 
@@ -59,11 +129,16 @@ def architecture_of(transformer: object) -> Architecture:
     Raises:
         ModelError: Its class has no entry yet.
     """
-    name = type(transformer).__name__
-    if name not in ARCHITECTURES:
+    return architecture_named(type(transformer).__name__)
+
+
+def architecture_named(class_name: str) -> Architecture:
+    """The table's entry for a transformer class; see `architecture_of`."""
+    if class_name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ModelError(
-            f"transformer class {name} is not supported yet: allowed is {known}. Fix: add an entry for {name} to "
-            "ARCHITECTURES in fraqat/tasks/families.py with its layer families and call arguments."
+            f"transformer class {class_name} has no entry in the table of architectures: allowed is {known}. Fix: add "
+            f'"{class_name}": Architecture(last_layers=(...,)) to ARCHITECTURES in fraqat/tasks/families.py, with the name of '
+            "its output layer, its process and its time scale; docs/add_an_architecture.md shows how to find them."
         )
-    return ARCHITECTURES[name]
+    return ARCHITECTURES[class_name]

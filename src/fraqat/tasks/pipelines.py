@@ -3,60 +3,133 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
-import transformers
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from fraqat.errors import ModelError
-from fraqat.tasks.families import ARCHITECTURES
+from fraqat.tasks.families import ARCHITECTURES, architecture_named
+from fraqat.tasks.loading import (
+    check_complete,
+    check_component,
+    check_safetensors,
+    explain_loading,
+    first_line,
+    is_folder,
+)
 from fraqat.tasks.spec import ModelSpec
 
-_PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
+_INDEX = "model_index.json"
 
 
-def load_pipeline(spec: ModelSpec, *, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+def load_pipeline(
+    spec: ModelSpec, *, dtype: torch.dtype = torch.float32, transformer: nn.Module | None = None
+) -> DiffusionPipeline:
     """Loads a whole pipeline to the device that `spec` asks for.
 
     Args:
         spec: `source` must be a folder or a hub id (`zoo:` names are resolved by the caller).
         dtype: Precision of all weights.
+        transformer: Use this one, in its own precision, instead of loading the pipeline's.
 
     Raises:
         ModelError: Missing, truncated or pickled files, or a hub id that cannot be had; the message says what to do.
     """
-    folder = Path(spec.source)
-    if folder.is_dir():
-        check_pipeline_folder(folder)
-    elif folder.is_absolute() or spec.source.startswith((".", "~")) or spec.source.count("/") != 1:
-        raise ModelError(
-            f"model.source = {spec.source!r}: there is no such folder, and it is no hub id (owner/name). Fix: correct the path."
+    if is_folder(spec):
+        check_pipeline_folder(Path(spec.source))
+    if transformer is None and spec.single_file is not None:
+        transformer = load_transformer(spec, dtype=dtype)
+    given = {} if transformer is None else {"transformer": transformer}
+    with explain_loading(spec):
+        pipeline = DiffusionPipeline.from_pretrained(
+            spec.source,
+            revision=spec.revision,
+            variant=spec.variant,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **given,
         )
-    try:
-        with _no_loading_bars():
-            pipeline = DiffusionPipeline.from_pretrained(
+    if transformer is not None:
+        pipeline.register_modules(
+            transformer=transformer
+        )  # where it is optional, from_pretrained loads its own all the same
+    for name, component in pipeline.components.items():
+        if isinstance(component, nn.Module):
+            check_complete(component, f"{spec.source}: {name}")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(spec.torch_device)
+
+
+def load_transformer(spec: ModelSpec, *, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Loads the transformer of a pipeline alone, to the device that `spec` asks for.
+
+    Args:
+        spec: As in `load_pipeline`; with `single_file`, weights come from there and only the configuration from `source`.
+        dtype: Precision of its weights.
+
+    Raises:
+        ModelError: As in `load_pipeline`, a class without an entry in the table, or a single file that diffusers cannot map
+            to the class.
+    """
+    name = transformer_class(spec)
+    architecture_named(name)
+    model_class = getattr(diffusers, name)
+    if is_folder(spec) and spec.single_file is None:
+        check_component(Path(spec.source) / "transformer")
+    with explain_loading(spec):
+        if spec.single_file is None:
+            model = model_class.from_pretrained(
                 spec.source,
+                subfolder="transformer",
                 revision=spec.revision,
                 variant=spec.variant,
                 dtype=dtype,
                 use_safetensors=True,
-                trust_remote_code=False,
             )
-    except (OSError, ValueError, SafetensorError) as error:
+        else:
+            model = _load_single_file(model_class, spec, dtype)
+    check_complete(model, f"{spec.source}: transformer")
+    return model.to(spec.torch_device)
+
+
+def _load_single_file(model_class: Any, spec: ModelSpec, dtype: torch.dtype) -> nn.Module:
+    path = Path(cast(str, spec.single_file))
+    if path.suffix != ".safetensors":
+        raise ModelError(f"model.single_file = {str(path)!r}: allowed is a .safetensors file. Fix: convert it first.")
+    if not hasattr(model_class, "from_single_file"):
         raise ModelError(
-            f"model.source = {spec.source!r} cannot be loaded: {_first_line(error)}. Fix: check the name, your network, "
-            "`hf auth login` for a gated model, and that the repository has safetensors files."
-        ) from error
-    _check_loaded(pipeline, spec.source)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(spec.torch_device)
+            f"model.single_file = {str(path)!r}: diffusers cannot read {model_class.__name__} from one file. Fix: use the "
+            "diffusers folder of the model."
+        )
+    check_safetensors(path)
+    return model_class.from_single_file(
+        str(path), config=spec.source, subfolder="transformer", revision=spec.revision, torch_dtype=dtype
+    )
+
+
+def transformer_class(spec: ModelSpec) -> str:
+    """Class name of a pipeline's transformer, from `model_index.json` alone.
+
+    Raises:
+        ModelError: There is no such file, or the pipeline has no transformer.
+    """
+    if is_folder(spec):
+        check_pipeline_folder(Path(spec.source))
+    with explain_loading(spec):
+        index = cast(dict[str, Any], DiffusionPipeline.load_config(spec.source, revision=spec.revision))
+    entry = index.get("transformer")
+    if not (isinstance(entry, list | tuple) and len(entry) == 2 and entry[1]):
+        names = ", ".join(name for name in index if not name.startswith("_"))
+        raise ModelError(
+            f"model.source = {spec.source!r} has no transformer, only {names}. Fix: choose a diffusion transformer pipeline; "
+            "U-Nets are not supported."
+        )
+    return str(entry[1])
 
 
 def check_pipeline_folder(folder: Path) -> None:
@@ -65,15 +138,13 @@ def check_pipeline_folder(folder: Path) -> None:
     Raises:
         ModelError: No or broken `model_index.json`, a component that is missing, only pickled, or truncated.
     """
-    index = folder / "model_index.json"
+    index = folder / _INDEX
     if not index.is_file():
-        raise ModelError(
-            f"{folder} is no diffusers pipeline: model_index.json is missing. Fix: pass the folder that holds it."
-        )
+        raise ModelError(f"{folder} is no diffusers pipeline: {_INDEX} is missing. Fix: pass the folder that holds it.")
     try:
         components = json.loads(index.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise ModelError(f"{index} cannot be read: {_first_line(error)}. Fix: copy the model again.") from error
+        raise ModelError(f"{index} cannot be read: {first_line(error)}. Fix: copy the model again.") from error
     if not isinstance(components, dict):
         raise ModelError(f"{index} cannot be read: it holds no mapping of components. Fix: copy the model again.")
     for name, value in components.items():
@@ -81,71 +152,11 @@ def check_pipeline_folder(folder: Path) -> None:
             continue
         if not (folder / name).is_dir():
             raise ModelError(f"{folder}: component {name} is missing. Fix: copy the whole model folder.")
-        _check_component(folder / name)
-
-
-def _check_loaded(pipeline: DiffusionPipeline, source: str) -> None:
-    """Weights that no file held stay without data: they are named instead of failing later."""
-    for name, component in pipeline.components.items():
-        if isinstance(component, nn.Module):
-            missing = [key for key, value in component.state_dict().items() if value.is_meta]
-            if missing:
-                raise ModelError(
-                    f"{source}: {name} lacks {len(missing)} tensors, such as {missing[0]}. Fix: copy the model again."
-                )
-
-
-def _check_component(folder: Path) -> None:
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    pickled = sorted(path for path in files if path.suffix in _PICKLE_SUFFIXES)
-    weights = sorted(path for path in files if path.suffix == ".safetensors")
-    if pickled and not weights:
-        raise ModelError(
-            f"{pickled[0]} is a pickle, which can run any code when it is read: it was not opened. Fix: save the model with "
-            "safe_serialization=True, or use a repository with safetensors files."
-        )
-    config = folder / "config.json"
-    if config.is_file() and not weights:
-        raise ModelError(f"{folder} has a config.json but no .safetensors file. Fix: copy the model again.")
-    for path in weights:
-        check_safetensors(path)
-
-
-def check_safetensors(path: Path) -> None:
-    """Reads the header of a safetensors file and compares it with the file's size.
-
-    Raises:
-        ModelError: The file is truncated or not safetensors.
-    """
-    try:
-        with safe_open(path, framework="pt") as stream:
-            stream.keys()
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is truncated or damaged: {_first_line(error)}. Fix: copy the file again.") from error
-
-
-@contextmanager
-def _no_loading_bars() -> Generator[None]:
-    """The libraries' bars would break into our own progress line."""
-    logs = (diffusers.utils.logging, transformers.utils.logging)
-    were_on = [log.is_progress_bar_enabled() for log in logs]
-    for log in logs:
-        log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for log, was_on in zip(logs, were_on, strict=True):
-            if was_on:
-                log.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+        check_component(folder / name)
 
 
 def build_transformer(class_name: str, config: dict[str, Any]) -> nn.Module:
-    """Builds an untrained transformer of a supported class, float32 on the CPU.
+    """Builds an untrained transformer of a supported class, float32, on the device that is torch's default.
 
     Args:
         class_name: A key of `ARCHITECTURES`.
@@ -160,21 +171,7 @@ def build_transformer(class_name: str, config: dict[str, Any]) -> nn.Module:
     return model_class.from_config({key: value for key, value in config.items() if not key.startswith("_")})
 
 
-def transformer_description(pipeline: DiffusionPipeline) -> tuple[str, dict[str, Any]]:
-    """Class name and configuration of a pipeline's transformer, as plain JSON values."""
-    config = {key: value for key, value in dict(pipeline.transformer.config).items() if not key.startswith("_")}
-    return type(pipeline.transformer).__name__, json.loads(json.dumps(config))
-
-
-def transformer_files(folder: Path, variant: str | None) -> list[Path]:
-    """The transformer's safetensors files of one variant in a local pipeline folder."""
-    found = sorted((folder / "transformer").glob("*.safetensors"))
-    named = {path: path.name.removesuffix(".safetensors").split(".")[1:] for path in found}
-    return [path for path, parts in named.items() if (parts[0].split("-")[0] if parts else None) == variant]
-
-
-def stored_dtype(path: Path) -> str:
-    """Precision of the first tensor of a safetensors file: `bf16`, `fp32`, ..."""
-    with safe_open(path, framework="pt") as stream:
-        name = next(iter(stream.keys()))
-        return {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}.get(stream.get_slice(name).get_dtype(), "float")
+def transformer_description(transformer: nn.Module) -> tuple[str, dict[str, Any]]:
+    """Class name and configuration of a transformer, as plain JSON values."""
+    config = {key: value for key, value in dict(cast(Any, transformer).config).items() if not key.startswith("_")}
+    return type(transformer).__name__, json.loads(json.dumps(config))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,12 +17,15 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Which pre-trained pipeline.
+    """Which pre-trained model: a diffusers pipeline, or a model of transformers.
 
     Args:
         source: Folder, hub id, or `zoo:NAME` for a model that comes with the package.
         revision, variant: Of a hub id.
         teacher_dtype: Precision of the teacher's weights. The student's master weights are always float32.
+        encoder_dtype: Precision of text encoders and autoencoder.
+        single_file: A checkpoint of the transformer alone in one .safetensors file, as other programs write it, in place of
+            the transformer of `source`.
         device: Where models run: `auto` is the GPU if there is one, else the CPU.
     """
 
@@ -31,6 +35,8 @@ class ModelSpec:
     revision: str | None = None
     variant: str | None = None
     teacher_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    encoder_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    single_file: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
@@ -50,6 +56,11 @@ class ModelSpec:
         """`teacher_dtype` for torch."""
         return _DTYPES[self.teacher_dtype]
 
+    @property
+    def torch_encoder_dtype(self) -> torch.dtype:
+        """`encoder_dtype` for torch."""
+        return _DTYPES[self.encoder_dtype]
+
 
 @dataclass(frozen=True)
 class SamplerSpec:
@@ -57,10 +68,14 @@ class SamplerSpec:
 
     Args:
         num_steps: Denoising steps.
-        guidance_scale: Classifier-free guidance; 1 is none.
+        guidance_scale: Of classifier-free guidance, where 1 is none; a guidance-distilled model takes it as it is (FLUX.1
+            schnell: 0).
         height, width: Pixels.
         max_sequence_length: Tokens that a prompt is padded or cut to.
-        timesteps: Distribution of the noise level sigma in training: `uniform` on (0, 1), or `logit_normal` (0, 1).
+        timesteps: Distribution of the noise level sigma in training: `uniform` on (0, 1), `logit_normal` (0, 1), `sampler`
+            (the levels of the sampler's own steps), or `auto`, what the table of architectures says.
+        timestep_shift: Moves drawn levels towards noise: s sigma / (1 + (s - 1) sigma); 1 leaves them.
+        call_arguments: Further arguments of the pipeline's call, such as `system_prompt` of Lumina2.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_KEYS
@@ -70,7 +85,9 @@ class SamplerSpec:
     height: int = 512
     width: int = 512
     max_sequence_length: int = 300
-    timesteps: Literal["uniform", "logit_normal"] = "uniform"
+    timesteps: Literal["auto", "uniform", "logit_normal", "sampler"] = "auto"
+    timestep_shift: float = 1.0
+    call_arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "height", "width", "max_sequence_length"):
@@ -78,10 +95,14 @@ class SamplerSpec:
                 raise config_error(
                     f"sampler.{name}", getattr(self, name), allowed="1 or more", fix=f"correct sampler.{name}"
                 )
-        if not 1 <= self.guidance_scale < math.inf:
+        if not 0 <= self.guidance_scale < math.inf:
             raise config_error(
                 "sampler.guidance_scale",
                 self.guidance_scale,
-                allowed="a finite number of 1 or more",
+                allowed="a finite number of 0 or more",
                 fix="use 1 for no guidance",
+            )
+        if not 0 < self.timestep_shift < math.inf:
+            raise config_error(
+                "sampler.timestep_shift", self.timestep_shift, allowed="a positive number", fix="use 1 for no shift"
             )

@@ -4,15 +4,15 @@ from fraqat.workflows.demo import demo
 from fraqat.workflows.evaluating import evaluate, quality_table
 from fraqat.workflows.exporting import FORMATS, check_packed, export, generate
 from fraqat.workflows.inspecting import inspect
+from fraqat.workflows.planning import plan
 from fraqat.workflows.progress import Progress, SilentProgress
 from fraqat.workflows.reporting import report
 from fraqat.workflows.runs import RunFolder
-from fraqat.workflows.session import PackedSession, Session
-from fraqat.workflows.training import plan, resolve_schedule, stages, train
+from fraqat.workflows.sessions import Session, open_session
+from fraqat.workflows.training import layers, resolve_schedule, stages, train
 
 __all__ = [
     "FORMATS",
-    "PackedSession",
     "Progress",
     "RunFolder",
     "Session",
@@ -23,6 +23,8 @@ __all__ = [
     "export",
     "generate",
     "inspect",
+    "layers",
+    "open_session",
     "plan",
     "quality_table",
     "report",

@@ -10,7 +10,7 @@ from fraqat.workflows.evaluating import evaluate, quality_table
 from fraqat.workflows.exporting import check_packed, export
 from fraqat.workflows.progress import Progress
 from fraqat.workflows.reporting import report
-from fraqat.workflows.session import Session
+from fraqat.workflows.sessions import open_session
 from fraqat.workflows.training import train
 
 DEMO_RECIPE = "color-digits"
@@ -28,7 +28,7 @@ def demo(out: Path, progress: Progress, settings: tuple[str, ...] = ()) -> tuple
         The tables (quality, export check) and the page's path.
     """
     recipe = load_recipe(DEMO_RECIPE, settings)
-    session = Session(recipe)
+    session = open_session(recipe)
     run = train(recipe, out, progress, with_baselines=True, session=session)
     if not run.evaluation_path.exists():
         evaluate(run, progress, session=session)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from fraqat.config import load_recipe
+from fraqat.config import load_recipe, load_values, merged
 from fraqat.errors import ModelError, OutputError, check_seed, config_error
 from fraqat.export import FloatDtype, PackedSize, write_packed
 from fraqat.files import atomic_file
 from fraqat.nn import packed_codes, quantized_layers
 from fraqat.table import Table
-from fraqat.tasks import SamplerSpec
-from fraqat.workflows.images import to_png
 from fraqat.workflows.progress import Progress
 from fraqat.workflows.runs import RunFolder
-from fraqat.workflows.session import PackedSession, Session
+from fraqat.workflows.sessions import Session, open_session
 
 FORMATS = ("packed",)
 RECIPE_FILE = "recipe.yaml"
@@ -31,7 +30,7 @@ def export(
     *,
     float_dtype: FloatDtype = "float32",
     overwrite: bool = False,
-    session: Session | None = None,
+    session: Session[Any] | None = None,
 ) -> tuple[Path, PackedSize]:
     """Writes the student of a finished run for a target.
 
@@ -50,7 +49,7 @@ def export(
         raise config_error("format", export_format, allowed=", ".join(FORMATS), fix="use packed")
     run.methods()
     recipe = run.recipe()
-    session = session or Session(recipe)
+    session = session or open_session(recipe)
     student = session.load_student(recipe, run.student_path)
     folder = run.export_path(export_format)
     size = write_packed(
@@ -72,19 +71,19 @@ def generate(
     progress: Progress,
     *,
     seed: int = 0,
-    sampler_changes: dict[str, Any] | None = None,
+    changes: Mapping[str, Mapping[str, Any]] | None = None,
     overwrite: bool = False,
 ) -> list[Path]:
-    """Samples images from a run or from a packed export.
+    """Makes images, texts or speech with the student of a run or of a packed export.
 
     Args:
         source: Run folder or export folder.
-        prompts: One image each.
-        out: A PNG file for one prompt, else a folder for `000.png`, `001.png`, ...
-        progress: Told how many images are done.
-        seed: Seed of the first image.
-        sampler_changes: Fields of `SamplerSpec` instead of the recipe's.
-        overwrite: Replace images that are there.
+        prompts: One file each.
+        out: A file for one prompt (PNG, TXT or WAV, as the recipe's task makes), else a folder for `000.png`, `001.png`, ...
+        progress: Told how many are done.
+        seed: Seed of the first one.
+        changes: Section of the recipe -> fields to use instead of its own; None values are left out.
+        overwrite: Replace files that are there.
 
     Returns:
         The files written.
@@ -94,44 +93,51 @@ def generate(
             "prompt", list(prompts), allowed="at least one text that is not empty", fix="pass --prompt TEXT"
         )
     check_seed("seed", seed)
-    is_single = len(prompts) == 1 and out.suffix.lower() == ".png"
+    session, load = _open_source(source, changes or {})
+    suffix = session.sample_suffix
+    is_single = len(prompts) == 1 and out.suffix.lower() == suffix
     if not is_single and out.suffix:
-        raise config_error("out", str(out), allowed="NAME.png for one prompt, a folder for more", fix="correct --out")
-    paths = [out] if is_single else [out / f"{i:03d}.png" for i in range(len(prompts))]
+        raise config_error(
+            "out", str(out), allowed=f"NAME{suffix} for one prompt, a folder for more", fix="correct --out"
+        )
+    paths = [out] if is_single else [out / f"{i:03d}{suffix}" for i in range(len(prompts))]
     existing = [path for path in paths if path.exists()]
     if existing and not overwrite:
         raise OutputError(f"{existing[0]} exists already. Fix: choose another --out or pass --overwrite.")
-    images = _sample(source, prompts, seed, sampler_changes or {}, progress)
-    for path, image in zip(paths, images, strict=True):
+    files = session.generate(
+        load(), prompts, seed=seed, on_done=lambda num_done: progress.count("sampling", num_done, len(prompts))
+    )
+    for path, content in zip(paths, files, strict=True):
         with atomic_file(path) as temporary:
-            temporary.write_bytes(to_png(image))
+            temporary.write_bytes(content)
     return paths
 
 
-def _sample(source: Path, prompts: tuple[str, ...], seed: int, changes: dict[str, Any], progress: Progress) -> Tensor:
+def _open_source(
+    source: Path, changes: Mapping[str, Mapping[str, Any]]
+) -> tuple[Session[Any], Callable[[], nn.Module]]:
+    """The session of a run or export, with changes of its recipe, and what loads its student."""
     if not (source / RECIPE_FILE).is_file():
         raise ModelError(
             f"{source} is neither a run nor an export. Fix: pass a folder of `fraqat train` or `fraqat export`."
         )
     recipe = load_recipe(str(source / RECIPE_FILE))
-    values = {name: value for name, value in changes.items() if value is not None}
-    sampler = SamplerSpec(**{**recipe.to_values()["sampler"], **values})
-    recipe = recipe.model_copy(update={"sampler": sampler})
-    settings: dict[str, Any] = {
-        "seed": seed,
-        "batch_size": recipe.evaluation.batch_size,
-        "on_done": lambda num_done: progress.count("sampling", num_done, len(prompts)),
-    }
+    given = {name: {k: v for k, v in fields.items() if v is not None} for name, fields in changes.items()}
+    values = recipe.to_values()
+    foreign = [name for name, fields in given.items() if fields and name not in values]
+    if foreign:
+        raise config_error(
+            foreign[0], given[foreign[0]], allowed=f"settings of a {recipe.task} recipe", fix="leave the option out"
+        )
+    session = open_session(load_values(merged(values, {name: fields for name, fields in given.items() if fields})))
     if (source / "manifest.json").is_file():
-        return PackedSession(source).sample(prompts, sampler, **settings)
+        return session, lambda: session.load_packed(source)
     run = RunFolder.open(source)
     run.methods()
-    session = Session(recipe)
-    student = session.load_student(recipe, run.student_path)
-    return session.sample(student, prompts, **settings)
+    return session, lambda: session.load_student(recipe, run.student_path)
 
 
-def check_packed(run: RunFolder, session: Session | None = None) -> Table:
+def check_packed(run: RunFolder, session: Session[Any] | None = None) -> Table:
     """Compares the packed export of a run with the trained student, on held-out inputs.
 
     Returns:
@@ -139,9 +145,9 @@ def check_packed(run: RunFolder, session: Session | None = None) -> Table:
         multiply the same scales with the same codes).
     """
     recipe = run.recipe()
-    session = session or Session(recipe)
+    session = session or open_session(recipe)
     student = session.load_student(recipe, run.student_path)
-    packed = PackedSession(run.export_path("packed")).transformer
+    packed = session.load_packed(run.export_path("packed"))
     codes = packed_codes(packed)
     differing = sum(
         int((layer.weight_quantizer.codes(layer.weight)[0] != codes[name]).sum())
@@ -151,9 +157,10 @@ def check_packed(run: RunFolder, session: Session | None = None) -> Table:
     inputs = session.task.make_inputs(batch, torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected, found = (session.task.predict(model, inputs) for model in (student, packed))
+    differences = [float((expected[name] - found[name]).abs().max()) for name in expected]
     rows = (
         ("codes that differ", differing, 0),
-        ("largest output difference", float((expected - found).abs().max()), 0.0),
-        ("largest output", float(expected.abs().max()), None),
+        ("largest output difference", max(differences), 0.0),
+        ("largest output", max(float(tensor.abs().max()) for tensor in expected.values()), None),
     )
     return Table("Packed file against the trained student", ("check", "found", "bound"), rows)

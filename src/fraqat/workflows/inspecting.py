@@ -10,17 +10,18 @@ from fraqat.config import load_recipe, recipe_names
 from fraqat.export import read_packed
 from fraqat.nn import describe, granularity_label, spec_label
 from fraqat.table import Table
-from fraqat.tasks import ModelSpec, architecture_of
+from fraqat.tasks import ModelSpec
+from fraqat.tasks.known import describe_model
 from fraqat.workflows.runs import RunFolder
-from fraqat.workflows.session import resolve_source
-from fraqat.workflows.training import plan
+from fraqat.workflows.sessions import families_of, resolve_source
+from fraqat.workflows.training import layers
 
 
 def inspect(source: str) -> Table:
     """The layers of whatever `source` names.
 
     Args:
-        source: A run folder, an export folder, a recipe (name or YAML file), or a pipeline (folder, hub id, `zoo:NAME`).
+        source: A run folder, an export folder, a recipe (name or YAML file), or a model (folder, hub id, `zoo:NAME`).
 
     Raises:
         ModelError, ConfigError: It is none of these, or damaged.
@@ -31,7 +32,7 @@ def inspect(source: str) -> Table:
     if (path / "recipe.yaml").is_file():
         return _run_table(RunFolder.open(path))
     if source in recipe_names() or path.suffix in (".yaml", ".yml"):
-        return plan(load_recipe(source)).to_table()
+        return layers(load_recipe(source)).to_table()
     return _model_table(source)
 
 
@@ -47,7 +48,7 @@ def layers_table(run: RunFolder) -> Table:
 
 
 def _run_table(run: RunFolder) -> Table:
-    return layers_table(run) if run.layers_path.is_file() else plan(run.recipe()).to_table()
+    return layers_table(run) if run.layers_path.is_file() else layers(run.recipe()).to_table()
 
 
 def _export_table(folder: Path) -> Table:
@@ -66,7 +67,6 @@ def _storage(tensors: dict[str, Tensor], name: str) -> tuple[int, int]:
 
 
 def _model_table(source: str) -> Table:
-    from fraqat.tasks.pipelines import load_pipeline
-
-    transformer = load_pipeline(resolve_source(ModelSpec(source))).transformer
-    return describe(transformer, architecture_of(transformer).families).to_table()
+    spec = resolve_source(ModelSpec(source))
+    known = describe_model(spec.source, spec.revision)
+    return describe(known.build(), families_of(known)).to_table()

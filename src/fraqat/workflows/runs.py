@@ -9,7 +9,7 @@ RUN/
   checkpoints/          newest training states
   student.safetensors   master weights and quantizer state of the finished student
   result.json           steps, seconds, held-out loss; its presence says that training is finished
-  evaluation.json       quality of the original, the baselines and the student    images/   first images of each
+  evaluation.json       quality of the original, the baselines and the student    samples/  images, texts or sounds of each
   baselines/NAME/       a run folder for every baseline
   export/FORMAT/        exported files           report.html    the page
 ```
@@ -131,9 +131,9 @@ class RunFolder:
         return self.path / "evaluation.json"
 
     @property
-    def images_path(self) -> Path:
-        """First images of all methods, as `LABEL/NN.png`."""
-        return self.path / "images"
+    def samples_path(self) -> Path:
+        """What each method made of the first prompts, as `LABEL/NN.png`, `.txt` or `.wav`."""
+        return self.path / "samples"
 
     @property
     def report_path(self) -> Path:

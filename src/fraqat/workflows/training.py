@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,24 +18,23 @@ from fraqat.files import atomic_file, folder_lock, save_tensors, write_json_atom
 from fraqat.nn import QuantReport, calibrate_, describe
 from fraqat.schedules import Schedule, StageUnit
 from fraqat.table import Table
-from fraqat.tasks import architecture_of
 from fraqat.workflows.progress import Progress
 from fraqat.workflows.runs import RunFolder
-from fraqat.workflows.session import Session
+from fraqat.workflows.sessions import Session, open_session
 
 
-def plan(recipe: Recipe) -> QuantReport:
-    """The table of layers that `recipe` leads to, for a dry run. Loads the model, trains nothing."""
-    session = Session(recipe)
-    _, report = session.new_student(recipe)
+def layers(recipe: Recipe) -> QuantReport:
+    """The table of layers that `recipe` leads to, for a dry run; from the model's configuration, without its weights."""
+    session = open_session(recipe)
+    report = session.layers(recipe)
     for name in recipe.baselines:
-        session.new_student(recipe.baseline(name))
+        session.layers(recipe.baseline(name))
     return report
 
 
 def stages(recipe: Recipe) -> Table:
     """The stages of a recipe and of its baselines, for a dry run; loads nothing."""
-    steps_per_epoch = max(1, recipe.data.num_train // recipe.train.batch_size)
+    steps_per_epoch = max(1, (recipe.num_train or recipe.train.batch_size) // recipe.train.batch_size)
     main = resolve_schedule(recipe, steps_per_epoch)
     shared_steps = main.total_steps if main else None
     rows: list[tuple[object, ...]] = []
@@ -55,7 +54,7 @@ def train(
     progress: Progress,
     *,
     with_baselines: bool = False,
-    session: Session | None = None,
+    session: Session[Any] | None = None,
 ) -> RunFolder:
     """Trains a recipe in a folder, or goes on with it; a finished run is left as it is.
 
@@ -71,7 +70,7 @@ def train(
     """
     recipe = _with_absolute_source(recipe)
     run = RunFolder.create(folder, recipe)
-    session = session or Session(recipe)
+    session = session or open_session(recipe)
     with folder_lock(run.path):
         for name in recipe.baselines if with_baselines else ():
             baseline = recipe.baseline(name)
@@ -96,7 +95,7 @@ def resolve_schedule(recipe: Recipe, steps_per_epoch: int, shared_steps: int | N
     return recipe.schedule.resolve(recipe.quantization.weight.bits, total, steps_per_epoch)
 
 
-def _train_one(session: Session, recipe: Recipe, run: RunFolder, progress: Progress) -> None:
+def _train_one(session: Session[Any], recipe: Recipe, run: RunFolder, progress: Progress) -> None:
     label = recipe.label
     if run.is_finished:
         progress.say(f"{label}: finished already, nothing to do")
@@ -104,7 +103,9 @@ def _train_one(session: Session, recipe: Recipe, run: RunFolder, progress: Progr
     progress.say(f"{label}: preparing model and data")
     task, teacher = session.task, session.teacher
     student, _ = session.new_student(recipe)
-    if num_calibrated := calibrate_(student, partial(task.predict, student), _calibration_batches(session, recipe)):
+    if num_calibrated := calibrate_(
+        student, partial(cast(Any, task).predict, student), _calibration_batches(session, recipe)
+    ):
         progress.say(f"{label}: static activation ranges of {num_calibrated} layers calibrated")
     schedule = _shared_schedule(session, recipe)
     if schedule is None:
@@ -129,12 +130,12 @@ def _train_one(session: Session, recipe: Recipe, run: RunFolder, progress: Progr
     progress.say(f"{label}: held-out distillation loss {result.validation_loss:.5f}")
 
 
-def _calibration_batches(session: Session, recipe: Recipe) -> Iterator[Batch]:
+def _calibration_batches(session: Session[Any], recipe: Recipe) -> Iterator[Batch]:
     """A generator, so that nothing is encoded for a student without static activations."""
     yield from session.task.calibration_batches(recipe.train.calibration_samples, recipe.train.batch_size)
 
 
-def _shared_schedule(session: Session, recipe: Recipe) -> Schedule | None:
+def _shared_schedule(session: Session[Any], recipe: Recipe) -> Schedule | None:
     steps_per_epoch = session.task.steps_per_epoch(recipe.train.batch_size)
     main = resolve_schedule(session.recipe, steps_per_epoch)
     return resolve_schedule(recipe, steps_per_epoch, main.total_steps if main else None)
@@ -148,18 +149,18 @@ def _with_absolute_source(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": dataclasses.replace(recipe.model, source=str(folder.resolve()))})
 
 
-def _write_result(session: Session, run: RunFolder, student: nn.Module, result: DistillResult) -> None:
+def _write_result(session: Session[Any], run: RunFolder, student: nn.Module, result: DistillResult) -> None:
     with atomic_file(run.student_path) as path:
         save_tensors(student.state_dict(), path)
     write_json_atomic(run.layers_path, _layer_rows(session, student))
     write_json_atomic(run.result_path, dataclasses.asdict(result))
 
 
-def _layer_rows(session: Session, student: nn.Module) -> list[dict[str, Any]]:
+def _layer_rows(session: Session[Any], student: nn.Module) -> list[dict[str, Any]]:
     batch = session.task.validation_batches(session.recipe.train.batch_size)[0]
     inputs = session.task.make_inputs(batch, torch.Generator().manual_seed(0))
     errors = layer_errors(session.teacher, student, lambda model: session.task.predict(model, inputs))
-    table = describe(student, architecture_of(student).families).to_table().to_json()
+    table = describe(student, session.families).to_table().to_json()
     rows: list[dict[str, Any]] = table["rows"]
     for row in rows:
         error = errors.get(row["layer"])

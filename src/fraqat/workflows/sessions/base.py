@@ -1,87 +1,189 @@
-"""What a recipe needs in memory: pipeline, encoded data, teacher, judge; loaded once and shared by all methods."""
+"""What a recipe needs in memory, whatever the model family: teacher, students, data; loaded once and shared by all methods."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections.abc import Callable
+import gc
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from fraqat.config import Recipe
-from fraqat.data.captioned import load_prompts
+from fraqat.distill import DistillTask
 from fraqat.errors import ModelError
-from fraqat.evaluation import ColorDigitsJudge
 from fraqat.export import ModelDescription, load_packed_, read_packed
-from fraqat.nn import QuantReport, quantize_
-from fraqat.tasks import ModelSpec, SamplerSpec, architecture_of
+from fraqat.nn import LayerFamilies, LayerRule, QuantReport, describe, quantize_
+from fraqat.planning import Workload
+from fraqat.tasks import ModelSpec
+from fraqat.tasks.known import KnownModel, describe_model
+from fraqat.workflows.progress import Progress
 from fraqat.zoo import zoo_path
 
-_ZOO_PREFIX = "zoo:"
+ZOO_PREFIX = "zoo:"
+RecipeT = TypeVar("RecipeT", bound=Recipe)
 
 
 def resolve_source(spec: ModelSpec) -> ModelSpec:
     """Turns `zoo:NAME` into the folder of a model that comes with the package."""
-    if not spec.source.startswith(_ZOO_PREFIX):
+    if not spec.source.startswith(ZOO_PREFIX):
         return spec
-    return dataclasses.replace(spec, source=str(zoo_path(spec.source.removeprefix(_ZOO_PREFIX))))
+    return dataclasses.replace(spec, source=str(zoo_path(spec.source.removeprefix(ZOO_PREFIX))))
 
 
-class Session:
+@dataclasses.dataclass(frozen=True)
+class QualityColumn:
+    """One column of the quality table.
+
+    Args:
+        key: Of the measured values.
+        title: As people read it: `name, unit`.
+        factor: The value is shown times this.
+        decimals: Digits after the point, None for four significant ones.
+    """
+
+    key: str
+    title: str
+    factor: float = 1.0
+    decimals: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """What the evaluation of one model gave.
+
+    Args:
+        quality: Values by column key; None where a value says nothing, as the original's distance to itself.
+        samples: A few of what it made, as files (PNG, UTF-8 text or WAV), one for each shown prompt.
+    """
+
+    quality: Mapping[str, float | None]
+    samples: tuple[bytes, ...]
+
+
+class Evaluator(Protocol):
+    """Measures models against the original, which is measured first.
+
+    Attributes:
+        columns: Of the quality table.
+        notes: What they mean.
+        sample_suffix: `.png`, `.txt` or `.wav`.
+        shown_prompts: The prompts of `Measurement.samples`.
+    """
+
+    columns: tuple[QualityColumn, ...]
+    notes: tuple[str, ...]
+    sample_suffix: str
+    shown_prompts: tuple[str, ...]
+
+    def measure(self, label: str, model: nn.Module, progress: Progress) -> Measurement:
+        """Runs a model on held-out data."""
+        ...
+
+
+class Session(ABC, Generic[RecipeT]):
     """The models and data of one recipe; every part is loaded when it is first asked for.
 
     Args:
-        recipe: Decides model, data and sampler. Methods that share these (`Recipe.baseline`) share the session.
+        recipe: Decides model and data. Methods that share these (`Recipe.baseline`) share the session.
     """
 
-    def __init__(self, recipe: Recipe):
+    sample_suffix: str
+    """Of what `generate` makes from one prompt: `.png`, `.txt` or `.wav`."""
+
+    def __init__(self, recipe: RecipeT):
         self.recipe = recipe
 
-    @cached_property
-    def pipeline(self) -> Any:
-        """The pre-trained diffusers pipeline, float32."""
-        from fraqat.tasks.pipelines import load_pipeline
+    @property
+    def model_spec(self) -> ModelSpec:
+        """The model with its folder or hub id."""
+        return resolve_source(self.recipe.model)
 
-        return load_pipeline(resolve_source(self.recipe.model))
+    @abstractmethod
+    def load_model(self, dtype: torch.dtype) -> nn.Module:
+        """The part of the pre-trained model that is quantized."""
+
+    @abstractmethod
+    def build_float(self, class_name: str, config: dict[str, Any]) -> nn.Module:
+        """The same untrained, from the description of an export."""
+
+    @cached_property
+    def known(self) -> KnownModel:
+        """Class and configuration of the part that is quantized, without its weights."""
+        spec = self.model_spec
+        return describe_model(spec.source, spec.revision)
+
+    @property
+    @abstractmethod
+    def families(self) -> LayerFamilies:
+        """Layer families of the model."""
+
+    @property
+    @abstractmethod
+    def family_rules(self) -> tuple[LayerRule, ...]:
+        """Exceptions that the model's family asks for."""
+
+    @cached_property
+    @abstractmethod
+    def task(self) -> DistillTask:
+        """Data and the outputs that are distilled."""
+
+    @abstractmethod
+    def workload(self, recipe: Recipe) -> Workload:
+        """One training step without weights or data, for a plan."""
+
+    @abstractmethod
+    def evaluator(self, num_samples: int | None) -> Evaluator:
+        """Measures quality on so many held-out samples (None: as the recipe says)."""
+
+    @abstractmethod
+    def generate(
+        self,
+        model: nn.Module,
+        prompts: tuple[str, ...],
+        *,
+        seed: int,
+        on_done: Callable[[int], None] = lambda num_done: None,
+    ) -> list[bytes]:
+        """One file for each prompt, with the suffix `sample_suffix`."""
+
+    @abstractmethod
+    def description(self) -> ModelDescription:
+        """How to build the model again, for exports."""
+
+    @abstractmethod
+    def original_files(self) -> list[Path]:
+        """Weight files of the original, empty where they lie on the hub."""
 
     @cached_property
     def teacher(self) -> nn.Module:
-        """The frozen transformer in the teacher's own precision."""
-        transformer = cast(nn.Module, self.pipeline.transformer)
-        dtype = self.recipe.model.dtype
-        teacher = transformer if dtype == torch.float32 else copy.deepcopy(transformer).to(dtype)
-        return teacher.eval().requires_grad_(False)
-
-    @cached_property
-    def task(self) -> Any:
-        """Encoded data and the prediction that is distilled."""
-        from fraqat.tasks.diffusion import DiffusionTask
-
-        return DiffusionTask(self.pipeline, self.recipe.data, self.recipe.sampler)
-
-    @cached_property
-    def judge(self) -> ColorDigitsJudge:
-        """Feature extractor and judge of prompt adherence."""
-        return ColorDigitsJudge(zoo_path("color-digits-classifier"))
+        """The frozen model in the teacher's own precision."""
+        return self.load_model(self.recipe.model.dtype).eval().requires_grad_(False)
 
     def new_student(self, recipe: Recipe) -> tuple[nn.Module, QuantReport]:
-        """A float32 copy of the transformer, quantized at its final width as `recipe` says, and the report."""
-        student = copy.deepcopy(cast(nn.Module, self.pipeline.transformer)).float().requires_grad_(True)
+        """A float32 model, quantized at its final width as `recipe` says, and the report."""
+        student = self.load_model(torch.float32).requires_grad_(True)
+        return student, self.quantize(student, recipe)
+
+    def layers(self, recipe: Recipe) -> QuantReport:
+        """The report of `new_student`, from the configuration alone."""
+        return self.quantize(self.known.build(), recipe)
+
+    def original_layers(self) -> QuantReport:
+        """The layers before anything is quantized, from the configuration alone."""
+        return describe(self.known.build(), self.families)
+
+    def quantize(self, student: nn.Module, recipe: Recipe) -> QuantReport:
+        """Quantizes a model of the session as a recipe says."""
         quantization = recipe.quantization
-        report = quantize_(
-            student,
-            quantization.spec,
-            rules=quantization.rules,
-            families=architecture_of(student).families,
-            train=quantization.train,
-        )
-        return student, report
+        rules = (*(self.family_rules if quantization.family_rules else ()), *quantization.rules)
+        return quantize_(student, quantization.spec, rules=rules, families=self.families, train=quantization.train)
 
     def load_student(self, recipe: Recipe, path: Path) -> nn.Module:
         """The student that a run left.
@@ -96,84 +198,24 @@ class Session:
             raise ModelError(f"{path} cannot be loaded: {error}. Fix: train again in a new folder.") from error
         return student.eval()
 
-    def description(self) -> ModelDescription:
-        """How to build the transformer again, for exports."""
-        from fraqat.tasks.pipelines import transformer_description
+    def load_packed(self, folder: Path) -> nn.Module:
+        """The student of a packed export, from codes.
 
-        class_name, config = transformer_description(self.pipeline)
-        model = self.recipe.model
-        return ModelDescription(class_name, config, model.source, model.revision, model.variant)
-
-    def held_out_prompts(self, num_prompts: int) -> tuple[str, ...]:
-        """Prompts that training never saw."""
-        return load_prompts(self.recipe.data, num_prompts)
-
-    def sample(
-        self,
-        transformer: nn.Module,
-        prompts: tuple[str, ...],
-        *,
-        seed: int,
-        batch_size: int,
-        on_done: Callable[[int], None] = lambda num_done: None,
-    ) -> Tensor:
-        """Images [N, 3, H, W] in [0, 1] of a transformer in this session's pipeline."""
-        from fraqat.tasks.diffusion import sample_images
-
-        return sample_images(
-            self.pipeline,
-            transformer,
-            prompts,
-            self.recipe.sampler,
-            seed=seed,
-            batch_size=batch_size,
-            on_done=on_done,
-        )
+        Raises:
+            ModelError: The export is missing or damaged.
+        """
+        packed = read_packed(folder)
+        model = load_packed_(self.build_float(packed.description.class_name, packed.description.config), packed)
+        return model.to(self.recipe.model.torch_device).eval()
 
 
-class PackedSession:
-    """A packed export with the rest of its pipeline.
+def release_memory() -> None:
+    """Gives back what nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
-    Args:
-        folder: Written by `fraqat export`.
-    """
 
-    def __init__(self, folder: Path):
-        self.packed = read_packed(folder)
-
-    @cached_property
-    def transformer(self) -> nn.Module:
-        """The student, from codes."""
-        from fraqat.tasks.pipelines import build_transformer
-
-        description = self.packed.description
-        transformer = load_packed_(build_transformer(description.class_name, description.config), self.packed)
-        return transformer.to(self._model.torch_device)
-
-    @cached_property
-    def pipeline(self) -> Any:
-        """The base pipeline that the export names."""
-        from fraqat.tasks.pipelines import load_pipeline
-
-        return load_pipeline(resolve_source(self._model))
-
-    @property
-    def _model(self) -> ModelSpec:
-        description = self.packed.description
-        return ModelSpec(description.base_pipeline, description.base_revision, description.base_variant)
-
-    def sample(
-        self,
-        prompts: tuple[str, ...],
-        sampler: SamplerSpec,
-        *,
-        seed: int,
-        batch_size: int,
-        on_done: Callable[[int], None] = lambda num_done: None,
-    ) -> Tensor:
-        """Images [N, 3, H, W] in [0, 1]."""
-        from fraqat.tasks.diffusion import sample_images
-
-        return sample_images(
-            self.pipeline, self.transformer, prompts, sampler, seed=seed, batch_size=batch_size, on_done=on_done
-        )
+def description_of(spec: ModelSpec, class_name: str, config: dict[str, Any]) -> ModelDescription:
+    """The description of a model for exports, which name the model as the recipe does."""
+    return ModelDescription(class_name, config, spec.source, spec.revision, spec.variant)

@@ -1,0 +1,111 @@
+"""The recipes of the model families: what each adds to `Recipe`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from fraqat.config.recipe import Recipe
+from fraqat.data.captioned import IMAGE_SIZES, DataSpec
+from fraqat.data.speech_source import SpeechDataSpec
+from fraqat.data.text import TextDataSpec
+from fraqat.distill import LANGUAGE_LOSSES, OUTPUT_LOSSES
+from fraqat.errors import config_error
+from fraqat.evaluation import EvaluationSpec, LanguageEvaluationSpec, SpeechEvaluationSpec
+from fraqat.tasks import SamplerSpec
+from fraqat.tasks.language_spec import LanguageSpec
+
+# Of the sampler, what does not change the trained weights is left out of the fingerprint that a checkpoint must share.
+_TRAINED_SAMPLER_FIELDS = ("timesteps", "timestep_shift", "max_sequence_length", "height", "width", "call_arguments")
+_PATH_SAMPLER_FIELDS = ("num_steps", "guidance_scale")
+
+
+class ImageRecipe(Recipe):
+    """Text-to-image: a diffusers pipeline whose transformer is quantized."""
+
+    LOSSES = tuple(OUTPUT_LOSSES)
+
+    task: Literal["text-to-image"] = "text-to-image"
+    data: DataSpec = Field(default_factory=DataSpec)
+    sampler: SamplerSpec = Field(default_factory=SamplerSpec)
+    evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec)
+
+    @property
+    def num_train(self) -> int:
+        """Pictures, or with sampling paths prompts times steps."""
+        return self.data.num_train * (self.sampler.num_steps if self._of_paths else 1)
+
+    @property
+    def _of_paths(self) -> bool:
+        return self.data.learn_from == "sampling_path"
+
+    @model_validator(mode="after")
+    def _check_size(self) -> Self:
+        size = IMAGE_SIZES.get(self.data.source)
+        wanted = (self.sampler.height, self.sampler.width)
+        if size is not None and wanted != size:
+            raise config_error(
+                "sampler.height, width",
+                list(wanted),
+                allowed=f"{list(size)}, the size of {self.data.source}",
+                fix="set sampler.height and sampler.width",
+            )
+        return self
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The settings that decide the trained weights."""
+        values = super().fingerprint()
+        uses_levels = self.sampler.timesteps == "sampler"
+        kept = (*_TRAINED_SAMPLER_FIELDS, *(_PATH_SAMPLER_FIELDS if self._of_paths or uses_levels else ()))
+        values["sampler"] = {name: values["sampler"][name] for name in kept}
+        return values
+
+
+class LanguageRecipe(Recipe):
+    """Causal language model of transformers."""
+
+    LOSSES = LANGUAGE_LOSSES
+
+    task: Literal["language"] = "language"
+    data: TextDataSpec = Field(default_factory=TextDataSpec)
+    language: LanguageSpec = Field(default_factory=LanguageSpec)
+    evaluation: LanguageEvaluationSpec = Field(default_factory=LanguageEvaluationSpec)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_loss(cls, values: Any) -> Any:
+        train = values.get("train") or {} if isinstance(values, dict) else None
+        if isinstance(train, dict) and "losses" not in train:
+            return {**values, "train": {**train, "losses": [{"name": "kl"}]}}
+        return values
+
+    @property
+    def num_train(self) -> int | None:
+        """Rows of tokens; None takes all that there are."""
+        return self.data.num_train
+
+
+class SpeechRecipe(Recipe):
+    """Text-to-speech model of transformers."""
+
+    LOSSES = tuple(OUTPUT_LOSSES)
+
+    task: Literal["text-to-speech"] = "text-to-speech"
+    data: SpeechDataSpec = Field(default_factory=SpeechDataSpec)
+    evaluation: SpeechEvaluationSpec = Field(default_factory=SpeechEvaluationSpec)
+
+    @property
+    def num_train(self) -> int:
+        """Phrases."""
+        return self.data.num_train
+
+
+DEFAULT_TASK = "text-to-image"
+
+RECIPE_TYPES: Mapping[str, type[Recipe]] = MappingProxyType(
+    {"text-to-image": ImageRecipe, "language": LanguageRecipe, "text-to-speech": SpeechRecipe}
+)
+"""The recipe's `task` -> its type."""

@@ -1,0 +1,34 @@
+"""What a training run will need: memory, time and the size of the result, from one step on tensors without memory."""
+
+from fraqat.planning.devices import DEVICES, THIS_MACHINE, Device, DeviceKind, find_device, measure_device
+from fraqat.planning.memory import MemoryUse, PlanOptions, Sharding, device_memory
+from fraqat.planning.plan import Plan, plan_training
+from fraqat.planning.recorder import Category, Phase
+from fraqat.planning.result_size import ResultSize, packed_size
+from fraqat.planning.roofline import phase_times_s
+from fraqat.planning.step import StepTrace, Workload, repeated_blocks, squared_error, trace_step
+
+__all__ = [
+    "DEVICES",
+    "THIS_MACHINE",
+    "Category",
+    "Device",
+    "DeviceKind",
+    "MemoryUse",
+    "Phase",
+    "Plan",
+    "PlanOptions",
+    "ResultSize",
+    "Sharding",
+    "StepTrace",
+    "Workload",
+    "device_memory",
+    "find_device",
+    "measure_device",
+    "packed_size",
+    "phase_times_s",
+    "plan_training",
+    "repeated_blocks",
+    "squared_error",
+    "trace_step",
+]

@@ -1,0 +1,260 @@
+"""What a training run needs, before anything is downloaded or rented: memory, time, and the size of the result."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from fraqat.distill import TrainSpec
+from fraqat.errors import config_error
+from fraqat.nn import quantized_layers
+from fraqat.planning.devices import Device
+from fraqat.planning.memory import MemoryUse, PlanOptions, Sharding, device_memory
+from fraqat.planning.recorder import Category, Phase
+from fraqat.planning.result_size import ResultSize, packed_size
+from fraqat.planning.roofline import phase_times_s
+from fraqat.planning.step import StepTrace, Workload, trace_step
+from fraqat.table import Table
+
+_GIB = 2**30
+_MAX_ADVISED_DEVICES = 64
+_PART_PHASES = (Phase.TEACHER, Phase.FORWARD, Phase.BACKWARD)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer of `plan_training`.
+
+    Args:
+        device: On which it would run.
+        options: How.
+        num_parameters, num_quantized_weights, num_trained: Counts of the student.
+        batch_size, micro_batch: Samples per optimizer step in all, and per forward pass on one device.
+        memory: Of one device at the fullest moment.
+        phase_times_s: Seconds of one optimizer step by phase, on one device.
+        communication_s: Seconds that a step waits for other devices.
+        total_steps: Of the schedule.
+        result: Size of the exported model.
+        advice: What would make it fit, the largest saving first; empty if it fits.
+    """
+
+    device: Device
+    options: PlanOptions
+    num_parameters: int
+    num_quantized_weights: int
+    num_trained: int
+    batch_size: int
+    micro_batch: int
+    memory: MemoryUse
+    phase_times_s: Mapping[Phase, float]
+    communication_s: float
+    total_steps: int
+    result: ResultSize
+    advice: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether one device holds its part."""
+        return self.memory.num_bytes <= self.device.memory_bytes
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of one optimizer step."""
+        return sum(self.phase_times_s.values()) + self.communication_s
+
+    @property
+    def hours(self) -> float:
+        """Of the whole schedule; validation, checkpoints and data are not counted."""
+        return self.step_s * self.total_steps / 3600
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """One line if the memory does not suffice, and the advice."""
+        if self.fits:
+            return ()
+        missing = (self.memory.num_bytes - self.device.memory_bytes) / _GIB
+        return (f"does not fit: {missing:.1f} GiB more than one {self.device.name} has", *self.advice)
+
+    def to_table(self) -> Table:
+        """Everything as rows of quantity, value and unit."""
+        rows = [
+            ("parameters", self.num_parameters, ""),
+            ("quantized weights", self.num_quantized_weights, ""),
+            ("trained parameters", self.num_trained, ""),
+            ("devices", self.options.num_devices, self.device.name),
+            ("sharding", self.options.sharding.value, ""),
+            ("batch size", self.batch_size, "samples"),
+            ("micro-batch", self.micro_batch, "samples per device and pass"),
+            *((f"memory: {name}", num_bytes / _GIB, "GiB") for name, num_bytes in self.memory.parts.items()),
+            ("memory in all", self.memory.num_bytes / _GIB, f"GiB, fullest in {self.memory.phase.value}"),
+            ("memory of the device", self.device.memory_bytes / _GIB, "GiB"),
+            ("fits", self.fits, ""),
+            *((f"time: {phase.value}", seconds, "s per step") for phase, seconds in self.phase_times_s.items()),
+            ("time: waiting for other devices", self.communication_s, "s per step"),
+            ("time of a step", self.step_s, "s"),
+            ("steps", self.total_steps, ""),
+            ("duration", self.hours, "hours"),
+            ("device hours", self.hours * self.options.num_devices, "hours"),
+            ("size of the result", self.result.num_bytes / _GIB, "GiB"),
+            ("bits per quantized weight", self.result.bits_per_weight, "with scales"),
+        ]
+        return Table("Plan", ("quantity", "value", "unit"), tuple(rows), self.warnings)
+
+
+def plan_training(
+    workload: Workload,
+    train: TrainSpec,
+    total_steps: int,
+    device: Device,
+    options: PlanOptions | None = None,
+    *,
+    float_dtype: torch.dtype = torch.float32,
+) -> Plan:
+    """Plans a run from one step traced on fake tensors. Nothing is downloaded, and no memory of the model's size is needed.
+
+    Args:
+        workload: The quantized student on the meta device, and how it is called.
+        train: Batch size (of all devices together), accumulation, autocast, average.
+        total_steps: Optimizer steps of the schedule.
+        device: See `find_device` and `measure_device`.
+        options: Devices, sharding and what is traded for memory; None is one device and no trade.
+        float_dtype: Precision of what stays unquantized in the exported file.
+
+    Raises:
+        ConfigError: The batch cannot be divided among accumulation and devices, or nothing is quantized or trained.
+    """
+    options = options or PlanOptions()
+    num_parts = train.accumulation * options.num_devices
+    if train.batch_size % num_parts:
+        raise config_error(
+            "train.batch_size",
+            train.batch_size,
+            allowed=f"a multiple of accumulation x devices = {num_parts}",
+            fix="change batch_size, accumulation or the number of devices",
+        )
+    _check_student(workload)
+    micro_batch = train.batch_size // num_parts
+    trace = _trace(workload, train, micro_batch, device, options)
+    memory = device_memory(trace, device, options)
+    plan = Plan(
+        device=device,
+        options=options,
+        num_parameters=sum(parameter.numel() for parameter in workload.student.parameters()),
+        num_quantized_weights=sum(layer.weight.numel() for _, layer in quantized_layers(workload.student)),
+        num_trained=trace.num_trained,
+        batch_size=train.batch_size,
+        micro_batch=micro_batch,
+        memory=memory,
+        phase_times_s=_step_times_s(trace, device, train, options),
+        communication_s=0.0,
+        total_steps=total_steps,
+        result=packed_size(workload.student, float_dtype),
+    )
+    plan = dataclasses.replace(plan, communication_s=_communication_s(trace, plan, train))
+    if plan.fits:
+        return plan
+    return dataclasses.replace(plan, advice=tuple(_advice(plan, trace, workload, train)))
+
+
+def _check_student(workload: Workload) -> None:
+    if not any(True for _ in quantized_layers(workload.student)):
+        raise config_error("student", "not quantized", allowed="a quantized model", fix="call quantize_ first")
+    if not any(parameter.requires_grad for parameter in workload.student.parameters()):
+        raise config_error("quantization", "all frozen", allowed="something to train", fix="free a family")
+
+
+def _trace(workload: Workload, train: TrainSpec, micro_batch: int, device: Device, options: PlanOptions) -> StepTrace:
+    return trace_step(
+        workload,
+        train,
+        micro_batch,
+        device.kind,
+        cached_teacher=options.cached_teacher,
+        checkpoint_blocks=options.activation_checkpointing,
+    )
+
+
+def _step_times_s(trace: StepTrace, device: Device, train: TrainSpec, options: PlanOptions) -> Mapping[Phase, float]:
+    """Times of the traced parts, for all parts of a step; FSDP updates a part of the parameters on each device."""
+    times = dict(phase_times_s(trace.work, device))
+    times.pop(Phase.VALIDATION, None)
+    for phase in _PART_PHASES:
+        if phase in times:
+            times[phase] *= train.accumulation / trace.num_parts
+    if options.sharding is Sharding.FSDP:
+        times[Phase.UPDATE] /= options.num_devices
+    return times
+
+
+def _communication_s(trace: StepTrace, plan: Plan, train: TrainSpec) -> float:
+    """What communication takes beyond the computation that it runs beside.
+
+    Rings, n devices: DDP sends 2 (n - 1) / n of the gradients, beside the last backward pass. FSDP sends (n - 1) / n of the
+    weights twice and of teacher and gradients once in every part, beside all of it.
+    """
+    n = plan.options.num_devices
+    share = (n - 1) / n / plan.device.link_bytes_per_s
+    gradients = 4 * trace.num_trained
+    if plan.options.sharding is Sharding.DDP:
+        beside_s = plan.phase_times_s[Phase.BACKWARD] / train.accumulation
+        return max(0.0, 2 * gradients * share - beside_s)
+    if plan.options.sharding is Sharding.FSDP:
+        sent = 2 * trace.constant[Category.WEIGHTS] + trace.constant[Category.TEACHER] + gradients
+        beside_s = sum(plan.phase_times_s.get(phase, 0.0) for phase in _PART_PHASES)
+        return max(0.0, train.accumulation * sent * share - beside_s)
+    return 0.0
+
+
+def _advice(plan: Plan, trace: StepTrace, workload: Workload, train: TrainSpec) -> Iterator[str]:
+    """What each option alone would save, the largest saving first, and all of them together."""
+    now, device, options = plan.memory.num_bytes, plan.device, plan.options
+    found: dict[str, int] = {}
+    shares = {"teacher_share": 1.0, "held_share": 1.0}
+    best = options
+    if trace.constant[Category.TEACHER]:
+        if workload.teacher_dtype == torch.float32 and workload.teacher is None:
+            halved = device_memory(trace, device, options, teacher_share=0.5)
+            found["a bfloat16 teacher (model.teacher_dtype: bfloat16)"] = halved.num_bytes
+        best = dataclasses.replace(best, cached_teacher=True)
+        without = device_memory(trace, device, dataclasses.replace(options, cached_teacher=True))
+        found["cached teacher outputs"] = without.num_bytes
+    if options.optimizer_bits != 8:
+        best = dataclasses.replace(best, optimizer_bits=8)
+        smaller = device_memory(trace, device, dataclasses.replace(options, optimizer_bits=8))
+        found["an 8-bit optimizer"] = smaller.num_bytes
+    if not options.activation_checkpointing and trace.checkpoint_saving_bytes:
+        shares["held_share"] = _held_share(trace)
+        recomputed = device_memory(trace, device, options, held_share=shares["held_share"])
+        found["activation checkpointing"] = recomputed.num_bytes
+    if plan.micro_batch > 1:
+        single = _trace(workload, train, 1, device, options)
+        accumulation = train.accumulation * plan.micro_batch
+        found[f"micro-batches of one sample (train.accumulation: {accumulation})"] = device_memory(
+            single, device, options
+        ).num_bytes
+        trace = single
+    for num_bytes, name in sorted((num_bytes, name) for name, num_bytes in found.items()):
+        if num_bytes < now:
+            yield f"{name} saves {(now - num_bytes) / _GIB:.1f} GiB: {num_bytes / _GIB:.1f} GiB are left"
+    together = device_memory(trace, device, best, held_share=shares["held_share"]).num_bytes
+    yield f"all of these together: {together / _GIB:.1f} GiB"
+    yield _sharding_advice(plan, trace)
+
+
+def _held_share(trace: StepTrace) -> float:
+    held = max(moment.codes + moment.activations for moment in trace.moments if moment.phase is Phase.FORWARD)
+    return max(0.0, 1 - trace.checkpoint_saving_bytes / held)
+
+
+def _sharding_advice(plan: Plan, trace: StepTrace) -> str:
+    num_devices = max(2, plan.options.num_devices)
+    while num_devices <= _MAX_ADVISED_DEVICES:
+        options = dataclasses.replace(plan.options, sharding=Sharding.FSDP, num_devices=num_devices)
+        memory = device_memory(trace, plan.device, options)
+        if memory.num_bytes <= plan.device.memory_bytes:
+            return f"fsdp over {num_devices} devices fits with {memory.num_bytes / _GIB:.1f} GiB on each"
+        num_devices *= 2
+    return f"fsdp alone does not make it fit on up to {_MAX_ADVISED_DEVICES} devices"

@@ -1,0 +1,233 @@
+"""Training samples of a diffusion task: encoded once and kept on disk, or encoded batch by batch while training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from fraqat.data.captioned import CaptionedData, DataSpec, open_captioned
+from fraqat.data.encoded import EncodedRows, EncodedShard, EncodedStore
+from fraqat.data.loader import ShuffledBatches
+from fraqat.distill import Batch, BatchStream
+from fraqat.errors import config_error
+from fraqat.tasks.encoding import EMPTY, NOISE, Encoder, cache_key
+from fraqat.tasks.spec import ModelSpec, SamplerSpec
+
+_VALIDATION_SEED_OFFSET = 2**30
+
+
+@dataclass(frozen=True)
+class DiffusionSource:
+    """Where a diffusion task gets its samples.
+
+    Args:
+        model: The pipeline; `zoo:` names are resolved.
+        open_pipeline: Loads it; called only when something has to be encoded.
+        data: Pictures and captions.
+        sampler: Size, sequence length, distribution of noise levels.
+        cache: Folder of all encoded data sets.
+        close_pipeline: Called when everything is encoded, so that encoders can leave memory.
+    """
+
+    model: ModelSpec
+    open_pipeline: Callable[[], DiffusionPipeline]
+    data: DataSpec
+    sampler: SamplerSpec
+    cache: Path
+    close_pipeline: Callable[[], None] = lambda: None
+
+    @property
+    def of_paths(self) -> bool:
+        """Whether samples are points on the teacher's sampling path."""
+        return self.data.learn_from == "sampling_path"
+
+
+class ImageSamples(Protocol):
+    """Encoded samples, whenever they are encoded."""
+
+    def train_stream(self, batch_size: int, seed: int) -> BatchStream:
+        """Shuffled batches without end."""
+        ...
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Whole batches in the training samples."""
+        ...
+
+    def validation_batches(self, batch_size: int) -> list[Batch]:
+        """The held-out samples in order, encoded."""
+        ...
+
+    def first_batches(self, num_samples: int, batch_size: int) -> list[Batch]:
+        """The first training samples, encoded."""
+        ...
+
+    def encoded(self, batch: Batch) -> Batch:
+        """A batch of `train_stream` with latents and conditioning."""
+        ...
+
+    @property
+    def constants(self) -> Mapping[str, Tensor]:
+        """Constants of `Encoder`."""
+        ...
+
+
+def open_samples(source: DiffusionSource) -> ImageSamples:
+    """The samples as `data.cache` says.
+
+    Raises:
+        ConfigError: Sampling paths without the cache.
+    """
+    if source.data.cache:
+        return CachedSamples(source)
+    if source.of_paths:
+        raise config_error("data.cache", False, allowed="true with learn_from: sampling_path", fix="remove data.cache")
+    return StreamedSamples(source)
+
+
+class CachedSamples:
+    """Samples that are computed once, kept on disk, and found again by what they were computed from."""
+
+    def __init__(self, source: DiffusionSource):
+        self._source = source
+
+    def train_stream(self, batch_size: int, seed: int) -> BatchStream:
+        """Shuffled batches without end.
+
+        Raises:
+            ConfigError: The batch is larger than the data.
+        """
+        num = len(self._rows["train"])
+        if batch_size > num:
+            raise config_error(
+                "train.batch_size", batch_size, allowed=f"at most data.num_train = {num}", fix="use less"
+            )
+        return ShuffledBatches(self._rows["train"], batch_size, seed)
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Whole batches in the training samples."""
+        return max(1, len(self._rows["train"]) // batch_size)
+
+    def validation_batches(self, batch_size: int) -> list[Batch]:
+        """The held-out samples in order."""
+        return list(self._rows["validation"].batches(batch_size))
+
+    def first_batches(self, num_samples: int, batch_size: int) -> list[Batch]:
+        """The first training samples."""
+        return list(self._rows["train"].batches(batch_size, num_samples))
+
+    def encoded(self, batch: Batch) -> Batch:
+        """The batch itself."""
+        return batch
+
+    @property
+    def constants(self) -> Mapping[str, Tensor]:
+        """Constants of `Encoder`."""
+        return self._rows["train"].constants
+
+    @cached_property
+    def _rows(self) -> Mapping[str, EncodedRows]:
+        data = open_captioned(self._source.data, self._source.sampler.height, self._source.sampler.width)
+        rows = {split: self._build(split, data) for split in ("train", "validation")}
+        self._source.close_pipeline()
+        return rows
+
+    def _build(self, split: str, data: CaptionedData) -> EncodedRows:
+        source = self._source
+        description = {**data.description, "split": split, "learn_from": source.data.learn_from}
+        if source.of_paths:
+            description["caption_dropout"] = source.data.caption_dropout
+        key = cache_key(source.model, description, source.sampler, of_paths=source.of_paths)
+        return EncodedStore(source.cache, key).build(lambda num_done: self._shards(split, data, num_done))
+
+    def _shards(self, split: str, data: CaptionedData, num_done: int) -> Iterator[EncodedShard]:
+        encoder = Encoder(self._source.open_pipeline(), self._source.sampler)
+        samples = data.train_samples() if split == "train" else data.validation_samples()
+        pairs = ((sample.image, sample.prompt) for sample in samples)
+        if not self._source.of_paths:
+            return encoder.shards_of_images(pairs, num_done)
+        seed = self._source.data.seed + (0 if split == "train" else _VALIDATION_SEED_OFFSET)
+        share = self._source.data.caption_dropout
+        return encoder.shards_of_paths(pairs, num_done, seed=seed, unguided_share=share)
+
+
+class StreamedSamples:
+    """Samples that are encoded batch by batch: nothing is kept on disk, and the encoders stay in memory."""
+
+    def __init__(self, source: DiffusionSource):
+        self._source = source
+        self._data = open_captioned(source.data, source.sampler.height, source.sampler.width).source()
+
+    def train_stream(self, batch_size: int, seed: int) -> BatchStream:
+        """Shuffled batches of pictures and prompts without end.
+
+        Raises:
+            ConfigError: The batch is larger than the data.
+        """
+        return self._data.train_stream(batch_size, seed)
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Whole batches in the training samples."""
+        return self._data.steps_per_epoch(batch_size)
+
+    def validation_batches(self, batch_size: int) -> list[Batch]:
+        """The held-out samples in order, encoded once."""
+        if batch_size not in self._held:
+            self._held[batch_size] = [self.encoded(batch) for batch in self._data.validation_batches(batch_size)]
+        return self._held[batch_size]
+
+    def first_batches(self, num_samples: int, batch_size: int) -> list[Batch]:
+        """The first training samples, encoded."""
+        return [self.encoded(batch) for batch in self._data.first_batches(num_samples, batch_size)]
+
+    def encoded(self, batch: Batch) -> Batch:
+        """Latents and conditioning of pictures and prompts; a batch that has them already is given back."""
+        if "latents" in batch:
+            return batch
+        shard = self._encoder.encode(batch["image"], batch["prompt"])
+        return {**shard.rows, **{name: value[shard.index] for name, value in shard.shared.items()}}
+
+    @property
+    def constants(self) -> Mapping[str, Tensor]:
+        """Constants of `Encoder`."""
+        return self._encoder.constants
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        return Encoder(self._source.open_pipeline(), self._source.sampler)
+
+    @cached_property
+    def _held(self) -> dict[int, list[Batch]]:
+        return {}
+
+
+def split_constants(constants: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Constants of the transformer's call, of the empty prompt, and of the noise process."""
+    call: dict[str, Tensor] = {}
+    empty: dict[str, Tensor] = {}
+    noise: dict[str, Tensor] = {}
+    for name, value in constants.items():
+        if name.startswith(EMPTY):
+            empty[name.removeprefix(EMPTY)] = value
+        elif name.startswith(NOISE):
+            noise[name.removeprefix(NOISE)] = value
+        else:
+            call[name] = value
+    return call, empty, noise
+
+
+@torch.no_grad()
+def drop_captions(inputs: dict[str, Tensor], empty: Mapping[str, Tensor], is_dropped_N: Tensor) -> dict[str, Tensor]:
+    """Conditioning with some rows replaced by the one without a prompt."""
+    return {
+        name: torch.where(is_dropped_N.view(-1, *(1,) * empty[name].ndim), empty[name], value)
+        if name in empty
+        else value
+        for name, value in inputs.items()
+    }

@@ -1,0 +1,166 @@
+"""Text-to-speech models as a task for the trainer: teacher-forced distillation on spectrograms.
+
+Shape suffixes: N samples, T text tokens, L frames, M mel bands, S width of a speaker embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from fraqat.data.loader import RowSource, TensorRows
+from fraqat.data.speech import Speech
+from fraqat.distill import OUTPUT_LOSSES, Batch, BatchStream, LossSpec, Prediction
+from fraqat.errors import config_error
+from fraqat.tasks.speech_architectures import speech_architecture_of
+
+Tokenize = Callable[[Sequence[str]], Mapping[str, Tensor]]
+"""Texts -> `input_ids` and `attention_mask` [N, T], padded on the right."""
+
+
+class SpeechSource(Protocol):
+    """Encoded utterances, such as a `RowSource` that `speech_source` made."""
+
+    def train_stream(self, batch_size: int, seed: int) -> BatchStream:
+        """Shuffled batches without end."""
+        ...
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Whole batches in the training rows."""
+        ...
+
+    def validation_batches(self, batch_size: int) -> Sequence[Batch]:
+        """The held-out rows in order."""
+        ...
+
+    def first_rows(self, num_rows: int) -> TensorRows:
+        """The first training rows."""
+        ...
+
+
+class SpeechTask:
+    """Distils what a text-to-speech model predicts from a given history, over the frames and tokens that are not padding.
+
+    Both models are called without dropout and with fixed running statistics; the dropout that SpeechT5's prenet has even in
+    evaluation is drawn in `make_inputs` and shared.
+
+    Args:
+        teacher: A model whose class is in `SPEECH_ARCHITECTURES`; it gives the class and its configuration.
+        source: Utterances, encoded for this teacher.
+    """
+
+    def __init__(self, teacher: nn.Module, source: SpeechSource):
+        self.architecture = speech_architecture_of(teacher)
+        self.source = source
+        self._config = cast(Any, teacher).config
+
+    def train_stream(self, batch_size: int, seed: int) -> BatchStream:
+        """Shuffled batches of utterances.
+
+        Raises:
+            ConfigError: The batch is larger than the data.
+        """
+        return self.source.train_stream(batch_size, seed)
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Whole batches in the training data."""
+        return self.source.steps_per_epoch(batch_size)
+
+    def validation_batches(self, batch_size: int) -> list[Batch]:
+        """The held-out utterances in order."""
+        return list(self.source.validation_batches(batch_size))
+
+    def calibration_batches(self, num_samples: int, batch_size: int) -> list[Batch]:
+        """The first training utterances."""
+        generator = torch.Generator().manual_seed(0)
+        return [self.make_inputs(batch, generator) for batch in self.source.first_rows(num_samples).batches(batch_size)]
+
+    def make_inputs(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """Cuts the batch to its longest text and utterance, and draws dropout masks from `generator`."""
+        trimmed = _trimmed(batch)
+        return {**trimmed, **self.architecture.calls.draw(self._config, trimmed, generator)}
+
+    def predict(self, model: nn.Module, inputs: Batch) -> Prediction:
+        """The outputs that the table of architectures weighs, such as `spectrogram`, `refined` and `stop`."""
+        device = next(model.parameters()).device
+        moved = {name: value.to(device) for name, value in inputs.items()}
+        return self.architecture.calls.predict(model, moved)
+
+    def loss(self, student: Prediction, teacher: Prediction, inputs: Batch, terms: Sequence[LossSpec]) -> Tensor:
+        """Weighted sum over terms and outputs of the mean distance over valid frames or tokens, 0-dim float32.
+
+        Raises:
+            ConfigError: A term is no distance of outputs.
+        """
+        masks = self.architecture.calls.masks(inputs)
+        total = torch.zeros((), device=next(iter(student.values())).device)
+        for term in terms:
+            if term.name not in OUTPUT_LOSSES:
+                names = ", ".join(OUTPUT_LOSSES)
+                raise config_error(
+                    "losses.name", term.name, allowed=f"{names} for a text-to-speech model", fix="use mse or l1"
+                )
+            for name, weight in self.architecture.weights.items():
+                mask = masks[name].to(total.device)
+                distance = OUTPUT_LOSSES[term.name](student[name][mask].float(), teacher[name][mask].float())
+                total = total + term.weight * weight * distance
+        return total
+
+
+def speech_source(teacher: nn.Module, tokenize: Tokenize, train: Speech, validation: Speech) -> RowSource:
+    """Encodes utterances for a teacher, once, and keeps them in memory.
+
+    Args:
+        teacher: A model whose class is in `SPEECH_ARCHITECTURES`.
+        tokenize: Of the teacher's texts; see `SpeechModel.tokenize`.
+        train: Utterances that the student learns from.
+        validation: Utterances that it never sees.
+
+    Raises:
+        ConfigError: Recordings are missing, or have other mel bands or speaker embeddings than the teacher.
+    """
+    return RowSource(encode_speech(teacher, tokenize, train), encode_speech(teacher, tokenize, validation))
+
+
+def encode_speech(teacher: nn.Module, tokenize: Tokenize, speech: Speech) -> TensorRows:
+    """Utterances as rows: tokens, speakers, recorded or predicted history; see `speech_source`."""
+    architecture = speech_architecture_of(teacher)
+    config = cast(Any, teacher).config
+    columns = {**tokenize(speech.texts), "speaker": check_speakers(config, speech.speakers)}
+    if architecture.calls.needs_recordings:
+        if not speech.log_mels or speech.log_mels[0].shape[1] != config.num_mel_bins:
+            raise config_error(
+                "speech.log_mels",
+                f"{speech.log_mels[0].shape[1]} bands" if speech.log_mels else "none",
+                allowed=f"log-mel spectrograms with the teacher's {config.num_mel_bins} bands",
+                fix="compute them with fraqat.data.speech_signal.log_mel, or let the teacher speak the texts (synthesize)",
+            )
+        columns |= speech.columns()
+    return TensorRows({**columns, **architecture.calls.prepare(teacher, columns)})
+
+
+def check_speakers(config: Any, speakers: Tensor) -> Tensor:
+    """Speaker embeddings [N, S] that fit a model.
+
+    Raises:
+        ConfigError: Their width is not the model's.
+    """
+    width = getattr(config, "speaker_embedding_dim", None) or getattr(config, "speaker_embed_dim", None) or 0
+    if width and speakers.shape[1] != width:
+        raise config_error(
+            "speech.speakers", tuple(speakers.shape), allowed=f"[N, {width}]", fix=f"give embeddings of width {width}"
+        )
+    return speakers
+
+
+def _trimmed(batch: Batch) -> dict[str, Tensor]:
+    """Without columns of tokens and frames that are padding in every row, and in float32."""
+    num_tokens = int(batch["attention_mask"].sum(1).max())
+    num_frames = int(batch["num_frames"].max())
+    ends = {"log_mel": num_frames}
+    ends |= dict.fromkeys(("input_ids", "attention_mask", "duration", "pitch", "energy"), num_tokens)
+    cut = {name: value[:, : ends[name]] if name in ends else value for name, value in batch.items()}
+    return {name: value.float() if value.is_floating_point() else value for name, value in cut.items()}

@@ -1,0 +1,42 @@
+"""Recipes in memory, one session type for each model family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from fraqat.config import Recipe
+from fraqat.nn import LayerFamilies
+from fraqat.tasks import architecture_named
+from fraqat.tasks.known import KnownModel
+from fraqat.tasks.speech_architectures import SPEECH_ARCHITECTURES
+from fraqat.workflows.sessions.base import Evaluator, Measurement, QualityColumn, Session, resolve_source
+from fraqat.workflows.sessions.image import ImageSession
+from fraqat.workflows.sessions.language import LanguageSession
+from fraqat.workflows.sessions.speech import SpeechSession
+
+_TYPES: Mapping[str, type[Session[Any]]] = MappingProxyType(
+    {"text-to-image": ImageSession, "language": LanguageSession, "text-to-speech": SpeechSession}
+)
+
+
+def open_session(recipe: Recipe) -> Session[Any]:
+    """The session of a recipe; loads nothing yet."""
+    return _TYPES[recipe.task](recipe)
+
+
+def families_of(known: KnownModel) -> LayerFamilies:
+    """Layer families of a model, from its class.
+
+    Raises:
+        ModelError: A transformer class of diffusers without an entry in the table of architectures.
+    """
+    if known.library == "diffusers":
+        return architecture_named(known.class_name).families
+    if known.class_name in SPEECH_ARCHITECTURES:
+        return SPEECH_ARCHITECTURES[known.class_name].families
+    return LayerFamilies()
+
+
+__all__ = ["Evaluator", "Measurement", "QualityColumn", "Session", "families_of", "open_session", "resolve_source"]

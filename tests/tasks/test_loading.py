@@ -1,0 +1,119 @@
+"""The path that hub models take, on tiny pipelines: shards, variants, single files, and errors that say what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+
+from fraqat.errors import ModelError
+from fraqat.tasks import ModelSpec
+from fraqat.tasks.loading import weight_files
+from fraqat.tasks.pipelines import load_pipeline, load_transformer, transformer_class
+
+Save = Callable[[str], Path]
+
+
+def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    theirs = b.state_dict()
+    return all(torch.equal(value, theirs[name]) for name, value in a.state_dict().items())
+
+
+@pytest.fixture
+def source(architecture_name: str, saved_pipeline: Save) -> ModelSpec:
+    return ModelSpec(str(saved_pipeline(architecture_name)))
+
+
+def test_the_transformer_alone_is_the_pipelines_own(source: ModelSpec) -> None:
+    assert same_weights(load_transformer(source), load_pipeline(source).transformer)
+
+
+def test_a_sharded_transformer_is_loaded_whole(source: ModelSpec, tmp_path: Path) -> None:
+    pipeline: Any = load_pipeline(source)
+    pipeline.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(weight_files(tmp_path / "transformer", None)) > 1
+    assert same_weights(pipeline.transformer, load_transformer(ModelSpec(str(tmp_path))))
+
+
+def test_a_variant_is_chosen_by_name(saved_pipeline: Save, tmp_path: Path) -> None:
+    pipeline: Any = load_pipeline(ModelSpec(str(saved_pipeline("sd3"))))
+    pipeline.save_pretrained(tmp_path)
+    pipeline.to(torch.float16).save_pretrained(tmp_path, variant="fp16")
+    spec = ModelSpec(str(tmp_path), variant="fp16")
+    assert [path.name for path in weight_files(tmp_path / "transformer", "fp16")] == [
+        "diffusion_pytorch_model.fp16.safetensors"
+    ]
+    loaded = load_transformer(spec)
+    assert same_weights(loaded, pipeline.transformer.float())
+
+
+def test_a_missing_variant_says_so(saved_pipeline: Save) -> None:
+    with pytest.raises(ModelError, match=r"cannot be loaded: .*variant.* Fix: use a variant that the repository has"):
+        load_pipeline(ModelSpec(str(saved_pipeline("sd3")), variant="fp8"))
+
+
+def test_weights_of_one_file_take_the_place_of_the_folders(saved_pipeline: Save, tmp_path: Path) -> None:
+    folder = saved_pipeline("sd3")
+    transformer = load_transformer(ModelSpec(str(folder)))
+    changed = {name: value + 1 for name, value in transformer.state_dict().items()}
+    path = tmp_path / "model.safetensors"
+    save_file(changed, path)
+    spec = ModelSpec(str(folder), single_file=str(path))
+    loaded: Any = load_transformer(spec)
+    assert all(torch.equal(value, changed[name]) for name, value in loaded.state_dict().items())
+    pipeline: Any = load_pipeline(spec)
+    assert same_weights(pipeline.transformer, loaded)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.ckpt", b"x", r"allowed is a \.safetensors file"),
+        ("model.safetensors", b"x", "is truncated or damaged"),
+        ("missing.safetensors", None, "is truncated or damaged"),
+    ],
+)
+def test_impossible_single_files_are_refused(
+    saved_pipeline: Save, tmp_path: Path, name: str, content: bytes | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ModelError, match=message):
+        load_transformer(ModelSpec(str(saved_pipeline("sd3")), single_file=str(tmp_path / name)))
+
+
+def test_teachers_are_loaded_in_their_own_precision(source: ModelSpec) -> None:
+    transformer = load_transformer(source, dtype=torch.bfloat16)
+    pipeline: Any = load_pipeline(source, dtype=torch.float32, transformer=transformer)
+    assert pipeline.transformer is transformer
+    assert next(pipeline.transformer.parameters()).dtype == torch.bfloat16
+    assert next(pipeline.vae.parameters()).dtype == torch.float32
+
+
+def test_a_pipeline_without_a_transformer_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline", "unet": [null, null]}')
+    with pytest.raises(ModelError, match="has no transformer, only unet"):
+        transformer_class(ModelSpec(str(tmp_path)))
+
+
+def test_offline_says_how_to_get_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.HF_HUB_OFFLINE", True, raising=False)
+    with pytest.raises(
+        ModelError, match=r"'nobody/nothing' cannot be loaded: .* or download it first with `hf download"
+    ):
+        load_pipeline(ModelSpec("nobody/nothing"))
+
+
+def test_a_gated_model_says_where_to_accept_its_licence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: str, **arguments: object) -> None:
+        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it")
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", refuse)
+    with pytest.raises(ModelError, match=r"accept the licence on https://huggingface.co/black-forest-labs/FLUX.1-dev"):
+        load_pipeline(ModelSpec("black-forest-labs/FLUX.1-dev"))
