@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from fraqat import QuantSpec, WeightSpec, quantize_
 from fraqat.data.loader import ShuffledBatches, TensorRows
-from fraqat.distill import Batch, TrainSpec
+from fraqat.distill import Batch, LossSpec, Prediction, TrainSpec, distillation_loss
 from fraqat.schedules import LearningRateSpec
 
 
@@ -36,8 +37,11 @@ class ToyTask:
     def make_inputs(self, batch: Batch, generator: torch.Generator) -> Batch:
         return {"x": batch["x"] + 0.1 * torch.randn(batch["x"].shape, generator=generator)}
 
-    def predict(self, model: nn.Module, inputs: Batch) -> Tensor:
-        return model(inputs["x"])
+    def predict(self, model: nn.Module, inputs: Batch) -> Prediction:
+        return {"output": model(inputs["x"])}
+
+    def loss(self, student: Prediction, teacher: Prediction, inputs: Batch, terms: Sequence[LossSpec]) -> Tensor:
+        return distillation_loss(student["output"], teacher["output"], terms)
 
 
 def toy_teacher(dropout: float = 0.0) -> nn.Module:
