@@ -171,3 +171,39 @@ def test_an_export_is_never_overwritten_unless_told(tmp_path: Path) -> None:
     assert (tmp_path / "p" / "model.safetensors").read_bytes() == before
     write_packed(other, DESCRIPTION, tmp_path / "p", overwrite=True)
     assert (tmp_path / "p" / "model.safetensors").read_bytes() != before
+
+
+class TiedHead(nn.Module):
+    """Embeddings whose weight is the head's too."""
+
+    def __init__(self, is_tied: bool = True):
+        super().__init__()
+        self.embed = nn.Embedding(50, 16)
+        self.body = nn.Linear(16, 16)
+        self.head = nn.Linear(16, 50, bias=False)
+        if is_tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(self.embed(tokens)))
+
+
+@pytest.mark.parametrize("is_tied_again", [True, False])
+def test_tied_weights_are_stored_once(tmp_path: Path, is_tied_again: bool) -> None:
+    student = TiedHead()
+    quantize_(student, rules=[LayerRule(pattern="head", skip=True)])
+    write_packed(student.eval(), DESCRIPTION, tmp_path / "p")
+    with safe_open(tmp_path / "p" / "model.safetensors", framework="pt") as stream:
+        assert sum("embed" in name or "head" in name for name in stream.keys()) == 1  # noqa: SIM118
+    loaded = load_packed_(TiedHead(is_tied_again), read_packed(tmp_path / "p"))
+    with torch.no_grad():
+        assert torch.equal(loaded(torch.arange(5)), student(torch.arange(5)))
+
+
+def test_a_tied_head_that_is_quantized_leaves_the_embeddings_whole(tmp_path: Path) -> None:
+    student = TiedHead()
+    quantize_(student)
+    write_packed(student.eval(), DESCRIPTION, tmp_path / "p")
+    loaded = load_packed_(TiedHead(is_tied=False), read_packed(tmp_path / "p"))
+    with torch.no_grad():
+        assert torch.equal(loaded(torch.arange(5)), student(torch.arange(5)))

@@ -3,7 +3,7 @@
 Tensors: `NAME.weight.codes` uint8 [O, bytes] (codes of one output channel, little-endian bit order), `NAME.weight.scale`,
 `NAME.weight.offset` (Eq. 2), `NAME.activation.scale` and `.zero_point` (static), and every other parameter and buffer under
 its own name. The file's metadata holds one JSON text, `fraqat`: format version, model class and configuration, base
-pipeline, the distinct layer specifications, and layer -> specification.
+pipeline, the distinct layer specifications, layer -> specification, and tied tensors, which are stored once.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ def write_packed(
         tensors |= _layer_tensors(name, layer)
     quantized_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
     others = _other_tensors(model, layers, _FLOAT_DTYPES[float_dtype])
-    metadata = json.dumps(_metadata(description, layers), separators=(",", ":"))
+    tied = tied_names(model)
+    others = {name: tensor for name, tensor in others.items() if name not in tied}
+    metadata = json.dumps(_metadata(description, layers) | {"tied": tied}, separators=(",", ":"))
     with atomic_folder(folder, replace=overwrite) as temporary:
         path = temporary / WEIGHTS_FILE
         save_tensors(tensors | others, path, {_METADATA_KEY: metadata})
@@ -129,6 +131,7 @@ def read_packed(folder: Path) -> PackedModel:
         with safe_open(path, framework="pt") as stream:
             metadata = json.loads((stream.metadata() or {})[_METADATA_KEY])
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+        tensors |= {name: tensors[first] for name, first in metadata.get("tied", {}).items()}
         specs = [_spec_from_json(value) for value in metadata["specs"]]
         layer_specs = {name: specs[index] for name, index in metadata["layers"].items()}
         description = ModelDescription(**metadata["model"])
@@ -217,6 +220,21 @@ def _other_tensors(model: nn.Module, layers: dict[str, QuantizedLayer], dtype: t
         for name, t in model.state_dict().items()
         if name not in skipped and not name.startswith(prefixes)
     }
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Unquantized parameters that are another one under a second name, as a head tied to the embeddings: name -> first."""
+    quantized = {f"{name}.weight" for name, _ in quantized_layers(model)}
+    first: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in quantized:
+            continue
+        if id(parameter) in first:
+            tied[name] = first[id(parameter)]
+        else:
+            first[id(parameter)] = name
+    return tied
 
 
 def _metadata(description: ModelDescription, layers: dict[str, QuantizedLayer]) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fraqat.nn import QuantizedLayer, quantized_layers
 from fraqat.numerics import code_dtype
@@ -82,8 +83,14 @@ def _scale_bytes(layer: QuantizedLayer) -> int:
 def _other_bytes(model: nn.Module, layers: dict[str, QuantizedLayer], dtype: torch.dtype) -> int:
     skipped = {f"{name}.weight" for name in layers}
     prefixes = tuple(f"{name}.{part}." for name in layers for part in ("weight_quantizer", "activation_quantizer"))
+    tensors = {**dict(model.named_parameters()), **dict(_saved_buffers(model))}  # a tied parameter comes once
     return sum(
         tensor.numel() * (dtype if tensor.is_floating_point() else tensor.dtype).itemsize
-        for name, tensor in model.state_dict().items()
+        for name, tensor in tensors.items()
         if name not in skipped and not name.startswith(prefixes)
     )
+
+
+def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    saved = model.state_dict().keys()
+    return ((name, buffer) for name, buffer in model.named_buffers() if name in saved)

@@ -114,6 +114,7 @@ def trace_step(
     with mode, step.recorder, TraceRules(kind):
         step.set_up()
         step.run(fake_batch(workload.make_inputs(micro_batch), mode))
+        step.recorder.phase = Phase.VALIDATION
         step.validate(fake_batch(workload.make_inputs(train.batch_size), mode))
     recorder = step.recorder
     return StepTrace(
@@ -186,7 +187,6 @@ class _Step:
 
     def validate(self, inputs: dict[str, Any]) -> None:
         """The held-out loss as the trainer takes it: whole batches, no autocast, gradients still there."""
-        self.recorder.phase = Phase.VALIDATION
         self.student.eval()
         with torch.no_grad():
             kept = [parameter.clone() for parameter in self.trained] if self.averages else []
