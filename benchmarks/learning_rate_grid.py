@@ -21,11 +21,12 @@ from typing import Any
 import torch
 
 from fraqat import __version__
-from fraqat.config import Recipe, load_recipe
+from fraqat.config import Recipe, load_recipe, load_values
 from fraqat.distill import Distiller
 from fraqat.table import Table
-from fraqat.workflows import Session, resolve_schedule
+from fraqat.workflows import Session, open_session, resolve_schedule
 
+DEMO = "color-digits"
 GRID = (1e-4, 3e-4, 1e-3, 3e-3)
 SELECTION_SEED = 1234
 SEEDS = (1, 2, 3)
@@ -37,14 +38,14 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def train_once(session: Session, recipe: Recipe, method: str, peak: float, seed: int) -> dict[str, Any]:
+def train_once(session: Session[Any], recipe: Recipe, method: str, peak: float, seed: int) -> dict[str, Any]:
     """Trains one method and returns its record."""
     values = recipe.to_values()
     values["schedule"] = METHODS[method]["schedule"]
     values["train"] |= {"seed": seed, "tensorboard": False, "checkpoint_every": 10**6, "validate_every": 10**6}
     values["train"]["learning_rate"] |= {"peak": peak, "kind": METHODS[method]["kind"]}
     values["baselines"] = {}
-    own = Recipe.model_validate(values)
+    own = load_values(values)
     schedule = resolve_schedule(own, session.task.steps_per_epoch(own.train.batch_size))
     assert schedule is not None
     student, _ = session.new_student(own)
@@ -52,6 +53,7 @@ def train_once(session: Session, recipe: Recipe, method: str, peak: float, seed:
         result = Distiller(session.task, session.teacher, student, schedule, own.train, Path(folder)).run()
     return {
         "benchmark": "learning_rate_grid",
+        "recipe": recipe.name,
         "method": method,
         "peak": peak,
         "seed": seed,
@@ -68,7 +70,7 @@ def train_once(session: Session, recipe: Recipe, method: str, peak: float, seed:
 
 def run(recipe: Recipe, out: Path, methods: list[str]) -> Table:
     """All runs of the grid and of the comparison, for some of `METHODS`; the first one is the reference of the ratio."""
-    session = Session(recipe)
+    session = open_session(recipe)
     best: dict[str, float] = {}
     selection: dict[str, dict[float, float]] = {}
     for method in methods:
@@ -98,7 +100,7 @@ def run(recipe: Recipe, out: Path, methods: list[str]) -> Table:
     return Table("Learning rates", columns, rows, (note,))
 
 
-def _record(session: Session, recipe: Recipe, method: str, peak: float, seed: int, out: Path) -> float:
+def _record(session: Session[Any], recipe: Recipe, method: str, peak: float, seed: int, out: Path) -> float:
     done = _find(out, method, peak, seed, recipe)
     if done is not None:
         return done
@@ -111,10 +113,11 @@ def _record(session: Session, recipe: Recipe, method: str, peak: float, seed: in
 
 def _find(out: Path, method: str, peak: float, seed: int, recipe: Recipe) -> float | None:
     """The loss of a run that an earlier, interrupted call made."""
-    wanted = (method, peak, seed, recipe.train.steps, dataclasses.asdict(recipe.quantization.weight))
+    wanted = (recipe.name, method, peak, seed, recipe.train.steps, dataclasses.asdict(recipe.quantization.weight))
     for line in out.read_text(encoding="utf-8").splitlines() if out.exists() else []:
         record = json.loads(line)
-        if (record["method"], record["peak"], record["seed"], record["steps"], record["weight"]) == wanted:
+        found = (record.get("recipe", DEMO), *(record[key] for key in ("method", "peak", "seed", "steps", "weight")))
+        if found == wanted:
             return record["validation_loss"]
     return None
 
@@ -129,10 +132,11 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON lines; runs found there are not made again")
-    parser.add_argument("--set", dest="settings", action="append", default=[], help="change of the demo's recipe")
+    parser.add_argument("--recipe", default=DEMO, help="whose model and data")
+    parser.add_argument("--set", dest="settings", action="append", default=[], help="change of the recipe")
     parser.add_argument("--method", dest="methods", action="append", choices=list(METHODS), help="default: all")
     arguments = parser.parse_args()
-    recipe = load_recipe("color-digits", tuple(arguments.settings))
+    recipe = load_recipe(arguments.recipe, tuple(arguments.settings))
     print(run(recipe, arguments.out, arguments.methods or list(METHODS)))
 
 

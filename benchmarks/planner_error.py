@@ -38,6 +38,7 @@ from fraqat import ScheduleSpec, __version__
 from fraqat.distill import Batch, Distiller, LossSpec, TrainSpec
 from fraqat.nn import quantize_
 from fraqat.planning import Device, DeviceKind, Plan, Workload, measure_device, plan_training, squared_error
+from fraqat.schedules import ScheduleKind
 from fraqat.table import Table
 from fraqat.tasks.known import build_on_meta, describe_model
 from fraqat.zoo import zoo_path
@@ -256,7 +257,7 @@ def train(case: Case, changes: Mapping[str, Any], on_step: Callable[[int], None]
             raise _EnoughError
 
     with tempfile.TemporaryDirectory() as folder:
-        schedule = ScheduleSpec("constant").resolve(4.0, 10)
+        schedule = ScheduleSpec(ScheduleKind.CONSTANT).resolve(4.0, 10)
         distiller = Distiller(_Task(case), teacher, student, schedule, case.train, Path(folder), on_step=after_step)
         try:
             distiller.run()
