@@ -4,7 +4,12 @@ from pathlib import Path
 
 _FOLDERS = {
     "color-digits-sana": "color_digits_sana",
+    "color-digits-sd3": "color_digits_sd3",
+    "color-digits-pixart": "color_digits_pixart",
+    "color-digits-flux": "color_digits_flux",
     "color-digits-classifier": "color_digits_classifier",
+    "espeak-speecht5": "espeak_speecht5",
+    "topics-gemma2": "topics_gemma2",
 }
 
 
@@ -12,7 +17,7 @@ def zoo_path(name: str) -> Path:
     """Finds the folder of an embedded model.
 
     Args:
-        name: "color-digits-sana" (a diffusers pipeline) or "color-digits-classifier".
+        name: one of the names above, such as "color-digits-sana" (a diffusers pipeline) or "color-digits-classifier".
 
     Returns:
         The folder.
