@@ -23,6 +23,7 @@ from rich.text import Text
 
 from fraqat import __version__, workflows
 from fraqat.config import Recipe, load_recipe, recipe_names
+from fraqat.data.bad_samples import SkippedSamplesWarning
 from fraqat.distill import StepRecord
 from fraqat.errors import FraqatError
 from fraqat.planning import DEVICES, THIS_MACHINE, PlanOptions, Sharding
@@ -334,6 +335,16 @@ def _options(
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="(diffusers|transformers|huggingface_hub)")
+    warnings.filterwarnings("always", category=SkippedSamplesWarning)
+    shown_by_python = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **where: Any) -> None:
+        if issubclass(category, SkippedSamplesWarning):
+            _errors.print(f"warning: {message}", style="yellow", markup=False)
+        else:
+            shown_by_python(message, category, *place, **where)
+
+    warnings.showwarning = show
 
 
 def main() -> None:

@@ -18,11 +18,19 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny_language import TIED, VOCABULARY, tiny_model, tiny_tokenizer
 
 from fraqat.data.loader import RowSource, TensorRows
-from fraqat.distill import LossSpec
+from fraqat.distill import Distiller, LossSpec, TrainSpec
 from fraqat.errors import ConfigError, ModelError
-from fraqat.nn import LayerRule, describe, quantize_, set_bits_
+from fraqat.nn import LayerRule, describe, quantize_, quantized_layers, set_bits_, to_packed_, unquantize_
+from fraqat.schedules import LearningRateSpec, ScheduleSpec
 from fraqat.tasks import ModelSpec
-from fraqat.tasks.language import LanguageTask, check_head, generate_text, load_language_model, predict_hidden
+from fraqat.tasks.language import (
+    LanguageTask,
+    build_language_model,
+    check_head,
+    generate_text,
+    load_language_model,
+    predict_hidden,
+)
 from fraqat.tasks.language_layers import decoder_layers, head_name, head_rules, language_families
 from fraqat.tasks.language_spec import LanguageSpec
 
@@ -146,6 +154,28 @@ def test_the_hidden_term_is_relative_to_the_teacher() -> None:
         return (mine - other).square().sum() / other.square().sum()
 
     assert both.item() == pytest.approx(2 * kl.item() + 0.25 * (distance(0) + distance(1)).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("values", [{}, {"hidden_layers": (0, 1), "chunk_tokens": 3, "temperature": 2.0}])
+def test_training_brings_the_student_closer(values: dict[str, Any], tmp_path: Path) -> None:
+    teacher = tiny_model("Gemma2")
+    student = student_of(teacher)
+    losses = (LossSpec("kl"), *((LossSpec("hidden_mse", 0.1),) if values else ()))
+    spec = TrainSpec(
+        batch_size=6, losses=losses, learning_rate=LearningRateSpec(peak=3e-3), tensorboard=False, validate_every=1000
+    )
+    source = RowSource(rows(), rows())
+    run = Distiller(
+        LanguageTask(teacher, source, LanguageSpec(**values)),
+        teacher,
+        student,
+        ScheduleSpec("fractional").resolve(4.0, 12),
+        spec,
+        tmp_path,
+    )
+    before = run.validate()
+    assert run.run().validation_loss < 0.8 * before
+    assert student.lm_head.weight is student.model.embed_tokens.weight
 
 
 def test_padding_on_the_right_changes_nothing() -> None:
@@ -309,6 +339,40 @@ def test_hub_ids_are_asked_for_safetensors_alone(monkeypatch: pytest.MonkeyPatch
     assert (seen["revision"], seen["variant"]) == ("abc", "fp16")
     with pytest.raises(ModelError, match="there is no such folder, and it is no hub id"):
         load_language_model(ModelSpec("./nowhere", device="cpu"))
+
+
+def test_a_model_is_rebuilt_from_its_description(architecture: str) -> None:
+    model = tiny_model(architecture)
+    config = json.loads(json.dumps(model.config.to_dict()))
+    built = build_language_model(type(model).__name__, config).eval()
+    built.load_state_dict(model.state_dict())
+    tokens = rows().columns["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(built(input_ids=tokens).logits, model(input_ids=tokens).logits)
+
+
+def test_a_class_that_is_no_language_model_is_refused() -> None:
+    for name in ("Gemma9ForCausalLM", "GemmaConfig"):
+        with pytest.raises(ModelError, match=f"model class {name} is no causal language model"):
+            build_language_model(name, {})
+
+
+def test_a_packed_model_gives_the_quantized_models_prediction() -> None:
+    teacher = tiny_model("Gemma2")
+    student = copy.deepcopy(teacher)
+    quantize_(student, families=language_families(student))
+    packed = copy.deepcopy(student)
+    unquantize_(packed)
+    for name, layer in quantized_layers(student):
+        codes, qparams = layer.weight_quantizer.codes(layer.weight)
+        to_packed_(packed.get_submodule(name), layer.spec, codes, qparams)
+    task = task_of(teacher)
+    inputs = task.validation_batches(4)[0]
+    with torch.no_grad():
+        ours, theirs = task.predict(packed, inputs), task.predict(student, inputs)
+        loss = task.loss(ours, theirs, inputs, KL)
+    assert torch.equal(ours["head"], theirs["head"])
+    assert loss.item() < 1e-7
 
 
 def test_text_does_not_depend_on_its_neighbours_or_the_global_generator() -> None:

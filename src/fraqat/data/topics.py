@@ -66,18 +66,6 @@ def shared_share(text: str, others: Iterable[str]) -> float:
     return sum(run in known for run in runs) / max(1, len(runs))
 
 
-def pack_rows(documents: Sequence[Sequence[int]], length: int, *, start: int) -> list[list[int]]:
-    """Joins tokenized documents and cuts them into rows; the end that fills no row is dropped.
-
-    Args:
-        documents: Tokens of each document.
-        length: Tokens per row.
-        start: Token that every document begins with.
-    """
-    stream = [token for document in documents for token in (start, *document)]
-    return [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]
-
-
 class _Seen:
     """Paragraphs and runs of words met so far."""
 

@@ -24,7 +24,8 @@ def write_topics_tasks(folder: Path, *, num_questions: int = 200, seed: int = 0,
     """Writes the folder to name as lm-eval's include path.
 
     `topics_continuation` asks which of four runs of eight words goes on with the text; the wrong ones come from other places
-    of the held-out topics. `topics_words` measures word perplexity on the held-out topics, paragraph by paragraph.
+    of the held-out topics. `topics_words` measures word perplexity on whole held-out topics: lm-eval also charges a model for
+    the `<bos>` that its tokenizer adds, which weighs little in a long text.
 
     Args:
         folder: Folder to create.
@@ -38,16 +39,22 @@ def write_topics_tasks(folder: Path, *, num_questions: int = 200, seed: int = 0,
     texts = topic_texts().held_out
     with atomic_folder(folder, replace=replace) as temporary:
         _write_lines(temporary / f"{CHOICE_TASK}.jsonl", _questions(texts, num_questions, random.Random(seed)))  # noqa: S311
-        _write_lines(temporary / f"{WORDS_TASK}.jsonl", [{"text": text} for text in _paragraphs(texts)])
+        _write_lines(temporary / f"{WORDS_TASK}.jsonl", [{"text": text} for text in texts])
         fields = {
             "doc_to_text": "context",
             "doc_to_choice": "choices",
             "doc_to_target": "answer",
             "target_delimiter": "",
         }
-        _write_task(temporary, folder, CHOICE_TASK, "multiple_choice", ("acc",), fields)
+        metric = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
+        _write_task(
+            temporary, folder, CHOICE_TASK, {"output_type": "multiple_choice", "metric_list": [metric], **fields}
+        )
         fields = {"doc_to_text": "", "doc_to_target": "text"}
-        _write_task(temporary, folder, WORDS_TASK, "loglikelihood_rolling", ("word_perplexity",), fields)
+        metric = {"metric": "word_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False}
+        _write_task(
+            temporary, folder, WORDS_TASK, {"output_type": "loglikelihood_rolling", "metric_list": [metric], **fields}
+        )
 
 
 def _questions(texts: Sequence[str], num_questions: int, draw: random.Random) -> list[dict[str, Any]]:
@@ -75,21 +82,13 @@ def _questions(texts: Sequence[str], num_questions: int, draw: random.Random) ->
     return questions
 
 
-def _paragraphs(texts: Sequence[str]) -> list[str]:
-    return [part for text in texts for part in re.split(r"\n\s*\n", text.strip()) if len(part.split()) > 1]
-
-
-def _write_task(
-    written: Path, final: Path, name: str, kind: str, metrics: Sequence[str], fields: dict[str, str]
-) -> None:
+def _write_task(written: Path, final: Path, name: str, fields: dict[str, Any]) -> None:
     """One task file; JSON is YAML."""
     task = {
         "task": name,
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(final.absolute() / f"{name}.jsonl")}},
         "test_split": "test",
-        "output_type": kind,
-        "metric_list": [{"metric": metric} for metric in metrics],
         "metadata": {"version": 1.0},
         **fields,
     }

@@ -8,6 +8,7 @@ Shape suffixes: T tokens, V vocabulary.
 from __future__ import annotations
 
 import difflib
+import logging
 import math
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -165,10 +166,10 @@ def lm_eval_scores(model: nn.Module, tokenizer: Any, spec: LmEvalSpec | None = N
             f"lm-eval is not installed ({error}): lm_eval needs it. Fix: pip install 'fraqat[language]'."
         ) from error
     manager = _task_manager(spec)
-    harness = _without_bars(HFLM)(pretrained=model, tokenizer=tokenizer, batch_size=spec.batch_size)
-    with torch.random.fork_rng(), _explained(spec):
+    make_harness: Any = HFLM
+    with torch.random.fork_rng(), _quiet(), _explained(spec):
         output = simple_evaluate(
-            harness,
+            make_harness(pretrained=model, tokenizer=tokenizer, batch_size=spec.batch_size),
             tasks=list(spec.tasks),
             task_manager=manager,
             num_fewshot=spec.num_fewshot,
@@ -195,20 +196,21 @@ def _explained(spec: LmEvalSpec) -> Generator[None]:
         ) from error
 
 
-def _without_bars(base: Any) -> Any:
-    """lm-eval's model class without progress bars, which would break into our own."""
+@contextmanager
+def _quiet() -> Generator[None]:
+    """lm-eval without progress bars, which would break into our own, and without its notes on every run."""
+    from tqdm.std import tqdm
 
-    class Quiet(base):
-        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            return super().loglikelihood(requests, disable_tqdm=True)
-
-        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            return super().loglikelihood_rolling(requests, disable_tqdm=True)
-
-        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            return super().generate_until(requests, disable_tqdm=True)
-
-    return Quiet
+    bars: Any = tqdm
+    log = logging.getLogger("lm_eval")
+    level, start = log.level, bars.__init__
+    bars.__init__ = lambda self, *values, **options: start(self, *values, **{**options, "disable": True})
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        bars.__init__ = start
 
 
 def _task_manager(spec: LmEvalSpec) -> Any:

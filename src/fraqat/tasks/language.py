@@ -5,7 +5,7 @@ Shape suffixes: N samples, L tokens, D hidden width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -222,6 +222,25 @@ def load_language_model(spec: ModelSpec, *, dtype: torch.dtype = torch.float32) 
     check_complete(model, spec.source)
     decoder_layers(model)
     return model.to(spec.torch_device).eval(), load_tokenizer(spec)
+
+
+def build_language_model(class_name: str, config: Mapping[str, Any]) -> nn.Module:
+    """An untrained model, float32, on the device that is torch's default.
+
+    Args:
+        class_name: Such as `Gemma2ForCausalLM`.
+        config: Its configuration, as `config.to_dict()` gives it.
+
+    Raises:
+        ModelError: transformers has no causal language model of this name.
+    """
+    model_class: Any = getattr(transformers, class_name, None)
+    if model_class is None or not hasattr(model_class, "config_class") or not hasattr(model_class, "generate"):
+        raise ModelError(
+            f"model class {class_name} is no causal language model of transformers as it is installed here. Fix: install the "
+            "version that the model was made with."
+        )
+    return model_class(model_class.config_class.from_dict(dict(config)))
 
 
 def load_tokenizer(spec: ModelSpec) -> Any:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import diffusers
-import transformers
 from huggingface_hub import model_info, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -152,7 +152,7 @@ def weight_files(folder: Path, variant: str | None) -> list[Path]:
 @contextmanager
 def _no_loading_bars() -> Generator[None]:
     """The libraries' bars would break into our own progress line."""
-    logs = (diffusers.utils.logging, transformers.utils.logging)
+    logs: list[Any] = [sys.modules[name].utils.logging for name in ("diffusers", "transformers") if name in sys.modules]
     were_on = [log.is_progress_bar_enabled() for log in logs]
     for log in logs:
         log.disable_progress_bar()

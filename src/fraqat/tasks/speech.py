@@ -164,3 +164,27 @@ def _trimmed(batch: Batch) -> dict[str, Tensor]:
     ends |= dict.fromkeys(("input_ids", "attention_mask", "duration", "pitch", "energy"), num_tokens)
     cut = {name: value[:, : ends[name]] if name in ends else value for name, value in batch.items()}
     return {name: value.float() if value.is_floating_point() else value for name, value in cut.items()}
+
+
+def example_batch(model: nn.Module, num: int, *, num_tokens: int = 96, num_frames: int = 384) -> dict[str, Tensor]:
+    """A batch as `encode_speech` makes it, of utterances of a usual length (six seconds), without content. For plans.
+
+    Args:
+        model: Gives class and configuration; the meta device is enough.
+        num: Utterances.
+        num_tokens, num_frames: Length of texts and spectrograms.
+    """
+    config = cast(Any, model).config
+    width = getattr(config, "speaker_embedding_dim", None) or getattr(config, "speaker_embed_dim", None) or 0
+    bands = int(config.num_mel_bins)
+    durations = torch.full((num, num_tokens), num_frames // num_tokens)
+    return {
+        "input_ids": torch.zeros(num, num_tokens, dtype=torch.int64),
+        "attention_mask": torch.ones(num, num_tokens, dtype=torch.int64),
+        "speaker": torch.zeros(num, width),
+        "log_mel": torch.zeros(num, num_frames, bands),
+        "num_frames": torch.full((num,), num_frames),
+        "duration": durations,
+        "pitch": torch.zeros(num, num_tokens, 1),
+        "energy": torch.zeros(num, num_tokens, 1),
+    }

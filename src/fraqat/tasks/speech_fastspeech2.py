@@ -8,7 +8,8 @@ Shape suffixes: N samples, T text tokens, L frames, M mel bands.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -31,7 +32,7 @@ def prepare(teacher: nn.Module, columns: Mapping[str, Tensor]) -> dict[str, Tens
     num, length = columns["input_ids"].shape
     duration = torch.zeros(num, length, dtype=torch.long)
     pitch, energy = torch.zeros(num, length, 1), torch.zeros(num, length, 1)
-    with evaluation_mode(teacher):
+    with _callable(teacher):
         for row, rows in enumerate(_single_texts({name: columns[name].to(device) for name in _TEXT_COLUMNS})):
             output = cast(Any, teacher)(**_text_arguments(teacher, rows), return_dict=True)
             size = rows["input_ids"].shape[1]
@@ -54,7 +55,7 @@ def predict(model: nn.Module, inputs: Batch) -> Prediction:
     frames = valid_frames(num_frames, length)
     dtype = next(model.parameters()).dtype
     labels = torch.zeros(len(frames), length, speech_model.config.num_mel_bins, dtype=dtype, device=frames.device)
-    with evaluation_mode(model), captured_output(speech_model.speech_decoder_postnet) as outputs:
+    with _callable(model), captured_output(speech_model.speech_decoder_postnet) as outputs:
         # "In training" these two modules take the given durations, pitch and energy, and give durations as logarithms.
         model.training = speech_model.duration_predictor.training = True
         output = speech_model(
@@ -86,7 +87,7 @@ def masks(inputs: Batch) -> Mapping[str, Tensor]:
 def generate(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, speakers: Tensor) -> list[Tensor]:
     """Speaks, N times [L, M], one text at a time."""
     columns = {"input_ids": input_ids, "attention_mask": attention_mask, "speaker": speakers}
-    with evaluation_mode(model):
+    with _callable(model):
         outputs = [
             cast(Any, model)(**_text_arguments(model, rows), return_dict=True) for rows in _single_texts(columns)
         ]
@@ -98,6 +99,22 @@ def _single_texts(columns: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     for row, num_tokens in enumerate(columns["attention_mask"].sum(1).tolist()):
         cut = {name: columns[name][row : row + 1, :num_tokens] for name in ("input_ids", "attention_mask")}
         yield {**cut, "speaker": columns["speaker"][row : row + 1]}
+
+
+@contextmanager
+def _callable(model: nn.Module) -> Generator[None]:
+    """In evaluation, and in any precision: the model makes its frames in float32, which bfloat16 weights do not take."""
+    dtype = next(model.parameters()).dtype
+
+    def cast_frames(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (arguments[0].to(dtype), *arguments[1:])
+
+    handle = cast(Any, model).decoder.register_forward_pre_hook(cast_frames)
+    try:
+        with evaluation_mode(model):
+            yield
+    finally:
+        handle.remove()
 
 
 def _text_arguments(model: nn.Module, rows: Batch) -> dict[str, Tensor]:

@@ -31,7 +31,10 @@ def prepare(teacher: nn.Module, columns: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def draw(config: Any, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-    """Units of the prenet that are kept, [N, layers, D, U] bool."""
+    """Units of the prenet that are kept, [N, layers, D, U] bool.
+
+    A unit is kept with probability `speech_decoder_prenet_dropout`, as transformers takes it; published models have 0.5.
+    """
     num, length = batch["log_mel"].shape[:2]
     layers, units = config.speech_decoder_prenet_layers, config.speech_decoder_prenet_units
     shape = (num, layers, length // config.reduction_factor, units)

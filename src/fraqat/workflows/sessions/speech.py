@@ -129,8 +129,9 @@ class SpeechSession(Session[SpeechRecipe]):
         self.quantize(student, recipe)
 
         def make_inputs(num: int) -> dict[str, Any]:
-            batch = task.make_inputs(example_batch(student, num), torch.Generator().manual_seed(0))
-            return {name: value.to("meta") for name, value in batch.items()}
+            batch = example_batch(student, num)
+            config, calls = cast(Any, student).config, self.architecture.calls
+            return {**batch, **calls.draw(config, batch, torch.Generator().manual_seed(0))}
 
         return Workload(student, task.predict, make_inputs, teacher_dtype=recipe.model.dtype)
 
