@@ -1,10 +1,10 @@
 """How far is the planner from real training steps? Peak memory and time of the trainer, in fresh processes on the CPU.
 
-Each case builds a model of a real class with random weights and trains three steps with `fraqat.distill.Distiller`. Measured is
-the process' largest resident set during the last two, less that of the same process after steps of a one-block model of the
-same width (libraries, code, threads). malloc returns freed memory at once there, so that the resident set follows the tensors.
-Time is the CPU time of another fresh process on one thread, which its neighbours disturb least; the plan uses rates measured in
-the same process. Prints a table and appends one JSON line per case.
+Each case builds a model of a real class with random weights and trains three steps with `fraqat.distill.Distiller`, with a
+validation after the second. Measured is the process' largest resident set from the second step on, less that of the same
+process after steps of a one-block model of the same width (libraries, code, threads). malloc returns freed memory at once, so
+that the resident set follows the tensors. Time is the CPU time of another fresh process on one thread, which its neighbours
+disturb least; the plan uses rates measured in the same process. Prints a table and appends one JSON line per case.
 
     python benchmarks/planner_error.py --out docs/results/planner_error.jsonl
 """
@@ -63,7 +63,7 @@ class Case:
         class_name, config: Of the model.
         shrink: Changes of the configuration that leave one block.
         shapes: Inputs by name, without the batch axis; `input_ids` are integers, every other one floats.
-        batch_size, accumulation, autocast, ema_decay: As in `TrainSpec`.
+        batch_size, accumulation, autocast, ema_decay, validate_every: As in `TrainSpec`.
     """
 
     class_name: str
@@ -74,12 +74,13 @@ class Case:
     accumulation: int = 1
     autocast: str = "bfloat16"
     ema_decay: float | None = None
+    validate_every: int = 2
 
     @property
     def train(self) -> TrainSpec:
         """The trainer's settings."""
         values: dict[str, Any] = {name: getattr(self, name) for name in ("batch_size", "accumulation", "autocast")}
-        return TrainSpec(**values, ema_decay=self.ema_decay, tensorboard=False)
+        return TrainSpec(**values, ema_decay=self.ema_decay, validate_every=self.validate_every, tensorboard=False)
 
     def inputs(self, num_samples: int) -> dict[str, Tensor]:
         """A random batch."""
@@ -162,7 +163,7 @@ CASES: Mapping[str, Case] = {
     "sana": SANA,
     "sana, one sample": dataclasses.replace(SANA, batch_size=1),
     "pixart": PIXART,
-    "pixart, 2 parts": dataclasses.replace(PIXART, batch_size=8, accumulation=2),
+    "pixart, 8 parts": dataclasses.replace(PIXART, batch_size=8, accumulation=8),
     "flux": FLUX,
     "flux, averaged": dataclasses.replace(FLUX, ema_decay=0.99),
     "gemma2": GEMMA,
@@ -204,7 +205,7 @@ class _Task:
         return 1
 
     def validation_batches(self, batch_size: int) -> list[Batch]:
-        return []
+        return [self.case.inputs(batch_size)]
 
     def calibration_batches(self, num_samples: int, batch_size: int) -> list[Batch]:
         return []
@@ -283,7 +284,8 @@ def measure_time(case: Case) -> dict[str, Any]:
     """CPU time of real steps in this process, and the processor's rates before and after them."""
     device = measure_device(time.process_time)
     ends: list[float] = []
-    train(case, {}, lambda step: ends.append(time.process_time()))
+    without_validation = dataclasses.replace(case, validate_every=NUM_STEPS)
+    train(without_validation, {}, lambda step: ends.append(time.process_time()))
     again = measure_device(time.process_time)
     return {
         "measured_step_s": min(after - before for before, after in itertools.pairwise(ends)),

@@ -69,12 +69,12 @@ def _run(name: str, folder: Path, settings: tuple[str, ...]) -> None:
 def _markdown(name: str, evaluation: dict[str, Any]) -> str:
     table = quality_table(evaluation, name)
     seconds = {row["model"]: row["train_s"] for row in evaluation["models"]}
-    reference = seconds.get("vanilla-qat") or 1.0
+    reference = seconds.get("vanilla-qat")
     columns = [*table.columns[:-1], "time, ratio"]
     cells = table.to_cells()
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     for row, values in zip(table.rows, cells, strict=True):
-        ratio = "-" if not seconds[row[0]] else f"{seconds[row[0]] / reference:.2f}"
+        ratio = f"{seconds[row[0]] / reference:.2f}" if seconds[row[0]] and reference else "-"
         lines.append("| " + " | ".join([*values[:-1], ratio]) + " |")
     return f"## {name}\n\n" + "\n".join(lines) + "\n\n" + "\n".join(table.notes)
 

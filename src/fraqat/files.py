@@ -116,15 +116,19 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
 
 
 @contextmanager
-def folder_lock(folder: Path) -> Generator[None]:
+def folder_lock(folder: Path, *, wait: bool = False) -> Generator[None]:
     """Keeps other processes out of `folder` while the block runs.
+
+    Args:
+        folder: An existing folder.
+        wait: Until another process is done, instead of giving up.
 
     Raises:
         OutputError: Another process is at work there.
     """
     with explain_os_errors(folder), (folder / ".lock").open("w") as stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise OutputError(
                 f"another process is at work in {folder}: nothing was changed. Fix: wait for it, or choose another folder."

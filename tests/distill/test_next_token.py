@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fraqat.distill.next_token import logit_chunks, next_token_kl, token_rows
@@ -198,3 +199,14 @@ def test_logits_of_several_models_come_in_the_same_chunks() -> None:
     for index, values in enumerate((student, teacher)):
         found = torch.cat([logits[index] for _, logits in parts])
         torch.testing.assert_close(found, direct_logits(values)[1:].float())
+
+
+@pytest.mark.parametrize("is_fake", [False, True])
+def test_shapes_alone_are_enough(is_fake: bool) -> None:
+    with FakeTensorMode() if is_fake else torch.device("meta"):
+        student = {"hidden": torch.empty(N, L, D, requires_grad=True), "head": torch.empty(V, D, requires_grad=True)}
+        teacher = {"hidden": torch.empty(N, L, D), "head": torch.empty(V, D), "softcap": torch.tensor(2.0)}
+        loss = next_token_kl({**student, "softcap": teacher["softcap"]}, teacher, chunk_tokens=5)
+        loss.backward()
+    assert loss.shape == () and loss.dtype == torch.float32
+    assert student["head"].grad is not None and student["head"].grad.shape == (V, D)

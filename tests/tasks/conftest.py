@@ -12,34 +12,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tiny_pipelines import build_lumina2, build_wan
+from tiny_pipelines import BUILDERS
 
-from fraqat.tasks import ModelSpec, SamplerSpec
+from fraqat.tasks import ModelSpec
 from fraqat.tasks.pipelines import load_pipeline
-from fraqat.zoo.color_digits_models import build_flux, build_pixart, build_sana, build_sd3
-
-BUILDERS: dict[str, Callable[[], Any]] = {
-    "sana": build_sana,
-    "sd3": build_sd3,
-    "pixart": build_pixart,
-    "flux": build_flux,
-    "lumina2": build_lumina2,
-    "wan": build_wan,
-}
-GUIDANCE = {"flux": 0.0}
-
-
-def tiny_sampler(name: str, **changes: Any) -> SamplerSpec:
-    """Few steps at the size of the colour digits."""
-    values: dict[str, Any] = {
-        "num_steps": 3,
-        "guidance_scale": GUIDANCE.get(name, 4.0),
-        "height": 32,
-        "width": 32,
-        "max_sequence_length": 40 if name == "lumina2" else 8,  # room for its system prompt
-        "call_arguments": {"num_frames": 1} if name == "wan" else {},
-    }
-    return SamplerSpec(**{**values, **changes})
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_pipelines import BUILDERS, tiny_sampler
 
-from conftest import BUILDERS, tiny_sampler
 from fraqat.config import load_recipe
 from fraqat.errors import ModelError
 from fraqat.tasks import ModelSpec, families, speech_architectures

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_pipelines import tiny_sampler
 
-from conftest import tiny_sampler
-from fraqat.errors import ModelError
+from fraqat.errors import ConfigError, ModelError
 from fraqat.nn import describe, quantize_
-from fraqat.tasks.conditioning import LATENTS, TIMESTEP, nested, record_calls
+from fraqat.tasks import ModelSpec
+from fraqat.tasks.conditioning import LATENTS, TIMESTEP, compute_dtype, nested, record_calls
 from fraqat.tasks.encoding import Encoder
 from fraqat.tasks.families import ARCHITECTURES, Guidance, architecture_named, architecture_of
+from fraqat.tasks.pipelines import load_pipeline, load_transformer
 from fraqat.tasks.sampling import sample_images
 
 PROMPTS = ["a red seven on white", "a blue two on yellow"]
@@ -24,7 +26,7 @@ def generators(num: int) -> list[torch.Generator]:
 
 
 def test_every_entry_of_the_table_has_a_tiny_pipeline() -> None:
-    from conftest import BUILDERS
+    from tiny_pipelines import BUILDERS
 
     assert len(BUILDERS) == len(ARCHITECTURES)
 
@@ -69,9 +71,6 @@ def test_pictures_become_latents_of_the_shape_and_scale_of_the_pipeline(
 
 
 def test_a_size_that_patches_do_not_divide_is_named(saved_pipeline: Any) -> None:
-    from fraqat.tasks import ModelSpec
-    from fraqat.tasks.pipelines import load_pipeline
-
     pipeline = load_pipeline(ModelSpec(str(saved_pipeline("flux"))))
     encoder = Encoder(pipeline, tiny_sampler("flux"))
     with pytest.raises(ModelError, match=r"become latents of shape .* starts from .* Fix: use a sampler.height"):
@@ -127,10 +126,52 @@ def test_a_class_without_an_entry_says_what_to_add() -> None:
 
 
 def test_arguments_that_a_pipeline_does_not_take_are_named(saved_pipeline: Any) -> None:
-    from fraqat.tasks import ModelSpec
-    from fraqat.tasks.pipelines import load_pipeline
-
     pipeline = load_pipeline(ModelSpec(str(saved_pipeline("sana"))))
     sampler = tiny_sampler("sana", call_arguments={"num_frames": 1})
     with pytest.raises(ModelError, match=r"call_arguments = \['num_frames'\] is not possible"):
         record_calls(pipeline, PROMPTS, sampler, guidance_scale=1.0)
+
+
+@pytest.mark.parametrize("encoders", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("transformer", [torch.float32, torch.bfloat16])
+def test_transformers_run_in_their_own_precision_inside_any_pipeline(
+    architecture_name: str, saved_pipeline: Any, encoders: torch.dtype, transformer: torch.dtype
+) -> None:
+    spec = ModelSpec(str(saved_pipeline(architecture_name)))
+    model = load_transformer(spec, dtype=transformer)
+    pipeline = load_pipeline(spec, dtype=encoders, transformer=model)
+    seen: set[torch.dtype] = set()
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.update(
+            value.dtype for name, value in kwargs.items() if isinstance(value, torch.Tensor) and name == LATENTS
+        ),
+        with_kwargs=True,
+    )
+    sampler = tiny_sampler(architecture_name)
+    images = sample_images(pipeline, model, PROMPTS, sampler, seed=0)
+    assert bool(torch.isfinite(images).all())
+    assert compute_dtype(model) == transformer
+    shard = Encoder(pipeline, sampler).encode(torch.zeros(1, 3, 32, 32), ["a"])
+    assert bool(torch.isfinite(shard.rows["latents"]).all())
+
+
+def test_settings_of_the_sampler_are_not_overridden_by_call_arguments(saved_pipeline: Any) -> None:
+    pipeline = load_pipeline(ModelSpec(str(saved_pipeline("sana"))))
+    sampler = tiny_sampler("sana", call_arguments={"generator": None})
+    with pytest.raises(ConfigError, match=r"call_arguments = \['generator'\] is not possible"):
+        record_calls(pipeline, PROMPTS, sampler, guidance_scale=1.0)
+
+
+def test_the_size_of_a_computed_batch_does_not_change_a_sampling_path(
+    tiny_pipeline: Any, architecture_name: str
+) -> None:
+    sampler = tiny_sampler(architecture_name)
+    samples = [(None, prompt) for prompt in (*PROMPTS, "a green one on black")]
+    whole, parts = (
+        next(Encoder(tiny_pipeline, sampler, size).shards_of_paths(samples, 0, seed=1, unguided_share=0.0))
+        for size in (32, 2)
+    )
+    first = whole.rows[LATENTS][: len(samples)]  # the first step: noise by seed alone
+    again = torch.cat([parts.rows[LATENTS][:2], parts.rows[LATENTS][2 * sampler.num_steps : 2 * sampler.num_steps + 1]])
+    assert torch.equal(first, again)
+    assert len(whole.index) == len(parts.index) == 3 * sampler.num_steps

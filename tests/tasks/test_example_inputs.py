@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import tiny_sampler
+from tiny_pipelines import tiny_sampler
 
 from fraqat.tasks.conditioning import nested, record_calls
 from fraqat.tasks.diffusion import predict_output

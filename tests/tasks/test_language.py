@@ -339,6 +339,8 @@ def test_hub_ids_are_asked_for_safetensors_alone(monkeypatch: pytest.MonkeyPatch
     assert (seen["revision"], seen["variant"]) == ("abc", "fp16")
     with pytest.raises(ModelError, match="there is no such folder, and it is no hub id"):
         load_language_model(ModelSpec("./nowhere", device="cpu"))
+    with pytest.raises(ConfigError, match=r"model\.single_file = 'x\.safetensors' .* null for a language model"):
+        load_language_model(ModelSpec("google/gemma-2-2b-it", single_file="x.safetensors", device="cpu"))
 
 
 def test_a_model_is_rebuilt_from_its_description(architecture: str) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from fraqat.errors import ModelError
 from fraqat.tasks import ModelSpec
+from fraqat.tasks.conditioning import compute_dtype
 from fraqat.tasks.loading import weight_files
 from fraqat.tasks.pipelines import load_pipeline, load_transformer, transformer_class
 
@@ -91,7 +92,7 @@ def test_teachers_are_loaded_in_their_own_precision(source: ModelSpec) -> None:
     transformer = load_transformer(source, dtype=torch.bfloat16)
     pipeline: Any = load_pipeline(source, dtype=torch.float32, transformer=transformer)
     assert pipeline.transformer is transformer
-    assert next(pipeline.transformer.parameters()).dtype == torch.bfloat16
+    assert compute_dtype(pipeline.transformer) == torch.bfloat16
     assert next(pipeline.vae.parameters()).dtype == torch.float32
 
 

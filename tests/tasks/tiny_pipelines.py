@@ -1,7 +1,8 @@
-"""Tiny random pipelines of architectures that the zoo does not hold, made of diffusers' own classes."""
+"""Tiny random pipelines of every architecture of the table, made of diffusers' own classes, and how they are sampled."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from diffusers import (
     WanTransformer3DModel,
 )
 
+from fraqat.tasks import SamplerSpec
+from fraqat.zoo.color_digits_models import build_flux, build_pixart, build_sana, build_sd3
 from fraqat.zoo.text_models import build_gemma, build_gemma_tokenizer, build_t5, build_t5_tokenizer
 
 
@@ -46,9 +49,7 @@ def build_lumina2() -> Any:
         shift_factor=0.1,
         scaling_factor=0.5,
     )
-    return Lumina2Pipeline(
-        transformer, FlowMatchEulerDiscreteScheduler(), vae, build_gemma(tokenizer), tokenizer
-    )
+    return Lumina2Pipeline(transformer, FlowMatchEulerDiscreteScheduler(), vae, build_gemma(tokenizer), tokenizer)
 
 
 def build_wan() -> Any:
@@ -82,3 +83,27 @@ def build_wan() -> Any:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         transformer=transformer,
     )
+
+
+BUILDERS: dict[str, Callable[[], Any]] = {
+    "sana": build_sana,
+    "sd3": build_sd3,
+    "pixart": build_pixart,
+    "flux": build_flux,
+    "lumina2": build_lumina2,
+    "wan": build_wan,
+}
+GUIDANCE = {"flux": 0.0}
+
+
+def tiny_sampler(name: str, **changes: Any) -> SamplerSpec:
+    """Few steps at the size of the colour digits."""
+    values: dict[str, Any] = {
+        "num_steps": 3,
+        "guidance_scale": GUIDANCE.get(name, 4.0),
+        "height": 32,
+        "width": 32,
+        "max_sequence_length": 40 if name == "lumina2" else 8,  # room for its system prompt
+        "call_arguments": {"num_frames": 1} if name == "wan" else {},
+    }
+    return SamplerSpec(**{**values, **changes})

@@ -64,7 +64,7 @@ def _record_outputs(model: nn.Module, names: list[str], forward: Callable[[nn.Mo
 
     def hook_for(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            recorded[name] = output.detach()
+            recorded[name] = output.detach().cpu()
 
         return hook
 

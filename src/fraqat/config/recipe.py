@@ -74,6 +74,10 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.label in ("", ".", "..", ORIGINAL) or "\\" in self.name:
+            raise config_error(
+                "name", self.name, allowed=f"a name whose last part is not empty, . or {ORIGINAL}", fix="rename it"
+            )
         target = self.quantization.weight.bits
         stages = self.schedule.lengths(target)
         kind = self.schedule.kind

@@ -58,9 +58,11 @@ class ImageRecipe(Recipe):
     def fingerprint(self) -> dict[str, Any]:
         """The settings that decide the trained weights."""
         values = super().fingerprint()
-        uses_levels = self.sampler.timesteps == "sampler"
+        uses_levels = self.sampler.timesteps in ("sampler", "auto")  # `auto` may stand for it
         kept = (*_TRAINED_SAMPLER_FIELDS, *(_PATH_SAMPLER_FIELDS if self._of_paths or uses_levels else ()))
         values["sampler"] = {name: values["sampler"][name] for name in kept}
+        for name in ("num_workers", "encode_batch_size"):
+            del values["data"][name]
         return values
 
 
@@ -73,6 +75,11 @@ class LanguageRecipe(Recipe):
     data: TextDataSpec = Field(default_factory=TextDataSpec)
     language: LanguageSpec = Field(default_factory=LanguageSpec)
     evaluation: LanguageEvaluationSpec = Field(default_factory=LanguageEvaluationSpec)
+
+    @model_validator(mode="after")
+    def _check_model(self) -> Self:
+        _refuse_pipeline_settings(self)
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -97,10 +104,30 @@ class SpeechRecipe(Recipe):
     data: SpeechDataSpec = Field(default_factory=SpeechDataSpec)
     evaluation: SpeechEvaluationSpec = Field(default_factory=SpeechEvaluationSpec)
 
+    @model_validator(mode="after")
+    def _check_model(self) -> Self:
+        _refuse_pipeline_settings(self)
+        return self
+
     @property
     def num_train(self) -> int:
         """Phrases."""
         return self.data.num_train
+
+
+def _refuse_pipeline_settings(recipe: Recipe) -> None:
+    """A model of transformers has no separate encoders, and is loaded from its own folder."""
+    if recipe.model.single_file is not None:
+        raise config_error(
+            "model.single_file", recipe.model.single_file, allowed="null for a model of transformers", fix="remove it"
+        )
+    if recipe.model.encoder_dtype != "float32":
+        raise config_error(
+            "model.encoder_dtype",
+            recipe.model.encoder_dtype,
+            allowed="not for a model of transformers",
+            fix="remove it",
+        )
 
 
 DEFAULT_TASK = "text-to-image"

@@ -48,6 +48,7 @@ class DataSpec:
         caption_choice: Of a row with several captions: the `first`, or one that `seed` decides (`seeded`).
         min_image_side: Smallest side of a stored picture in pixels; None asks for half of the smaller side of the result.
         num_workers: Processes that read and decode stored rows; 0 does it in the main one.
+        encode_batch_size: Samples that autoencoder and text encoders compute at a time.
         cache: Encode everything once and keep it on disk; false encodes batch by batch and keeps the encoders in memory.
     """
 
@@ -65,6 +66,7 @@ class DataSpec:
     caption_choice: Literal["first", "seeded"] = "first"
     min_image_side: int | None = None
     num_workers: int = 0
+    encode_batch_size: int = 32
     cache: bool = True
 
     def __post_init__(self) -> None:
@@ -72,7 +74,8 @@ class DataSpec:
             names = ", ".join(IMAGE_SOURCES)
             raise config_error("data.source", self.source, allowed=names, fix=f"choose one of {names}")
         check_records("data", self.source, self.records)
-        for name, lowest in (("num_train", 1), ("num_validation", 1), ("num_workers", 0), ("min_image_side", 0)):
+        limits = {"num_train": 1, "num_validation": 1, "num_workers": 0, "encode_batch_size": 1, "min_image_side": 0}
+        for name, lowest in limits.items():
             value = getattr(self, name)
             if value is not None and value < lowest:
                 raise config_error(f"data.{name}", value, allowed=f"{lowest} or more", fix=f"correct data.{name}")

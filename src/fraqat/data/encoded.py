@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fraqat.errors import OutputError
 from fraqat.files import explain_os_errors, folder_lock, save_tensors, write_json_atomic
 
 FORMAT_VERSION = 1
@@ -60,9 +61,8 @@ class EncodedRows(Dataset[dict[str, Tensor]]):
     """
 
     def __init__(self, paths: list[Path]):
-        self._shards = [
-            _ShardReader(path, sum(p.stat().st_size for p in paths) <= _MAX_IN_MEMORY_BYTES) for path in paths
-        ]
+        in_memory = sum(path.stat().st_size for path in paths) <= _MAX_IN_MEMORY_BYTES
+        self._shards = [_ShardReader(path, in_memory) for path in paths]
         self._ends = [sum(len(s) for s in self._shards[: i + 1]) for i in range(len(self._shards))]
 
     def __len__(self) -> int:
@@ -141,19 +141,19 @@ class EncodedStore:
     def build(self, make_shards: Callable[[int], Iterator[EncodedShard]]) -> EncodedRows:
         """The rows, computed first where they are not there yet.
 
-        An interrupted computation goes on after the last whole shard.
+        An interrupted computation goes on after the last whole shard. While another process computes the same, this one waits.
 
         Args:
             make_shards: Called with the number of shards that are there already; yields the rest in order.
 
         Raises:
-            OutputError: The folder cannot be written, or another process holds it for too long.
+            OutputError: The folder cannot be written, or there is no sample.
         """
         if (rows := self.open()) is not None:
             return rows
         with explain_os_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        with folder_lock(self.folder):
+        with folder_lock(self.folder, wait=True):
             return self._build_locked(make_shards)
 
     def _build_locked(self, make_shards: Callable[[int], Iterator[EncodedShard]]) -> EncodedRows:
@@ -171,7 +171,11 @@ class EncodedStore:
         shards = {path.name: path.stat().st_size for path in self._shard_paths()}
         write_json_atomic(self.folder / _MANIFEST, {"key": self.key, "shards": shards})
         rows = self.open()
-        assert rows is not None
+        if rows is None or not len(rows):
+            raise OutputError(
+                f"{self.folder} holds {'no sample' if rows is not None else 'a damaged file'} after encoding. Fix: delete the "
+                "folder, check that the data has samples, and start again."
+            )
         return rows
 
     def _num_whole_shards(self) -> int:

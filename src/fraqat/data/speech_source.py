@@ -24,6 +24,9 @@ SPEECH_FOLDER, SPEAKERS_FILE = "speech", "speakers.safetensors"
 """Beside a model: its recordings, and its speaker embeddings."""
 
 
+_MIN_SECONDS = 0.1
+
+
 @dataclass(frozen=True)
 class SpeechDataSpec:
     """What the student learns to say.
@@ -138,7 +141,11 @@ class _SpeechReader:
         if not isinstance(text, str) or not text.strip():
             raise BadSampleError("text is missing" if text is None else "text is empty")
         waveform, rate = _decode(get_field(row, self._spec.audio_column), row.get(FOLDER))
+        if len(waveform) < _MIN_SECONDS * rate:
+            raise BadSampleError(f"sound is shorter than {_MIN_SECONDS:g} s")
         speaker = get_field(row, self._spec.speaker_column) if self._spec.speaker_column else None
+        if self._spec.speaker_column and not isinstance(speaker, list | tuple):
+            raise BadSampleError("speaker embedding is missing")
         return {"waveform": waveform, "rate": rate, "text": text.strip(), "speaker": speaker}
 
 

@@ -6,6 +6,7 @@ Shape suffixes: T tokens, D hidden width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,32 +28,31 @@ class _Head:
 
     weight: Tensor  # [V, D], in `dtype`
     bias: Tensor | None
-    scale: float
-    softcap: float | None
+    scale: Tensor | None
+    softcap: Tensor | None
     dtype: torch.dtype
 
     @classmethod
     def of(cls, prediction: Prediction) -> _Head:
         weight, hidden = prediction[HEAD], prediction[HIDDEN]
         dtype = torch.promote_types(weight.dtype, hidden.dtype)
-        if torch.is_autocast_enabled(weight.device.type):
+        if not weight.is_meta and torch.is_autocast_enabled(weight.device.type):
             dtype = torch.get_autocast_dtype(weight.device.type)
-        scale, softcap = prediction.get(LOGIT_SCALE), prediction.get(SOFTCAP)
         return cls(
             weight=weight.detach().to(dtype),
             bias=None if HEAD_BIAS not in prediction else prediction[HEAD_BIAS].detach().float(),
-            scale=1.0 if scale is None else scale.item(),
-            softcap=None if softcap is None else softcap.item(),
+            scale=prediction.get(LOGIT_SCALE),
+            softcap=prediction.get(SOFTCAP),
             dtype=dtype,
         )
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Float32 logits [T, V]."""
-        with torch.autocast(hidden_TD.device.type, enabled=False):
+        with _without_autocast(hidden_TD.device):
             logits_TV = (hidden_TD.to(self.dtype) @ self.weight.T).float()
         if self.bias is not None:
             logits_TV += self.bias
-        if self.scale != 1:
+        if self.scale is not None:
             logits_TV *= self.scale
         if self.softcap is not None:
             logits_TV.div_(self.softcap).tanh_().mul_(self.softcap)
@@ -62,7 +62,7 @@ class _Head:
         """Gradient with respect to hidden @ weight^T + bias, from the one with respect to `logits`; changes both arguments."""
         if self.softcap is not None:
             gradient_TV *= logits_TV.div_(self.softcap).square_().neg_().add_(1)
-        return gradient_TV if self.scale == 1 else gradient_TV.mul_(self.scale)
+        return gradient_TV if self.scale is None else gradient_TV.mul_(self.scale)
 
 
 def token_rows(prediction: Prediction, mask: Tensor | None) -> Tensor:
@@ -206,10 +206,14 @@ def _kl_of_chunk(job: _Job, rows: Tensor, hidden_TD: Tensor, gradients: _Gradien
     if gradients.bias is not None:
         gradients.bias.add_(gradient_TV.sum(0).to(gradients.bias.dtype))
     product_TV = gradient_TV.to(job.student.dtype)
-    with torch.autocast(hidden_TD.device.type, enabled=False):
+    with _without_autocast(hidden_TD.device):
         if gradients.hidden is not None:
             gradients.hidden[rows] = (product_TV @ job.student.weight).to(gradients.hidden.dtype)
         if gradients.weight is not None:
             part_VD = product_TV.T @ hidden_TD.to(job.student.dtype)
             gradients.weight.add_(part_VD.to(gradients.weight.dtype))
     return total
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

@@ -220,13 +220,19 @@ def _check_bands(mel: Tensor, reference: Tensor) -> None:
 
 
 def word_error_rate(heard: Sequence[str], texts: Sequence[str]) -> float:
-    """Inserted, deleted and replaced words over all utterances, per word of `texts`. Can exceed 1."""
-    return _error_rate([text.split() for text in heard], [text.split() for text in texts])
+    """Inserted, deleted and replaced words, per word of `texts`, without case and punctuation. Can exceed 1."""
+    return _error_rate([_plain(text).split() for text in heard], [_plain(text).split() for text in texts])
 
 
 def character_error_rate(heard: Sequence[str], texts: Sequence[str]) -> float:
     """As `word_error_rate`, with characters; runs of spaces count as one."""
-    return _error_rate([list(" ".join(t.split())) for t in heard], [list(" ".join(t.split())) for t in texts])
+    return _error_rate([list(_plain(text)) for text in heard], [list(_plain(text)) for text in texts])
+
+
+def _plain(text: str) -> str:
+    """Words in small letters without punctuation, apostrophes within words apart: a recognizer's spelling is no error."""
+    kept = "".join(character if character.isalnum() or character == "'" else " " for character in text.casefold())
+    return " ".join(word.strip("'") for word in kept.split() if word.strip("'"))
 
 
 def _error_rate(heard: Sequence[Sequence[str]], wanted: Sequence[Sequence[str]]) -> float:

@@ -9,7 +9,8 @@ Names of nested arguments are joined by dots: `added_cond_kwargs.resolution`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from fraqat.errors import ModelError
+from fraqat.errors import ModelError, config_error
 from fraqat.tasks.families import Guidance, architecture_of
 from fraqat.tasks.spec import SamplerSpec
 
@@ -29,6 +30,19 @@ _AS_GIVEN: Mapping[str, Any] = {
     "clean_caption": False,
 }
 """Passed to every pipeline that takes them: the size that was asked for, and the prompt as it was given."""
+
+_SET_HERE = frozenset(
+    {
+        "prompt",
+        "generator",
+        "num_inference_steps",
+        "guidance_scale",
+        "height",
+        "width",
+        "max_sequence_length",
+        "output_type",
+    }
+)
 
 
 _PROBE = "a picture"
@@ -77,7 +91,7 @@ def record_calls(
         if len(calls) == num_calls:
             raise _StopSamplingError
 
-    handle = transformer.register_forward_pre_hook(hook, with_kwargs=True)
+    handle = transformer.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
     try:
         call_pipeline(
             pipeline,
@@ -104,6 +118,14 @@ def call_pipeline(
     output_type: str,
 ) -> Any:
     """Calls any text-to-image pipeline; settings that its call does not take are left out."""
+    reserved = sorted(_SET_HERE & set(sampler.call_arguments))
+    if reserved:
+        raise config_error(
+            "sampler.call_arguments",
+            reserved,
+            allowed="names without a setting of their own",
+            fix="use the fields of sampler, or leave them out",
+        )
     arguments = {
         "prompt": list(prompts),
         "generator": generators,
@@ -123,7 +145,49 @@ def call_pipeline(
             f"sampler.call_arguments = {unknown} is not possible: {type(pipeline).__name__} takes "
             f"{', '.join(name for name in allowed if name != 'self')}. Fix: correct the names."
         )
-    return cast(Any, pipeline)(**{name: value for name, value in arguments.items() if name in allowed})
+    with own_precision(cast(Any, pipeline).transformer):
+        return cast(Any, pipeline)(**{name: value for name, value in arguments.items() if name in allowed})
+
+
+@contextmanager
+def own_precision(transformer: nn.Module) -> Generator[None]:
+    """Lets a transformer run in its own dtype inside a pipeline of another: inputs are cast to it, outputs back."""
+    dtype = compute_dtype(transformer)
+    wanted = [dtype]
+
+    def cast_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        latents = kwargs[LATENTS] if LATENTS in kwargs else args[0]
+        wanted[0] = latents.dtype
+        return tuple(_cast(a, dtype) for a in args), {
+            n: v if n == TIMESTEP else _cast(v, dtype) for n, v in kwargs.items()
+        }
+
+    def cast_outputs(module: nn.Module, args: Any, output: Any) -> Any:
+        return tuple(_cast(part, wanted[0]) for part in output) if isinstance(output, tuple) else output
+
+    handles = [
+        transformer.register_forward_pre_hook(cast_inputs, with_kwargs=True),
+        transformer.register_forward_hook(cast_outputs),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of most parameters; some classes keep norms and time embeddings in float32."""
+    sizes: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    return {name: _cast(part, dtype) for name, part in value.items()} if isinstance(value, dict) else value
 
 
 class PromptEncoder:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fraqat.distill import Batch, BatchStream, LossSpec, Prediction, distillation_loss
-from fraqat.tasks.conditioning import LATENTS, TIMESTEP, nested
+from fraqat.tasks.conditioning import LATENTS, TIMESTEP, compute_dtype, nested
 from fraqat.tasks.image_samples import DiffusionSource, drop_captions, open_samples, split_constants
 from fraqat.tasks.noise import NoiseProcess, noise_process
 from fraqat.tasks.pipelines import transformer_class
@@ -88,13 +88,13 @@ class DiffusionTask:
 
 def predict_output(model: nn.Module, inputs: Batch) -> Prediction:
     """`output`: the predicted velocity or noise, in the shape of the latents."""
-    parameter = next(model.parameters())
-    moved = {name: value.to(parameter.device) for name, value in inputs.items()}
+    device, dtype = next(model.parameters()).device, compute_dtype(model)
+    moved = {name: value.to(device) for name, value in inputs.items()}
     cast = {
-        name: value.to(parameter.dtype) if name != TIMESTEP and value.is_floating_point() else value
+        name: value.to(dtype) if name != TIMESTEP and value.is_floating_point() else value
         for name, value in moved.items()
     }
-    with _attention_kernel(parameter.device):
+    with _attention_kernel(device):
         output = model(**nested(cast), return_dict=False)[0]
     if inputs[LATENTS].ndim == 4 and output.shape[1] == 2 * inputs[LATENTS].shape[1]:
         output = output.chunk(2, dim=1)[0]  # the second half is a learned variance, which samplers leave out

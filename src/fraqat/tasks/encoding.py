@@ -20,9 +20,10 @@ from fraqat.data.encoded import EncodedShard
 from fraqat.errors import ModelError
 from fraqat.files import sha256_of
 from fraqat.tasks.conditioning import LATENTS, TIMESTEP, PromptEncoder, TransformerCall, record_calls
-from fraqat.tasks.families import architecture_of
+from fraqat.tasks.families import Guidance, architecture_named, architecture_of
 from fraqat.tasks.loading import hub_commit, is_folder
 from fraqat.tasks.noise import noise_constants
+from fraqat.tasks.pipelines import transformer_class
 from fraqat.tasks.spec import ModelSpec, SamplerSpec
 
 SHARD_SAMPLES = 256
@@ -68,10 +69,11 @@ class Encoder:
     Args:
         pipeline: A whole pipeline.
         sampler: Size, sequence length, steps and guidance.
+        batch_size: Samples computed at a time.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, sampler: SamplerSpec):
-        self.pipeline, self.sampler = pipeline, sampler
+    def __init__(self, pipeline: DiffusionPipeline, sampler: SamplerSpec, batch_size: int = 32):
+        self.pipeline, self.sampler, self.batch_size = pipeline, sampler, batch_size
         self.prompts = PromptEncoder(pipeline, sampler)
 
     def shards_of_images(self, samples: Iterable[Sample], num_done: int) -> Iterator[EncodedShard]:
@@ -91,7 +93,7 @@ class Encoder:
         Raises:
             ModelError: The autoencoder gives latents of another shape than the pipeline starts from.
         """
-        latents = encode_images(self.pipeline, images)
+        latents = torch.cat([encode_images(self.pipeline, part) for part in images.split(self.batch_size)])
         if latents.shape[1:] != self.prompts.latent_shape:
             raise ModelError(
                 f"pictures of {list(images.shape[2:])} pixels become latents of shape {list(latents.shape[1:])}, but the "
@@ -102,10 +104,15 @@ class Encoder:
         place = {prompt: i for i, prompt in enumerate(distinct)}
         return EncodedShard(
             rows={"latents": latents},
-            shared=self.prompts.encode(distinct),
+            shared=self._encode_prompts(distinct),
             index=torch.tensor([place[prompt] for prompt in prompts]),
             constants=self.constants,
         )
+
+    def _encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        starts = range(0, len(prompts), self.batch_size)
+        parts = [self.prompts.encode(prompts[i : i + self.batch_size]) for i in starts]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def shards_of_paths(
         self, samples: Iterable[Sample], num_done: int, *, seed: int, unguided_share: float
@@ -119,17 +126,30 @@ class Encoder:
             unguided_share: Share of rows taken from the prediction for the empty prompt, where there is one.
         """
         for number, part in _chunks(samples, num_done):
-            prompts = [prompt for _, prompt in part]
             first = number * SHARD_SAMPLES
-            generators = [torch.Generator().manual_seed(seed + first + i) for i in range(len(prompts))]
-            calls = record_calls(
-                self.pipeline,
-                prompts,
-                self.sampler,
-                guidance_scale=self.sampler.guidance_scale,
-                generators=generators,
+            chance = torch.Generator().manual_seed(seed + first)
+            starts = range(0, len(part), self.batch_size)
+            yield _joined(
+                [
+                    self._paths(
+                        [prompt for _, prompt in part[i : i + self.batch_size]],
+                        seed + first + i,
+                        chance,
+                        unguided_share,
+                    )
+                    for i in starts
+                ]
             )
-            yield self._path_shard(calls, len(prompts), torch.Generator().manual_seed(seed + first), unguided_share)
+
+    def _paths(self, prompts: list[str], seed: int, chance: torch.Generator, unguided_share: float) -> EncodedShard:
+        calls = record_calls(
+            self.pipeline,
+            prompts,
+            self.sampler,
+            guidance_scale=self.sampler.guidance_scale,
+            generators=[torch.Generator().manual_seed(seed + i) for i in range(len(prompts))],
+        )
+        return self._path_shard(calls, len(prompts), chance, unguided_share)
 
     def _path_shard(
         self, calls: list[TransformerCall], num: int, chance: torch.Generator, unguided_share: float
@@ -167,6 +187,18 @@ class Encoder:
         return self.prompts.constants | empty | {NOISE + name: value for name, value in noise.items()}
 
 
+def _joined(shards: list[EncodedShard]) -> EncodedShard:
+    """Several shards as one."""
+    sizes = [len(next(iter(shard.shared.values()))) for shard in shards]
+    offsets = [sum(sizes[:i]) for i in range(len(sizes))]
+    return EncodedShard(
+        rows={name: torch.cat([shard.rows[name] for shard in shards]) for name in shards[0].rows},
+        shared={name: torch.cat([shard.shared[name] for shard in shards]) for name in shards[0].shared},
+        index=torch.cat([shard.index + offset for shard, offset in zip(shards, offsets, strict=True)]),
+        constants=shards[0].constants,
+    )
+
+
 def _branches(
     calls: list[TransformerCall], encoder: PromptEncoder, num: int
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -193,30 +225,42 @@ def cache_key(
     Args:
         spec: The model; the content of a local folder's files counts, of a hub id the commit.
         description: What identifies the data, and how it is used.
-        sampler: Size, sequence length, steps and guidance.
-        of_paths: The samples are sampling paths, which depend on the transformer too.
+        sampler: Size and sequence length; steps and guidance where the samples depend on them.
+        of_paths: The samples are sampling paths, which depend on transformer, steps and guidance.
     """
-    components = (*_HASHED_COMPONENTS, "transformer") if of_paths else _HASHED_COMPONENTS
-    model = {"variant": spec.variant, "dtype": spec.encoder_dtype, "content": _content(spec, components)}
+    architecture = architecture_named(transformer_class(spec))
+    uses_levels = of_paths or "sampler" in (sampler.timesteps, architecture.timesteps)
+    uses_guidance = of_paths or architecture.guidance is Guidance.DISTILLED
     return {
-        "model": model | ({"teacher_dtype": spec.teacher_dtype} if of_paths else {}),
+        "model": {
+            "variant": spec.variant,
+            "dtype": spec.encoder_dtype,
+            "content": _content(spec, of_paths),
+            "teacher_dtype": spec.teacher_dtype if of_paths else None,
+        },
         "data": dict(description),
         "size": [sampler.height, sampler.width],
         "max_sequence_length": sampler.max_sequence_length,
-        "num_steps": sampler.num_steps,
-        "guidance_scale": sampler.guidance_scale,
+        "num_steps": sampler.num_steps if uses_levels else None,
+        "guidance_scale": sampler.guidance_scale if uses_guidance else None,
         "call_arguments": {name: repr(value) for name, value in sorted(sampler.call_arguments.items())},
     }
 
 
-def _content(spec: ModelSpec, components: tuple[str, ...]) -> str:
-    """Digest of the files of a local pipeline, or the commit of a hub id."""
-    if not is_folder(spec):
-        return f"{spec.source}@{hub_commit(spec)}"
+def _content(spec: ModelSpec, with_transformer: bool) -> str:
+    """Digest of what encodes: the files of a local pipeline, or the commit of a hub id; and the transformer's own file."""
     digest = hashlib.sha256()
-    folders = sorted(p for p in Path(spec.source).iterdir() if p.name.startswith(components) and p.is_dir())
+    if spec.single_file is not None and with_transformer:
+        digest.update(sha256_of(Path(spec.single_file)).encode())
+    if not is_folder(spec):
+        digest.update(f"{spec.source}@{hub_commit(spec)}".encode())
+        return digest.hexdigest()
+    root = Path(spec.source)
+    components = (*_HASHED_COMPONENTS, "transformer") if with_transformer else _HASHED_COMPONENTS
+    folders = sorted(p for p in root.iterdir() if p.name.startswith(components) and p.is_dir())
     paths = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
-    for path in [*paths, *([Path(spec.single_file)] if spec.single_file else [])]:
+    # The pipeline's class and the transformer's configuration decide sizes and arguments, even without its weights.
+    for path in [root / "model_index.json", root / "transformer" / "config.json", *paths]:
         digest.update(f"{path.parent.name}/{path.name}:{sha256_of(path)};".encode())
     return digest.hexdigest()
 

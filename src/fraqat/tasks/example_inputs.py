@@ -83,9 +83,7 @@ def _latent_shape(known: KnownModel, sampler: SamplerSpec, num: int) -> tuple[tu
 
 
 def _text_length(known: KnownModel, sampler: SamplerSpec) -> int:
-    """Tokens of text: as the table of known models says, or the sampler's, after those of CLIP where SD3 joins both."""
-    if known.text_length is not None:
-        return known.text_length
+    """Tokens of text: the sampler's, after those of CLIP where SD3 joins both."""
     if known.class_name != "SD3Transformer2DModel":
         return sampler.max_sequence_length
     path = Path(known.source) / "tokenizer" / "tokenizer_config.json"

@@ -140,14 +140,16 @@ class CachedSamples:
 
     def _build(self, split: str, data: CaptionedData) -> EncodedRows:
         source = self._source
-        description = {**data.description, "split": split, "learn_from": source.data.learn_from}
+        other = "num_validation" if split == "train" else "num_train"
+        description = {name: value for name, value in data.description.items() if name != other}
+        description |= {"split": split, "learn_from": source.data.learn_from}
         if source.of_paths:
             description["caption_dropout"] = source.data.caption_dropout
         key = cache_key(source.model, description, source.sampler, of_paths=source.of_paths)
         return EncodedStore(source.cache, key).build(lambda num_done: self._shards(split, data, num_done))
 
     def _shards(self, split: str, data: CaptionedData, num_done: int) -> Iterator[EncodedShard]:
-        encoder = Encoder(self._source.open_pipeline(), self._source.sampler)
+        encoder = Encoder(self._source.open_pipeline(), self._source.sampler, self._source.data.encode_batch_size)
         samples = data.train_samples() if split == "train" else data.validation_samples()
         pairs = ((sample.image, sample.prompt) for sample in samples)
         if not self._source.of_paths:
@@ -200,7 +202,7 @@ class StreamedSamples:
 
     @cached_property
     def _encoder(self) -> Encoder:
-        return Encoder(self._source.open_pipeline(), self._source.sampler)
+        return Encoder(self._source.open_pipeline(), self._source.sampler, self._source.data.encode_batch_size)
 
     @cached_property
     def _held(self) -> dict[int, list[Batch]]:

@@ -195,7 +195,12 @@ def load_language_model(spec: ModelSpec, *, dtype: torch.dtype = torch.float32) 
     Raises:
         ModelError: Missing, gated, truncated or pickled files, a configuration that is no causal language model, or one whose
             layers cannot be quantized; the message says what to do.
+        ConfigError: `spec` names a single file.
     """
+    if spec.single_file is not None:
+        raise config_error(
+            "model.single_file", spec.single_file, allowed="null for a language model", fix="use its folder or hub id"
+        )
     if is_folder(spec):
         folder = Path(spec.source)
         if not (folder / "config.json").is_file():

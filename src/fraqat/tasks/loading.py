@@ -48,7 +48,11 @@ def hub_commit(spec: ModelSpec) -> str:
     """
     try:
         return str(model_info(spec.source, revision=spec.revision).sha)
-    except (OSError, OfflineModeIsEnabled):
+    except RepositoryNotFoundError as error:  # a gated one is a kind of it
+        raise ModelError(
+            f"model.source = {spec.source!r} cannot be had: {first_line(error)}. Fix: {_advice(error, spec)}"
+        ) from error
+    except (OSError, OfflineModeIsEnabled, *_transport_errors()):
         revision = spec.revision or "main"
         for name in ("model_index.json", "config.json"):
             found = try_to_load_from_cache(spec.source, name, revision=revision)
@@ -60,13 +64,19 @@ def hub_commit(spec: ModelSpec) -> str:
     )
 
 
+def _transport_errors() -> tuple[type[Exception], ...]:
+    """What the hub's library lets through when there is no network; it builds on httpx, under either of its names."""
+    modules = [sys.modules[name] for name in ("httpx", "httpx2") if name in sys.modules]
+    return tuple(module.TransportError for module in modules)
+
+
 @contextmanager
 def explain_loading(spec: ModelSpec) -> Generator[None]:
     """Turns what the libraries raise while loading into one `ModelError` that says what to do."""
     try:
         with _no_loading_bars():
             yield
-    except (OSError, ValueError, SafetensorError, RepositoryNotFoundError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"model.source = {spec.source!r} cannot be loaded: {first_line(error)}. Fix: {_advice(error, spec)}"
         ) from error

@@ -59,7 +59,11 @@ class NoiseProcess:
         shape = (-1, *(1,) * (latents.ndim - 1))
         if self.process is Process.NOISE:
             assert self.alphas_cumprod is not None
-            timestep_N = (sigma_N * NUM_TRAIN_TIMESTEPS).long().clamp(max=len(self.alphas_cumprod) - 1)
+            scaled_N = sigma_N * NUM_TRAIN_TIMESTEPS
+            whole_N = (
+                scaled_N.round() if self.timesteps == "sampler" else scaled_N
+            )  # a level of the sampler is one of them
+            timestep_N = whole_N.long().clamp(max=len(self.alphas_cumprod) - 1)
             alpha = self.alphas_cumprod[timestep_N].view(shape)
             return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise, timestep_N
         time_N = {

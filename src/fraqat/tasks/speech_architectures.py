@@ -30,6 +30,7 @@ class SpeechArchitecture:
         weights: Output -> weight of its distance in the loss. Outputs differ in scale: stop logits and predicted durations must
             not outweigh the spectrogram.
         families: Layer families FF, Attn and TF.
+        sample_rate: Of the sound that its vocoder makes.
         mel: The spectrograms that it speaks in; None for a kind of its own, which only its own vocoder can turn into sound.
         hub_tokenizer: Package that its tokenizer on the hub needs.
     """
@@ -39,6 +40,7 @@ class SpeechArchitecture:
     skipped: tuple[str, ...]
     weights: Mapping[str, float]
     families: LayerFamilies = field(default_factory=LayerFamilies)
+    sample_rate: int = 16_000
     mel: LogMelSpec | None = None
     hub_tokenizer: str = ""
 
@@ -82,6 +84,7 @@ SPEECH_ARCHITECTURES: Mapping[str, SpeechArchitecture] = MappingProxyType(
                 Attn=("*.conformer_layers.*.self_attn.*",),
                 TF=("*.conformer_layers.*",),
             ),
+            sample_rate=22_050,
             hub_tokenizer="g2p_en",
         ),
     }

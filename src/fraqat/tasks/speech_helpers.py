@@ -9,7 +9,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from fraqat.data.speech_signal import LogMelSpec, griffin_lim
 from fraqat.errors import ModelError
 from fraqat.tasks.loading import explain_loading
 from fraqat.tasks.spec import ModelSpec
@@ -39,12 +38,15 @@ def load_vocoder(source: str) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def load_speech_recognizer(source: str, mel: LogMelSpec) -> Callable[[Tensor], str]:
-    """A recognizer of log-mel spectrograms [L, M], which it hears through Griffin-Lim.
+def load_speech_recognizer(
+    source: str, to_sound: Callable[[Tensor], Tensor], sample_rate: int
+) -> Callable[[Tensor], str]:
+    """A recognizer of log-mel spectrograms [L, M], which it hears as sound.
 
     Args:
         source: Folder or hub id of any speech recognition model of transformers, such as `openai/whisper-tiny`.
-        mel: Kind of spectrogram.
+        to_sound: Spectrogram -> waveform [T], a vocoder.
+        sample_rate: Of the waveform.
 
     Raises:
         ModelError: It cannot be loaded.
@@ -59,7 +61,7 @@ def load_speech_recognizer(source: str, mel: LogMelSpec) -> Callable[[Tensor], s
 
     @torch.no_grad()
     def recognize(log_mel: Tensor) -> str:
-        waveform = griffin_lim(log_mel, mel).numpy()
-        return str(listen({"raw": waveform, "sampling_rate": mel.sample_rate})["text"]).strip().lower()
+        waveform = to_sound(log_mel).cpu().numpy()
+        return str(listen({"raw": waveform, "sampling_rate": sample_rate})["text"]).strip()
 
     return recognize

@@ -14,7 +14,7 @@ from torch import nn
 
 from fraqat.config import ORIGINAL, Recipe
 from fraqat.distill import validation_loss
-from fraqat.errors import ModelError, OutputError
+from fraqat.errors import ModelError, OutputError, config_error
 from fraqat.export import PackedSize, write_packed
 from fraqat.files import atomic_folder, write_json_atomic
 from fraqat.nn import quantized_layers, spec_label
@@ -53,6 +53,8 @@ def evaluate(
     """
     if run.evaluation_path.exists() and not overwrite:
         raise OutputError(f"{run.evaluation_path} exists already. Fix: pass --overwrite to evaluate again.")
+    if num_samples is not None and num_samples < 2:
+        raise config_error("num_samples", num_samples, allowed="2 or more", fix="measure on more")
     recipe, methods = run.recipe(), run.methods()
     session = session or open_session(recipe)
     evaluator = session.evaluator(num_samples)
@@ -65,6 +67,7 @@ def evaluate(
         student = session.load_student(method.recipe(), method.student_path)
         values, samples[label] = _measure(evaluator, label, student, progress)
         models.append(_method_row(session, label, method, student) | {"quality": values})
+        del student  # before the next one is loaded
     _write_samples(run.samples_path, samples, evaluator.sample_suffix)
     evaluation = {
         "prompts": list(evaluator.shown_prompts),

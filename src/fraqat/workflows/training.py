@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fraqat.analysis import layer_errors
-from fraqat.config import Recipe
+from fraqat.config import Recipe, load_values
 from fraqat.distill import Batch, Distiller, DistillResult, validation_loss
 from fraqat.files import atomic_file, folder_lock, save_tensors, write_json_atomic
 from fraqat.nn import QuantReport, calibrate_, describe
@@ -21,6 +21,18 @@ from fraqat.table import Table
 from fraqat.workflows.progress import Progress
 from fraqat.workflows.runs import RunFolder
 from fraqat.workflows.sessions import Session, open_session
+
+_LAYER_SAMPLES = 4
+_PATHS = (
+    "model.source",
+    "model.single_file",
+    "data.records.path",
+    "data.speakers_file",
+    "evaluation.prompts.source",
+    "evaluation.recognizer",
+    "evaluation.vocoder",
+    "evaluation.lm_eval.include_path",
+)
 
 
 def layers(recipe: Recipe) -> QuantReport:
@@ -68,7 +80,7 @@ def train(
     Raises:
         FraqatError: See the errors of `Distiller.run` and `RunFolder.create`.
     """
-    recipe = _with_absolute_source(recipe)
+    recipe = _with_absolute_paths(recipe)
     run = RunFolder.create(folder, recipe)
     session = session or open_session(recipe)
     with folder_lock(run.path):
@@ -102,12 +114,12 @@ def _train_one(session: Session[Any], recipe: Recipe, run: RunFolder, progress: 
         return
     progress.say(f"{label}: preparing model and data")
     task, teacher = session.task, session.teacher
+    schedule = _shared_schedule(session, recipe)  # encodes what is not encoded yet, before a student takes memory
     student, _ = session.new_student(recipe)
     if num_calibrated := calibrate_(
         student, partial(cast(Any, task).predict, student), _calibration_batches(session, recipe)
     ):
         progress.say(f"{label}: static activation ranges of {num_calibrated} layers calibrated")
-    schedule = _shared_schedule(session, recipe)
     if schedule is None:
         result = DistillResult(0, 0.0, validation_loss(task, teacher, student, recipe.train))
     else:
@@ -141,12 +153,17 @@ def _shared_schedule(session: Session[Any], recipe: Recipe) -> Schedule | None:
     return resolve_schedule(recipe, steps_per_epoch, main.total_steps if main else None)
 
 
-def _with_absolute_source(recipe: Recipe) -> Recipe:
-    """A model folder is recorded so that it is found from any working directory."""
-    folder = Path(recipe.model.source)
-    if not folder.is_dir():
-        return recipe
-    return recipe.model_copy(update={"model": dataclasses.replace(recipe.model, source=str(folder.resolve()))})
+def _with_absolute_paths(recipe: Recipe) -> Recipe:
+    """Local files and folders are recorded so that they are found from any working directory."""
+    values = recipe.to_values()
+    for place in _PATHS:
+        *sections, last = place.split(".")
+        section: Any = values
+        for name in sections:
+            section = section.get(name) if isinstance(section, dict) else None
+        if isinstance(section, dict) and isinstance(section.get(last), str) and Path(section[last]).exists():
+            section[last] = str(Path(section[last]).resolve())
+    return load_values(values)
 
 
 def _write_result(session: Session[Any], run: RunFolder, student: nn.Module, result: DistillResult) -> None:
@@ -157,7 +174,8 @@ def _write_result(session: Session[Any], run: RunFolder, student: nn.Module, res
 
 
 def _layer_rows(session: Session[Any], student: nn.Module) -> list[dict[str, Any]]:
-    batch = session.task.validation_batches(session.recipe.train.batch_size)[0]
+    # Every layer's output of both models is held at once: a few samples suffice.
+    batch = session.task.validation_batches(min(_LAYER_SAMPLES, session.recipe.train.batch_size))[0]
     inputs = session.task.make_inputs(batch, torch.Generator().manual_seed(0))
     errors = layer_errors(session.teacher, student, lambda model: session.task.predict(model, inputs))
     table = describe(student, session.families).to_table().to_json()

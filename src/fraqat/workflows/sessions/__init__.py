@@ -36,7 +36,9 @@ def families_of(known: KnownModel) -> LayerFamilies:
         return architecture_named(known.class_name).families
     if known.class_name in SPEECH_ARCHITECTURES:
         return SPEECH_ARCHITECTURES[known.class_name].families
-    return LayerFamilies()
+    from fraqat.tasks.language_layers import language_families
+
+    return language_families(known.build())
 
 
 __all__ = ["Evaluator", "Measurement", "QualityColumn", "Session", "families_of", "open_session", "resolve_source"]

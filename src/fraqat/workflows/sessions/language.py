@@ -125,7 +125,8 @@ class LanguageSession(Session[LanguageRecipe]):
         from fraqat.tasks.loading import weight_files
 
         folder = Path(self.model_spec.source)
-        return weight_files(folder, self.model_spec.variant) if folder.is_dir() else []
+        files = weight_files(folder, self.model_spec.variant) if folder.is_dir() else []
+        return [path for path in files if path.name.startswith("model")]
 
 
 _COLUMNS = (

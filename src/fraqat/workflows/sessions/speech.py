@@ -15,7 +15,7 @@ from fraqat.config import ORIGINAL, Recipe, SpeechRecipe
 from fraqat.data.speech import Speech
 from fraqat.data.speech_signal import LogMelSpec, write_wav
 from fraqat.data.speech_source import default_speaker, load_speech_data
-from fraqat.errors import ModelError
+from fraqat.errors import ModelError, config_error
 from fraqat.evaluation.phrase_recognizer import load_recognizer
 from fraqat.evaluation.speech import Recognizer, speech_quality
 from fraqat.export import ModelDescription
@@ -106,15 +106,20 @@ class SpeechSession(Session[SpeechRecipe]):
         batch_size = self.recipe.evaluation.batch_size
         return synthesize(model, self.tokenize, texts, speakers, seed=seed, batch_size=batch_size, on_done=on_done)
 
+    @cached_property
+    def _vocoder(self) -> nn.Module | None:
+        from fraqat.tasks.speech_helpers import load_vocoder
+
+        name = self.recipe.evaluation.vocoder
+        return load_vocoder(name).to(self.recipe.model.torch_device) if name else None
+
     def to_files(self, model: nn.Module, log_mels: tuple[Tensor, ...]) -> tuple[bytes, ...]:
         """WAV files of spectrograms."""
-        from fraqat.tasks.speech_helpers import load_vocoder
         from fraqat.tasks.speech_loading import to_waveforms
 
-        vocoder = load_vocoder(self.recipe.evaluation.vocoder) if self.recipe.evaluation.vocoder else None
-        rate = (self.architecture.mel or LogMelSpec()).sample_rate
+        rate = self.architecture.sample_rate
         files: list[bytes] = []
-        for waveform in to_waveforms(model, log_mels, vocoder):
+        for waveform in to_waveforms(model, log_mels, self._vocoder):
             stream = io.BytesIO()
             write_wav(stream, waveform, rate)
             files.append(stream.getvalue())
@@ -134,6 +139,12 @@ class SpeechSession(Session[SpeechRecipe]):
             return {**batch, **calls.draw(config, batch, torch.Generator().manual_seed(0))}
 
         return Workload(student, task.predict, make_inputs, teacher_dtype=recipe.model.dtype)
+
+    def to_sound(self, log_mel: Tensor) -> Tensor:
+        """Waveform [T] of one spectrogram [L, M], by the recipe's vocoder or Griffin-Lim."""
+        from fraqat.tasks.speech_loading import to_waveforms
+
+        return to_waveforms(self.teacher, (log_mel,), self._vocoder)[0]
 
     def evaluator(self, num_samples: int | None) -> SpeechEvaluator:
         """Speaks held-out texts."""
@@ -161,7 +172,8 @@ class SpeechSession(Session[SpeechRecipe]):
         """The model's weight files."""
         from fraqat.tasks.loading import weight_files
 
-        return weight_files(self.folder, self.model_spec.variant) if self.folder is not None else []
+        files = weight_files(self.folder, self.model_spec.variant) if self.folder is not None else []
+        return [path for path in files if path.name.startswith("model")]
 
 
 class SpeechEvaluator:
@@ -175,6 +187,14 @@ class SpeechEvaluator:
     sample_suffix = ".wav"
 
     def __init__(self, session: SpeechSession, num_phrases: int):
+        spec = session.recipe.evaluation
+        if session.architecture.mel is None and spec.vocoder is None:
+            raise config_error(
+                "evaluation.vocoder",
+                None,
+                allowed=f"a vocoder for {session.known.class_name}",
+                fix="name its own vocoder",
+            )
         self._session = session
         held_out = session.held_out.subset(range(min(num_phrases, len(session.held_out))))
         self._texts, self._speakers = held_out.texts, held_out.speakers
@@ -220,6 +240,6 @@ def _recognizer(session: SpeechSession) -> Recognizer | None:
     if name is not None:
         from fraqat.tasks.speech_helpers import load_speech_recognizer
 
-        return load_speech_recognizer(name, session.architecture.mel or LogMelSpec())
+        return load_speech_recognizer(name, session.to_sound, session.architecture.sample_rate)
     folder = session.folder / _RECOGNIZER_FOLDER if session.folder is not None else None
     return load_recognizer(folder).recognize if folder is not None and folder.is_dir() else None
