@@ -75,7 +75,9 @@ def test_a_folder_of_pictures_trains_and_names_what_it_skips(fraqat, tmp_path: P
 
 
 def test_too_many_bad_samples_stop_the_run(fraqat, tmp_path: Path, pictures: Path) -> None:
-    done = fraqat("train", "color-digits", "--out", tmp_path / "run", *settings(pictures, **{"data.records.max_bad": 0}))
+    done = fraqat(
+        "train", "color-digits", "--out", tmp_path / "run", *settings(pictures, **{"data.records.max_bad": 0})
+    )
     assert done.code == 2
     assert "Fix:" in done.err
 
@@ -107,7 +109,11 @@ def test_a_plan_of_nothing_is_refused(fraqat) -> None:
         ("gemma-2-2b-it", "train.losses=[{name: mse}]", "allowed is kl, hidden_mse for language"),
         ("color-digits", "train.losses=[{name: kl}]", "allowed is mse, l1, huber for text-to-image"),
         ("speecht5", "train.losses=[{name: kl}]", "allowed is mse, l1, huber for text-to-speech"),
-        ("color-digits", "task=music", "task = 'music' is not possible: allowed is text-to-image, language, text-to-speech"),
+        (
+            "color-digits",
+            "task=music",
+            "task = 'music' is not possible: allowed is text-to-image, language, text-to-speech",
+        ),
         ("gemma-2-2b-it", "sampler.num_steps=3", "sampler: unknown key"),
     ],
 )

@@ -22,7 +22,7 @@ _DB_PER_CEPSTRUM = 10 / math.log(10)
 class Recognizer(Protocol):
     """Anything that writes down what is said in a log-mel spectrogram; see `from_waveforms` for one that takes sound."""
 
-    def __call__(self, log_mel: Tensor) -> str:
+    def __call__(self, log_mel: Tensor, /) -> str:
         """The words in log_mel [L, M], separated by spaces."""
         ...
 

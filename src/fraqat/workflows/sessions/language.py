@@ -141,7 +141,7 @@ _METRICS = ("acc_norm", "acc", "word_perplexity")
 
 
 def _score_column(task: str) -> QualityColumn:
-    is_perplexity = task.startswith("wikitext") or task.endswith("perplexity")
+    is_perplexity = task.startswith("wikitext") or task.endswith(("perplexity", "_words"))
     return (
         QualityColumn(task, f"{task}, word perplexity") if is_perplexity else QualityColumn(task, f"{task}, %", 100, 1)
     )
