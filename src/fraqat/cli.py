@@ -335,6 +335,7 @@ def _options(
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="(diffusers|transformers|huggingface_hub)")
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # RMS norms under autocast
     warnings.filterwarnings("always", category=SkippedSamplesWarning)
     shown_by_python = warnings.showwarning
 

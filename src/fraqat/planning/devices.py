@@ -26,8 +26,10 @@ _GPU_OPERATION_S = 8e-6
 _GPU_RESERVED_BYTES = 2**30
 _GPU_GAP_SHARE = 0.05
 
-_MATMUL_SIZES = ((256, 1024, 1024), (1024, 1024, 1024))
-_COPY_ELEMENTS = 4_000_000
+# Layers of a middle size, one after the other, so that no weight waits in a cache; and what fake quantization is made of.
+_NUM_ROWS, _WIDTH, _NUM_LAYERS = 512, 1024, 8
+_NUM_ELEMENTS = 4_000_000
+_ELEMENT_BYTES = 8 + 8 + 6
 _NUM_TIMINGS = 7
 
 
@@ -123,12 +125,11 @@ def measure_device(timer: Callable[[], float] = time.perf_counter) -> Device:
     Returns:
         A device of kind CPU. Memory is all that the machine has; links are those to itself, as fast as its memory.
     """
-    rates = {
-        str(dtype).removeprefix("torch."): max(_matmul_rate(size, dtype, timer) for size in _MATMUL_SIZES)
-        for dtype in (torch.float32, torch.bfloat16)
-    }
-    x = torch.ones(_COPY_ELEMENTS)
-    bytes_per_s = 2 * x.nbytes / _least_time(lambda: x * 1.5, timer)
+    rates = {str(dtype).removeprefix("torch."): _matmul_rate(dtype, timer) for dtype in (torch.float32, torch.bfloat16)}
+    x = torch.ones(_NUM_ELEMENTS)
+    elementwise = (lambda: x * 1.5, lambda: torch.round(x), lambda: x.bfloat16())
+    elementwise_s = sum(_least_time(run, timer) for run in elementwise)
+    bytes_per_s = _ELEMENT_BYTES * _NUM_ELEMENTS / elementwise_s
     small = torch.ones(64)
     num_small = 200
     operation_s = _least_time(lambda: [small * 1.5 for _ in range(num_small)], timer) / num_small
@@ -146,10 +147,11 @@ def measure_device(timer: Callable[[], float] = time.perf_counter) -> Device:
     )
 
 
-def _matmul_rate(size: tuple[int, int, int], dtype: torch.dtype, timer: Callable[[], float]) -> float:
-    m, k, n = size
-    a, b = torch.ones(m, k, dtype=dtype), torch.ones(n, k, dtype=dtype)
-    return 2 * m * k * n / _least_time(lambda: torch.nn.functional.linear(a, b), timer)
+def _matmul_rate(dtype: torch.dtype, timer: Callable[[], float]) -> float:
+    x = torch.ones(_NUM_ROWS, _WIDTH, dtype=dtype)
+    weights = [torch.ones(_WIDTH, _WIDTH, dtype=dtype) for _ in range(_NUM_LAYERS)]
+    seconds = _least_time(lambda: [torch.nn.functional.linear(x, weight) for weight in weights], timer)
+    return 2 * _NUM_LAYERS * _NUM_ROWS * _WIDTH * _WIDTH / seconds
 
 
 def _least_time(run: Callable[[], object], timer: Callable[[], float]) -> float:

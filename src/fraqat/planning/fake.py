@@ -55,6 +55,7 @@ _GPU_FLOAT32_NAMES = frozenset(
         "sum",
     }
 )
+_NONZERO = (Tensor.nonzero, torch.nonzero)
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -93,9 +94,9 @@ class TraceRules(TorchFunctionMode):
     """What a step on fake CPU tensors needs beyond fake tensors themselves.
 
     Where a model asks for a value, the answer is the one that needs most memory: a condition is false (no mask is found to be
-    empty, no layer is dropped), and a mask of booleans selects everything. For a GPU, attention runs fused, without the matrix
-    of scores, even where the model's caller chose plain products for a CPU, and autocast's GPU rules apply: norms, softmax,
-    sums and losses in float32.
+    empty, no layer is dropped); a mask of booleans and `nonzero` select everything. For a GPU, attention runs fused, without
+    the matrix of scores, even where the model's caller chose plain products for a CPU, and autocast's GPU rules apply: norms,
+    softmax, sums and losses in float32.
 
     Args:
         kind: Whose kernels.
@@ -116,6 +117,8 @@ class TraceRules(TorchFunctionMode):
                 return False
         if func is Tensor.__getitem__ and _is_boolean(args[1]):
             return args[0].flatten(0, args[1].ndim - 1)
+        if func in _NONZERO:
+            return args[0].new_empty(args[0].numel(), args[0].ndim, dtype=torch.int64)
         if self.is_gpu:
             if func is F.scaled_dot_product_attention:
                 return _fused_attention(*args, **kwargs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from fraqat.distill import TrainSpec
 from fraqat.errors import config_error
 from fraqat.nn import quantized_layers
+from fraqat.planning.advice import memory_advice
 from fraqat.planning.devices import Device
 from fraqat.planning.memory import MemoryUse, PlanOptions, Sharding, device_memory
 from fraqat.planning.recorder import Category, Phase
@@ -20,7 +21,8 @@ from fraqat.planning.step import StepTrace, Workload, trace_step
 from fraqat.table import Table
 
 _GIB = 2**30
-_MAX_ADVISED_DEVICES = 64
+_GRADIENT_BYTES = 4
+_TIME_NOTE = "times are what the roofline allows, without validation, checkpoints and data: real steps take longer"
 _PART_PHASES = (Phase.TEACHER, Phase.FORWARD, Phase.BACKWARD)
 
 
@@ -67,7 +69,7 @@ class Plan:
 
     @property
     def hours(self) -> float:
-        """Of the whole schedule; validation, checkpoints and data are not counted."""
+        """Of the whole schedule, at least; validation, checkpoints and data are not counted."""
         return self.step_s * self.total_steps / 3600
 
     @property
@@ -88,7 +90,7 @@ class Plan:
             ("sharding", self.options.sharding.value, ""),
             ("batch size", self.batch_size, "samples"),
             ("micro-batch", self.micro_batch, "samples per device and pass"),
-            *((f"memory: {name}", num_bytes / _GIB, "GiB") for name, num_bytes in self.memory.parts.items()),
+            *((f"memory: {name}", num_bytes / _GIB, "GiB") for name, num_bytes in self._shown_parts()),
             ("memory in all", self.memory.num_bytes / _GIB, f"GiB, fullest in {self.memory.phase.value}"),
             ("memory of the device", self.device.memory_bytes / _GIB, "GiB"),
             ("fits", self.fits, ""),
@@ -101,7 +103,12 @@ class Plan:
             ("size of the result", self.result.num_bytes / _GIB, "GiB"),
             ("bits per quantized weight", self.result.bits_per_weight, "with scales"),
         ]
-        return Table("Plan", ("quantity", "value", "unit"), tuple(rows), self.warnings)
+        return Table("Plan", ("quantity", "value", "unit"), tuple(rows), (_TIME_NOTE, *self.warnings))
+
+    def _shown_parts(self) -> list[tuple[str, int]]:
+        """Parts that are not empty, and those that every plan has."""
+        always = (Category.WEIGHTS, Category.TEACHER, Category.OPTIMIZER, Category.GRADIENTS, Category.CODES)
+        return [(name, num_bytes) for name, num_bytes in self.memory.parts.items() if num_bytes or name in always]
 
 
 def plan_training(
@@ -156,7 +163,10 @@ def plan_training(
     plan = dataclasses.replace(plan, communication_s=_communication_s(trace, plan, train))
     if plan.fits:
         return plan
-    return dataclasses.replace(plan, advice=tuple(_advice(plan, trace, workload, train)))
+    single = _trace(workload, train, 1, device, options) if micro_batch > 1 else trace
+    has_float32_teacher = workload.teacher is None and workload.teacher_dtype == torch.float32
+    advice = memory_advice(trace, single, device, options, has_float32_teacher=has_float32_teacher)
+    return dataclasses.replace(plan, advice=advice)
 
 
 def _check_student(workload: Workload) -> None:
@@ -172,18 +182,21 @@ def _trace(workload: Workload, train: TrainSpec, micro_batch: int, device: Devic
         train,
         micro_batch,
         device.kind,
+        validation_batch=train.batch_size // options.num_devices,
         cached_teacher=options.cached_teacher,
         checkpoint_blocks=options.activation_checkpointing,
     )
 
 
 def _step_times_s(trace: StepTrace, device: Device, train: TrainSpec, options: PlanOptions) -> Mapping[Phase, float]:
-    """Times of the traced parts, for all parts of a step; FSDP updates a part of the parameters on each device."""
+    """Times of all parts: from the second on, gradients are added (two reads, one write). FSDP shares the update."""
     times = dict(phase_times_s(trace.work, device))
     times.pop(Phase.VALIDATION, None)
     for phase in _PART_PHASES:
         if phase in times:
-            times[phase] *= train.accumulation / trace.num_parts
+            times[phase] *= train.accumulation
+    adding_s = 3 * _GRADIENT_BYTES * trace.num_trained / device.bytes_per_s
+    times[Phase.BACKWARD] += (train.accumulation - 1) * adding_s
     if options.sharding is Sharding.FSDP:
         times[Phase.UPDATE] /= options.num_devices
     return times
@@ -197,7 +210,7 @@ def _communication_s(trace: StepTrace, plan: Plan, train: TrainSpec) -> float:
     """
     n = plan.options.num_devices
     share = (n - 1) / n / plan.device.link_bytes_per_s
-    gradients = 4 * trace.num_trained
+    gradients = _GRADIENT_BYTES * trace.num_trained
     if plan.options.sharding is Sharding.DDP:
         beside_s = plan.phase_times_s[Phase.BACKWARD] / train.accumulation
         return max(0.0, 2 * gradients * share - beside_s)
@@ -206,55 +219,3 @@ def _communication_s(trace: StepTrace, plan: Plan, train: TrainSpec) -> float:
         beside_s = sum(plan.phase_times_s.get(phase, 0.0) for phase in _PART_PHASES)
         return max(0.0, train.accumulation * sent * share - beside_s)
     return 0.0
-
-
-def _advice(plan: Plan, trace: StepTrace, workload: Workload, train: TrainSpec) -> Iterator[str]:
-    """What each option alone would save, the largest saving first, and all of them together."""
-    now, device, options = plan.memory.num_bytes, plan.device, plan.options
-    found: dict[str, int] = {}
-    shares = {"teacher_share": 1.0, "held_share": 1.0}
-    best = options
-    if trace.constant[Category.TEACHER]:
-        if workload.teacher_dtype == torch.float32 and workload.teacher is None:
-            halved = device_memory(trace, device, options, teacher_share=0.5)
-            found["a bfloat16 teacher (model.teacher_dtype: bfloat16)"] = halved.num_bytes
-        best = dataclasses.replace(best, cached_teacher=True)
-        without = device_memory(trace, device, dataclasses.replace(options, cached_teacher=True))
-        found["cached teacher outputs"] = without.num_bytes
-    if options.optimizer_bits != 8:
-        best = dataclasses.replace(best, optimizer_bits=8)
-        smaller = device_memory(trace, device, dataclasses.replace(options, optimizer_bits=8))
-        found["an 8-bit optimizer"] = smaller.num_bytes
-    if not options.activation_checkpointing and trace.checkpoint_saving_bytes:
-        shares["held_share"] = _held_share(trace)
-        recomputed = device_memory(trace, device, options, held_share=shares["held_share"])
-        found["activation checkpointing"] = recomputed.num_bytes
-    if plan.micro_batch > 1:
-        single = _trace(workload, train, 1, device, options)
-        accumulation = train.accumulation * plan.micro_batch
-        found[f"micro-batches of one sample (train.accumulation: {accumulation})"] = device_memory(
-            single, device, options
-        ).num_bytes
-        trace = single
-    for num_bytes, name in sorted((num_bytes, name) for name, num_bytes in found.items()):
-        if num_bytes < now:
-            yield f"{name} saves {(now - num_bytes) / _GIB:.1f} GiB: {num_bytes / _GIB:.1f} GiB are left"
-    together = device_memory(trace, device, best, held_share=shares["held_share"]).num_bytes
-    yield f"all of these together: {together / _GIB:.1f} GiB"
-    yield _sharding_advice(plan, trace)
-
-
-def _held_share(trace: StepTrace) -> float:
-    held = max(moment.codes + moment.activations for moment in trace.moments if moment.phase is Phase.FORWARD)
-    return max(0.0, 1 - trace.checkpoint_saving_bytes / held)
-
-
-def _sharding_advice(plan: Plan, trace: StepTrace) -> str:
-    num_devices = max(2, plan.options.num_devices)
-    while num_devices <= _MAX_ADVISED_DEVICES:
-        options = dataclasses.replace(plan.options, sharding=Sharding.FSDP, num_devices=num_devices)
-        memory = device_memory(trace, plan.device, options)
-        if memory.num_bytes <= plan.device.memory_bytes:
-            return f"fsdp over {num_devices} devices fits with {memory.num_bytes / _GIB:.1f} GiB on each"
-        num_devices *= 2
-    return f"fsdp alone does not make it fit on up to {_MAX_ADVISED_DEVICES} devices"

@@ -144,14 +144,14 @@ class StepRecorder(TorchDispatchMode):
         if self.in_quantizer:
             return Category.CODES
         if func is torch.ops.aten._to_copy.default and inputs:
-            known = self._alive.get(inputs[0].untyped_storage()._cdata)
+            known = self._alive.get(_key(inputs[0].untyped_storage()))
             if known is not None and known.category is Category.CODES:
                 return Category.CODES
         return _CREATED_IN.get(self.phase, Category.TEMPORARY)
 
     def _label(self, storage: torch.UntypedStorage, category: Category, only_new: bool = False) -> bool:
         """Whether the storage is a new one with memory."""
-        key = storage._cdata
+        key = _key(storage)
         known = self._alive.get(key)
         if known is not None:
             if not only_new:
@@ -198,6 +198,11 @@ class _Allocation:
     reference: weakref.ref[torch.UntypedStorage] | None = None
 
 
+def _key(storage: torch.UntypedStorage) -> int:
+    """What tells storages apart; fake ones have no address."""
+    return storage._cdata  # pyright: ignore[reportPrivateUsage]
+
+
 def _bytes_moved(
     func: Any,
     name: str,
@@ -211,8 +216,8 @@ def _bytes_moved(
         return 0
     if func._schema.is_mutable:
         return sum(map(_extent, inputs)) + sum(map(_extent, _written(func, args, kwargs)))
-    sources = {tensor.untyped_storage()._cdata for tensor in inputs}
-    fresh = [tensor for tensor in outputs if tensor.untyped_storage()._cdata not in sources]
+    sources = {_key(tensor.untyped_storage()) for tensor in inputs}
+    fresh = [tensor for tensor in outputs if _key(tensor.untyped_storage()) not in sources]
     if not fresh:
         return 0
     written = sum(map(_extent, fresh))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -65,10 +66,9 @@ class StepTrace:
 
     Args:
         constant: Bytes that stay, by category.
-        moments: Bytes that come and go, in time.
-        work: Operations of one step.
+        moments: Bytes that come and go, in time; with accumulation those of a later part, where all gradients are there.
+        work: Operations of one step with one part.
         num_trained: Parameters that the optimizer changes.
-        num_parts: Forward and backward passes in `work`: 2 stand for any larger number.
         largest_block_bytes: Parameters of the student's largest repeated block (of the whole model if none repeats).
         checkpoint_saving_bytes: What activation checkpointing of the repeated blocks would save: what they keep, less the one
             block that is computed again at a time and less the input of each.
@@ -78,7 +78,6 @@ class StepTrace:
     moments: tuple[Moment, ...]
     work: tuple[Work, ...]
     num_trained: int
-    num_parts: int
     largest_block_bytes: int
     checkpoint_saving_bytes: int
 
@@ -89,6 +88,7 @@ def trace_step(
     micro_batch: int,
     kind: DeviceKind,
     *,
+    validation_batch: int | None = None,
     cached_teacher: bool = False,
     checkpoint_blocks: bool = False,
 ) -> StepTrace:
@@ -96,9 +96,10 @@ def trace_step(
 
     Args:
         workload: Models and their call.
-        train: Accumulation, autocast, clipping, average; of the batch size only the validation's.
+        train: Accumulation, autocast, clipping, average.
         micro_batch: Samples of one forward pass.
         kind: Decides attention kernels and autocast rules.
+        validation_batch: Samples of one forward pass of the validation; None is the batch size of `train`.
         cached_teacher: The teacher's outputs come with the batch.
         checkpoint_blocks: Repeated blocks keep their input alone and run again in the backward pass.
     """
@@ -111,18 +112,19 @@ def trace_step(
     if checkpoint_blocks:
         for block in blocks:
             _checkpoint_(block, kind)
+    inputs = workload.make_inputs(micro_batch)
+    held_out = workload.make_inputs(validation_batch or train.batch_size)
     with mode, step.recorder, TraceRules(kind):
         step.set_up()
-        step.run(fake_batch(workload.make_inputs(micro_batch), mode))
+        step.run(fake_batch(inputs, mode))
         step.recorder.phase = Phase.VALIDATION
-        step.validate(fake_batch(workload.make_inputs(train.batch_size), mode))
+        step.validate(fake_batch(held_out, mode))
     recorder = step.recorder
     return StepTrace(
         constant=step.constant,
-        moments=tuple(recorder.moments),
+        moments=tuple(recorder.moments if train.accumulation == 1 else _of_later_part(recorder.moments)),
         work=recorder.work(),
         num_trained=sum(parameter.numel() for parameter in step.trained),
-        num_parts=step.num_parts,
         largest_block_bytes=_largest_block_bytes(student, blocks),
         checkpoint_saving_bytes=step.checkpoint_saving_bytes(),
     )
@@ -145,7 +147,6 @@ class _Step:
         self.workload, self.train, self.student, self.teacher = workload, train, student, teacher
         self.recorder = recorder
         self.trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-        self.num_parts = min(train.accumulation, 2)
         self.constant: dict[Category, int] = {}
         self._num_blocks = 0
         self._block_start = 0
@@ -169,12 +170,11 @@ class _Step:
             self.recorder.label(self.averages, Category.AVERAGE)
 
     def run(self, inputs: dict[str, Any]) -> None:
-        """All parts of one step. Two parts stand for any number: from the second on gradients are there already."""
+        """A step with one part; see `_of_later_part` for more."""
         self.recorder.label((value for value in inputs.values() if isinstance(value, Tensor)), Category.INPUTS)
         cached = self._cached_outputs(inputs) if self.teacher is None else None
         self.constant = {category: self.recorder.totals[category] for category in _CONSTANT}
-        for _ in range(self.num_parts):
-            self._forward_and_backward(inputs, cached)
+        self._forward_and_backward(inputs, cached)
         self.recorder.phase = Phase.UPDATE
         gradients = [parameter.grad for parameter in self.trained if parameter.grad is not None]
         norm = get_total_norm(gradients)
@@ -220,7 +220,6 @@ class _Step:
             student_output = self._predict(self.student, inputs)
             loss = self.workload.loss(student_output, teacher_output, inputs)
         del student_output, teacher_output
-        loss = loss / self.train.accumulation
         self.recorder.phase = Phase.BACKWARD
         loss.backward()
 
@@ -258,6 +257,12 @@ class _Step:
             self._block_kept.append(self.recorder.num_bytes() - self._block_start)
             tensors = output if isinstance(output, tuple | list) else (output,)
             self._block_outputs.append(sum(t.numel() * t.itemsize for t in tensors if isinstance(t, Tensor)))
+
+
+def _of_later_part(moments: list[Moment]) -> list[Moment]:
+    """From the second part on, every gradient is there from the start, and a new one is added to it and freed."""
+    gradients = max(moment.gradients for moment in moments)
+    return [dataclasses.replace(moment, gradients=gradients) for moment in moments]
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:

@@ -146,7 +146,13 @@ def call_pipeline(
             f"{', '.join(name for name in allowed if name != 'self')}. Fix: correct the names."
         )
     with own_precision(cast(Any, pipeline).transformer):
-        return cast(Any, pipeline)(**{name: value for name, value in arguments.items() if name in allowed})
+        try:
+            return cast(Any, pipeline)(**{name: value for name, value in arguments.items() if name in allowed})
+        except ValueError as error:
+            raise ModelError(
+                f"{type(pipeline).__name__} refuses the settings of the sampler: {error} Fix: correct sampler.height, width, "
+                "max_sequence_length or call_arguments."
+            ) from error
 
 
 @contextmanager

@@ -1,0 +1,76 @@
+"""Laws of the memory of one device under the options of a plan."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from toy_workload import make_workload
+
+from fraqat.distill import TrainSpec
+from fraqat.errors import ConfigError
+from fraqat.planning import DEVICES, Device, DeviceKind, PlanOptions, Sharding, StepTrace, device_memory, trace_step
+
+BARE = Device("bare", DeviceKind.GPU, 2**30, {"float32": 1e12, "bfloat16": 1e13}, 1e12, 1e-6, 1e11)
+SPLIT = ("weights", "teacher", "optimizer", "average")
+
+
+@pytest.fixture(scope="module")
+def trace() -> StepTrace:
+    return trace_step(make_workload(), TrainSpec(batch_size=8, ema_decay=0.9), 8, DeviceKind.GPU)
+
+
+def test_ddp_divides_nothing_and_fsdp_the_states(trace: StepTrace) -> None:
+    alone = device_memory(trace, BARE, PlanOptions())
+    ddp = device_memory(trace, BARE, PlanOptions(4, Sharding.DDP))
+    fsdp = device_memory(trace, BARE, PlanOptions(4, Sharding.FSDP))
+    assert ddp == alone
+    for part in SPLIT:
+        assert fsdp.parts[part] == -(-alone.parts[part] // 4)
+    assert fsdp.parts["whole blocks"] >= 2 * trace.largest_block_bytes
+    assert fsdp.num_bytes < alone.num_bytes
+
+
+def test_more_devices_never_need_more(trace: StepTrace) -> None:
+    totals = [device_memory(trace, BARE, PlanOptions(n, Sharding.FSDP)).num_bytes for n in (2, 4, 8, 16)]
+    assert totals == sorted(totals, reverse=True)
+
+
+def test_an_8_bit_optimizer_has_two_bytes_and_a_scale_for_256(trace: StepTrace) -> None:
+    small = device_memory(trace, BARE, PlanOptions(optimizer_bits=8))
+    assert small.parts["optimizer"] == 2 * (trace.num_trained + 4 * -(-trace.num_trained // 256))
+
+
+def test_a_cached_teacher_is_not_loaded(trace: StepTrace) -> None:
+    assert device_memory(trace, BARE, PlanOptions(cached_teacher=True)).parts["teacher"] == 0
+    assert device_memory(trace, BARE, PlanOptions(), teacher_share=0.5).parts["teacher"] * 2 == pytest.approx(
+        device_memory(trace, BARE, PlanOptions()).parts["teacher"]
+    )
+
+
+def test_the_fullest_moment_is_at_least_every_other_one(trace: StepTrace) -> None:
+    use = device_memory(trace, BARE, PlanOptions())
+    stays = sum(trace.constant.values())
+    assert use.num_bytes == stays + max(m.gradients + m.codes + m.activations + m.temporary for m in trace.moments)
+
+
+def test_the_reserve_of_a_device_is_added(trace: StepTrace) -> None:
+    bare = device_memory(trace, BARE, PlanOptions()).num_bytes
+    reserving = dataclasses.replace(BARE, reserved_bytes=1000, gap_share=0.05)
+    assert device_memory(trace, reserving, PlanOptions()).num_bytes == bare + 1000 + round(0.05 * bare)
+    assert all(device.reserved_bytes > 0 for device in DEVICES.values())
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_devices": 0}, "plan.num_devices = 0 .* 1 or more"),
+        ({"num_devices": 2}, "plan.sharding = 'none' .* ddp or fsdp for 2 devices"),
+        ({"sharding": "fsdp"}, "plan.sharding = 'fsdp' .* none for 1 device"),
+        ({"num_devices": 2, "sharding": "zero"}, "plan.sharding = 'zero' .* none, ddp, fsdp"),
+        ({"optimizer_bits": 4}, "plan.optimizer_bits = 4 .* 8 or 32"),
+    ],
+)
+def test_impossible_options_are_refused(values, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PlanOptions(**values)

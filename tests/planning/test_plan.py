@@ -1,0 +1,127 @@
+"""Laws of a whole plan, and of its advice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+from torch import nn
+from toy_workload import make_student, make_workload, num_parameters
+
+from fraqat.distill import TrainSpec
+from fraqat.errors import ConfigError
+from fraqat.planning import DEVICES, Device, Plan, PlanOptions, Sharding, Workload, plan_training
+
+H100 = DEVICES["H100"]
+TRAIN = TrainSpec(batch_size=32)
+
+
+def tight(num_bytes: int) -> Device:
+    return dataclasses.replace(H100, memory_bytes=num_bytes, reserved_bytes=0, gap_share=0.0)
+
+
+def plan(device: Device = H100, train: TrainSpec = TRAIN, options: PlanOptions | None = None) -> Plan:
+    return plan_training(make_workload(make_student()), train, 100, device, options)
+
+
+def test_a_plan_that_fits_has_no_warning() -> None:
+    made = plan()
+    assert made.fits
+    assert made.warnings == ()
+    assert made.num_parameters == num_parameters(make_student())
+    assert made.hours == pytest.approx(100 * made.step_s / 3600)
+
+
+def test_the_table_holds_numbers_for_machines() -> None:
+    table = plan().to_table()
+    rows = {row["quantity"]: row["value"] for row in json.loads(json.dumps(table.to_json()))["rows"]}
+    assert rows["batch size"] == 32
+    assert rows["memory in all"] == pytest.approx(sum(v for k, v in rows.items() if k.startswith("memory: ")))
+    assert rows["time of a step"] == pytest.approx(sum(v for k, v in rows.items() if k.startswith("time: ")))
+    assert rows["fits"] is True
+    assert "memory: codes" in str(table)
+
+
+@pytest.fixture(scope="module")
+def wide() -> Workload:
+    """Large enough for advice to be told apart in GiB."""
+    student = make_student(num_blocks=3, width=512, hidden=2048)
+    inputs = make_workload(student)
+    return dataclasses.replace(inputs, make_inputs=lambda n: {"x": torch.empty(n, 4096, 512, device="meta")})
+
+
+@pytest.fixture(scope="module")
+def wide_plan(wide: Workload) -> Plan:
+    return plan_training(wide, TRAIN, 100, tight(1000))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "train", "tolerance"),
+    [
+        ("reading the teacher's outputs", PlanOptions(cached_teacher=True), TRAIN, 0.03),
+        ("an 8-bit optimizer", PlanOptions(optimizer_bits=8), TRAIN, 0.0),
+        ("activation checkpointing", PlanOptions(activation_checkpointing=True), TRAIN, 0.15),
+        ("a micro-batch of one sample", PlanOptions(), TrainSpec(batch_size=32, accumulation=32), 0.0),
+    ],
+)
+def test_advice_keeps_its_word(
+    wide: Workload, wide_plan: Plan, name: str, options: PlanOptions, train: TrainSpec, tolerance: float
+) -> None:
+    line = next(line for line in wide_plan.advice if line.startswith(name))
+    promised = float(re.findall(r"([\d.]+) GiB needed", line)[0])
+    reached = plan_training(wide, train, 100, tight(2**60), options).memory.num_bytes / 2**30
+    assert reached == pytest.approx(promised, abs=0.06, rel=tolerance)
+
+
+def test_what_does_not_fit_says_by_how_much_and_how_many_devices_would_do() -> None:
+    needed = plan(tight(2**40)).memory.num_bytes
+    made = plan(tight(needed - 1))
+    assert not made.fits
+    assert made.warnings[0].startswith("does not fit: 0.0 GiB more than one H100 has")
+    assert made.advice[-1].startswith("fsdp over 2 devices at the same micro-batch: 0.0 GiB needed on each")
+    assert plan(tight(1000)).advice[-1] == "fsdp alone does not make it fit on up to 64 devices"
+
+
+def test_parts_cost_time_and_not_memory() -> None:
+    whole, parts = plan(), plan(train=TrainSpec(batch_size=64, accumulation=2))
+    assert parts.micro_batch == whole.micro_batch == 32
+    assert parts.step_s == pytest.approx(2 * whole.step_s, rel=0.2)
+
+
+def test_devices_share_the_batch_and_wait_for_each_other() -> None:
+    slow_link = dataclasses.replace(H100, link_bytes_per_s=1.0)
+    ddp = plan(slow_link, options=PlanOptions(4, Sharding.DDP))
+    assert ddp.micro_batch == 8
+    gradients = 4 * ddp.num_trained
+    backward_s = next(seconds for phase, seconds in ddp.phase_times_s.items() if phase.value == "backward")
+    assert ddp.communication_s == pytest.approx(2 * gradients * 3 / 4 - backward_s, rel=1e-6)
+    assert plan(options=PlanOptions(4, Sharding.DDP)).communication_s == 0
+    assert plan(slow_link, options=PlanOptions(4, Sharding.FSDP)).communication_s > ddp.communication_s
+
+
+@pytest.mark.parametrize("train", [TrainSpec(batch_size=6, accumulation=3), TrainSpec(batch_size=2)])
+def test_a_batch_that_cannot_be_divided_is_refused(train: TrainSpec) -> None:
+    with pytest.raises(ConfigError, match=r"train\.batch_size = \d .* a multiple of accumulation x devices = \d+"):
+        plan(train=train, options=PlanOptions(4, Sharding.DDP))
+
+
+def test_models_that_cannot_be_trained_are_refused() -> None:
+    with torch.device("meta"):
+        floating = nn.Linear(4, 4)
+    with pytest.raises(ConfigError, match="call quantize_ first"):
+        plan_training(make_workload(floating), TRAIN, 1, H100)
+    with pytest.raises(ConfigError, match="something to train"):
+        plan_training(make_workload(make_student().requires_grad_(False)), TRAIN, 1, H100)
+
+
+def test_a_teacher_of_another_kind_is_taken_as_it_is() -> None:
+    with torch.device("meta"):
+        teacher = nn.Linear(32, 32, dtype=torch.bfloat16)
+    student = make_student()
+    made = plan_training(
+        Workload(student, make_workload().predict, make_workload().make_inputs, teacher=teacher), TRAIN, 1, H100
+    )
+    assert made.memory.parts["teacher"] == 2 * num_parameters(teacher)

@@ -1,0 +1,256 @@
+"""Laws of one step on fake tensors."""
+
+from __future__ import annotations
+
+import resource
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from toy_workload import HIDDEN, LENGTH, NUM_BLOCKS, WIDTH, make_student, make_workload, num_parameters, predict
+
+from fraqat.distill import TrainSpec
+from fraqat.nn import quantize_, quantized_layers
+from fraqat.planning import Category, DeviceKind, Phase, StepTrace, Workload, repeated_blocks, trace_step
+from fraqat.planning.fake import new_fake_mode, to_fake
+from fraqat.planning.recorder import StepRecorder
+
+PLAIN = TrainSpec(batch_size=2, autocast="none")
+STEP_BYTES = 4
+"""AdamW counts the steps of each parameter in a tensor of its own."""
+
+
+def trace(
+    workload: Workload | None = None, train: TrainSpec = PLAIN, micro_batch: int = 2, **options: Any
+) -> StepTrace:
+    kind = options.pop("kind", DeviceKind.CPU)
+    return trace_step(workload or make_workload(), train, micro_batch, kind, **options)
+
+
+def changing_bytes(trace: StepTrace, phase: Phase) -> int:
+    return max(
+        m.gradients + m.codes + m.activations + m.temporary for m in trace.moments if m.phase is phase
+    )  # fmt: skip
+
+
+def total_flops(trace: StepTrace, phase: Phase) -> int:
+    return sum(item.num_flops * item.count for item in trace.work if item.phase is phase)
+
+
+def test_what_stays_is_counted_by_its_parameters() -> None:
+    student = make_student()
+    count = num_parameters(student)
+    traced = trace(make_workload(student, teacher_dtype=torch.bfloat16), TrainSpec(batch_size=2, ema_decay=0.9))
+    num_tensors = len(list(student.parameters()))
+    level_bytes = 3 * 4 * len(list(quantized_layers(student)))
+    assert traced.constant[Category.WEIGHTS] == 4 * count + level_bytes
+    assert traced.constant[Category.TEACHER] == 2 * count
+    assert traced.constant[Category.OPTIMIZER] == 8 * count + STEP_BYTES * num_tensors
+    assert traced.constant[Category.AVERAGE] == 4 * count
+    assert traced.constant[Category.INPUTS] == 2 * LENGTH * WIDTH * 4
+
+
+def test_gradients_are_whole_at_the_update_and_only_of_trained_parameters() -> None:
+    student = make_student()
+    for parameter in student.blocks[0].parameters():
+        parameter.requires_grad_(False)
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    traced = trace(make_workload(student))
+    at_update = [moment.gradients for moment in traced.moments if moment.phase is Phase.UPDATE]
+    assert set(at_update) == {4 * trained}
+    assert traced.num_trained == trained
+    assert traced.constant[Category.OPTIMIZER] < 8 * num_parameters(student)
+
+
+def test_the_first_forward_has_no_gradients_and_a_later_part_has_them_all() -> None:
+    one, later = trace(), trace(train=TrainSpec(batch_size=4, accumulation=2, autocast="none"))
+    assert {m.gradients for m in one.moments if m.phase is Phase.FORWARD} == {0}
+    assert {m.gradients for m in later.moments} == {4 * one.num_trained}
+
+
+def test_a_later_part_needs_what_a_second_pass_needs() -> None:
+    mode, recorder = new_fake_mode(), StepRecorder()
+    student = to_fake(make_student(), mode)
+    for parameter in student.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: recorder.label((p.grad,), Category.GRADIENTS))
+    with mode, recorder:
+        recorder.label([*student.parameters(), *student.buffers()], Category.WEIGHTS)
+        x = torch.empty(2, LENGTH, WIDTH)
+        recorder.label((x, teacher := torch.empty_like(x)), Category.INPUTS)
+        for _ in range(2):
+            recorder.phase = Phase.FORWARD
+            loss = torch.nn.functional.mse_loss(student(x), teacher)
+            recorder.phase = Phase.BACKWARD
+            loss.backward()
+            del loss
+    passes = trace(train=TrainSpec(batch_size=4, accumulation=2, autocast="none"), cached_teacher=True)
+    second = max(m.gradients + m.codes + m.activations + m.temporary for m in recorder.moments)
+    small = 64  # the loss is summed over outputs in a tensor of its own
+    assert max(changing_bytes(passes, phase) for phase in (Phase.FORWARD, Phase.BACKWARD)) == pytest.approx(
+        second, abs=small
+    )
+
+
+def test_activations_grow_by_the_same_amount_with_every_sample_and_codes_do_not_grow() -> None:
+    traces = [trace(micro_batch=size) for size in (2, 3, 8)]
+    held = [max(m.activations for m in t.moments if m.phase is Phase.FORWARD) for t in traces]
+    assert held[1] - held[0] == (held[2] - held[1]) / 5 > 0
+    assert len({max(m.codes for m in t.moments) for t in traces}) == 1
+
+
+def test_codes_are_the_quantized_weights_and_their_clip_masks() -> None:
+    student = make_student()
+    num_weights = sum(layer.weight.numel() for _, layer in quantized_layers(student))
+    kept_bytes = 4 + 1  # the float weight on its grid, and one byte that says where it was not clipped
+    at_the_end = [m.codes for m in trace(make_workload(student)).moments if m.phase is Phase.FORWARD][-1]
+    assert at_the_end == num_weights * kept_bytes
+    in_bf16 = trace(make_workload(student), TrainSpec(batch_size=2, autocast="bfloat16"))
+    assert [m.codes for m in in_bf16.moments if m.phase is Phase.FORWARD][-1] == num_weights * (2 + 1)
+
+
+def test_matrix_products_are_counted() -> None:
+    rows = 2 * LENGTH
+    forward = 2 * rows * (NUM_BLOCKS * 2 * WIDTH * HIDDEN + WIDTH * WIDTH)
+    traced = trace()
+    assert total_flops(traced, Phase.TEACHER) == total_flops(traced, Phase.FORWARD) == forward
+    assert total_flops(traced, Phase.BACKWARD) == 2 * forward  # the norm before the first layer is trained too
+
+
+def make_toy_inputs(num_samples: int) -> dict[str, Tensor]:
+    return {"x": torch.empty(num_samples, LENGTH, WIDTH, device="meta")}
+
+
+def test_views_move_nothing_and_a_sum_reads_two_and_writes_one() -> None:
+    def run(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
+        x = inputs["x"].view(-1, WIDTH).t().detach().t()
+        if model.training:
+            return {"output": model(x)}
+        return {"output": x + x.expand_as(x)}
+
+    with torch.device("meta"):
+        student = nn.Sequential(nn.Linear(WIDTH, WIDTH))
+    quantize_(student)
+    traced = trace(Workload(student, run, make_toy_inputs))
+    moved = {item.name: item.num_bytes for item in traced.work if item.phase is Phase.TEACHER}
+    assert moved == {"add": 3 * 4 * 2 * LENGTH * WIDTH}
+
+
+def test_a_cached_teacher_takes_neither_memory_nor_time() -> None:
+    with_teacher, cached = trace(), trace(cached_teacher=True)
+    assert with_teacher.constant[Category.TEACHER] > 0 == cached.constant[Category.TEACHER]
+    assert not [item for item in cached.work if item.phase is Phase.TEACHER]
+    assert total_flops(cached, Phase.BACKWARD) == total_flops(with_teacher, Phase.BACKWARD)
+
+
+def test_checkpointing_saves_what_was_estimated_and_costs_a_part_of_the_forward_pass() -> None:
+    workload = make_workload(make_student(num_blocks=5))
+    full = trace(workload, micro_batch=64)
+    thin = trace(workload, micro_batch=64, checkpoint_blocks=True)
+    peak = max(changing_bytes(full, phase) for phase in (Phase.FORWARD, Phase.BACKWARD))
+    saved = peak - max(changing_bytes(thin, phase) for phase in (Phase.FORWARD, Phase.BACKWARD))
+    assert saved == pytest.approx(full.checkpoint_saving_bytes, rel=0.15)
+    assert saved > 0.5 * peak
+    again = total_flops(thin, Phase.BACKWARD) - total_flops(full, Phase.BACKWARD)
+    assert (
+        again == 5 * 2 * 64 * LENGTH * WIDTH * HIDDEN
+    )  # up again; what comes out of down is not kept, so it is left out
+
+
+def test_validation_runs_on_the_whole_batch_without_autocast() -> None:
+    small = trace(train=TrainSpec(batch_size=4, accumulation=2), micro_batch=2)
+    large = trace(train=TrainSpec(batch_size=16, accumulation=8), micro_batch=2)
+    assert changing_bytes(large, Phase.VALIDATION) > changing_bytes(small, Phase.VALIDATION)
+    assert {item.dtype for item in small.work if item.phase is Phase.VALIDATION and item.num_flops} == {torch.float32}
+
+
+def test_a_model_far_larger_than_memory_is_traced_without_it() -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    width = 65536
+    with torch.device("meta"):
+        student = nn.Sequential(nn.Linear(width, width), nn.Linear(width, width))
+    quantize_(student)
+    traced = trace(Workload(student, predict, lambda n: {"x": torch.empty(n, width, device="meta")}))
+    assert traced.constant[Category.WEIGHTS] > 30 * 2**30
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+
+
+def test_the_caller_s_model_is_left_alone() -> None:
+    student = make_student()
+    trace(make_workload(student))
+    assert all(parameter.is_meta and parameter.grad is None for parameter in student.parameters())
+    assert not any(layer.weight_quantizer._forward_hooks for _, layer in quantized_layers(student))
+
+
+def test_fake_copies_keep_ties_classes_and_flags() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    model[0].bias.requires_grad_(False)
+    quantize_(model)
+    fake = to_fake(model, new_fake_mode())
+    assert fake[0].weight is fake[1].weight
+    assert type(fake[0]) is type(model[0])
+    assert not fake[0].bias.requires_grad
+    assert fake[0].weight.device.type == "cpu"
+
+
+def test_repeated_blocks_are_the_outermost_lists() -> None:
+    student = make_student()
+    assert repeated_blocks(student) == list(student.blocks)
+    assert repeated_blocks(nn.Linear(2, 2)) == []
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x).unflatten(-1, (2, -1)).transpose(1, 2)
+        with sdpa_kernel(SDPBackend.MATH):
+            return nn.functional.scaled_dot_product_attention(y, y, y).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize(("kind", "power"), [(DeviceKind.CPU, 2), (DeviceKind.GPU, 1)])
+def test_fused_attention_of_a_gpu_keeps_no_scores(kind: DeviceKind, power: int) -> None:
+    with torch.device("meta"):
+        student = nn.Sequential(Attention())
+    quantize_(student)
+    held: list[int] = []
+    for length in (1024, 2048):
+        workload = Workload(student, predict, lambda n, length=length: {"x": torch.empty(n, length, WIDTH)})
+        traced = trace(workload, micro_batch=1, kind=kind)
+        held.append(max(m.activations for m in traced.moments))
+    assert held[1] / held[0] == pytest.approx(2**power, rel=0.1)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [(DeviceKind.CPU, torch.bfloat16), (DeviceKind.GPU, torch.float32)])
+def test_autocast_runs_norms_in_the_precision_of_the_device(kind: DeviceKind, dtype: torch.dtype) -> None:
+    with torch.device("meta"):
+        student = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH, elementwise_affine=False))
+    quantize_(student)
+    traced = trace(Workload(student, predict, make_toy_inputs), TrainSpec(batch_size=2), kind=kind)
+    norms = {item.dtype for item in traced.work if item.name == "native_layer_norm" and item.phase is Phase.FORWARD}
+    assert norms == {dtype}
+
+
+class AsksForValues(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.rand([]) < 0.1:
+            return x
+        y = self.inner(x)
+        return y[y[..., 0] > 0][(x[..., 0] > 0).flatten().nonzero().squeeze(1)]
+
+
+def test_a_condition_on_values_is_false_and_a_mask_selects_everything() -> None:
+    with torch.device("meta"):
+        student = nn.Sequential(AsksForValues())
+    quantize_(student)
+    traced = trace(Workload(student, predict, make_toy_inputs))
+    assert total_flops(traced, Phase.FORWARD) == 2 * 2 * LENGTH * WIDTH * WIDTH
