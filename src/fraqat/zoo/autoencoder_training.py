@@ -1,18 +1,20 @@
-"""Trains the autoencoder of the colour-digits pipeline."""
+"""Trains the autoencoders of the colour-digits pipelines."""
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 _LATENT_NOISE = 0.15  # noise that the decoder learns to undo, relative to unit-variance latents
 _STATISTICS_WEIGHT = 0.02
 
 Autoencoder = Any
-"""`diffusers.AutoencoderDC`, whose own annotations leave out what its calls return."""
+"""`diffusers.AutoencoderDC` or `AutoencoderKL`, whose own annotations leave out what their calls return."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,11 @@ class AutoencoderResult:
 def train_autoencoder(
     autoencoder: Autoencoder, images: Tensor, test_images: Tensor, *, num_steps: int, batch_size: int, seed: int
 ) -> AutoencoderResult:
-    """Trains the autoencoder in place and sets its scaling factor so that scaled latents have unit variance.
+    """Trains the autoencoder in place and sets its config so that latents as the denoiser sees them have unit variance.
 
     The loss is L1 + squared error of the reconstruction from noisy latents, and a term that draws each latent
-    channel towards mean 0 and variance 1, which keeps the latents easy for the denoiser.
+    channel towards mean 0 and variance 1, which keeps the latents easy for the denoiser. The posterior of a
+    variational autoencoder ends with exactly that noise as its standard deviation, wherever the picture.
 
     Args:
         autoencoder: the model, float32.
@@ -70,13 +73,13 @@ def train_autoencoder(
                 flush=True,
             )
     autoencoder.eval().to(memory_format=torch.contiguous_format)
-    autoencoder.register_to_config(scaling_factor=1 / encode(autoencoder, images[:4096]).std().item())
+    _set_statistics(autoencoder, images[:4096])
     psnr_db = reconstruction_psnr_db(autoencoder, test_images)
     return AutoencoderResult(num_steps, (time.monotonic() - start) / 60, psnr_db)
 
 
 def _loss(autoencoder: Autoencoder, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    latents = autoencoder.encode(batch.contiguous(memory_format=torch.channels_last)).latent.float()
+    latents = _bare_latents(autoencoder, batch.contiguous(memory_format=torch.channels_last)).float()
     variance, mean = torch.var_mean(latents, dim=(0, 2, 3))
     statistics = (variance - 1).square().mean() + mean.square().mean()
     noise = torch.randn(latents.shape, generator=generator) * _LATENT_NOISE
@@ -85,9 +88,28 @@ def _loss(autoencoder: Autoencoder, batch: Tensor, generator: torch.Generator) -
     return F.l1_loss(output, batch) + error + _STATISTICS_WEIGHT * statistics, error.detach()
 
 
+def _bare_latents(autoencoder: Autoencoder, images: Tensor) -> Tensor:
+    """Latents before any scaling; those of a variational autoencoder are the mean of its posterior."""
+    output = autoencoder.encode(images)
+    return output.latent_dist.mode() if isinstance(autoencoder, AutoencoderKL) else output.latent
+
+
+@torch.no_grad()
+def _set_statistics(autoencoder: Autoencoder, images: Tensor) -> None:
+    """Writes scaling and shift into the config, and the posterior's width into a variational encoder's last layer."""
+    latents = torch.cat([_bare_latents(autoencoder, part) for part in images.split(512)])
+    autoencoder.register_to_config(scaling_factor=1 / latents.std().item())
+    if isinstance(autoencoder, AutoencoderKL):
+        autoencoder.register_to_config(shift_factor=latents.mean().item())
+        channels = latents.shape[1]
+        last: Any = autoencoder.encoder.conv_out  # its second half of channels is the posterior's log variance
+        last.weight[channels:] = 0
+        last.bias[channels:] = 2 * math.log(_LATENT_NOISE)
+
+
 @torch.no_grad()
 def encode(autoencoder: Autoencoder, images: Tensor, batch_size: int = 512) -> Tensor:
-    """Encodes pictures to latents as the diffusion model sees them (scaled by the model's scaling factor).
+    """Encodes pictures to latents as the diffusion model sees them: shifted and scaled as the config says.
 
     Args:
         autoencoder: the model.
@@ -95,10 +117,11 @@ def encode(autoencoder: Autoencoder, images: Tensor, batch_size: int = 512) -> T
         batch_size: pictures at a time.
 
     Returns:
-        Latents, [N, 8, H / 4, W / 4] float32.
+        Latents, [N, C, H / 4, W / 4] float32.
     """
+    shift = getattr(autoencoder.config, "shift_factor", None) or 0.0
     scaling = autoencoder.config.scaling_factor
-    return torch.cat([autoencoder.encode(part).latent * scaling for part in images.split(batch_size)])
+    return torch.cat([(_bare_latents(autoencoder, part) - shift) * scaling for part in images.split(batch_size)])
 
 
 @torch.no_grad()
@@ -112,5 +135,5 @@ def reconstruction_psnr_db(autoencoder: Autoencoder, images: Tensor) -> float:
     Returns:
         Peak signal-to-noise ratio in dB; the peak is 2, the width of the range.
     """
-    output = autoencoder.decode(autoencoder.encode(images).latent).sample.clamp(-1, 1)
+    output = autoencoder.decode(_bare_latents(autoencoder, images)).sample.clamp(-1, 1)
     return (10 * torch.log10(4 / F.mse_loss(output, images))).item()

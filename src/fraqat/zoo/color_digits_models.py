@@ -1,78 +1,176 @@
-"""The untrained parts of the colour-digits Sana pipeline: sizes live here, training elsewhere.
+"""The untrained colour-digits pipelines: sizes live here, training elsewhere.
 
-Every part is the class that the large Sana uses, so that the pipeline loads and samples with diffusers alone.
+Every part is of the class that the large model uses, so that a pipeline loads and samples with diffusers alone.
 """
 
-import torch
-from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from tokenizers.processors import TemplateProcessing
-from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
+from collections.abc import Callable
+from typing import Any
 
-from fraqat.data.color_digits import COLOR_NAMES, DIGIT_NAMES
+import torch
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+
+from fraqat.zoo.text_models import (
+    WIDTH,
+    build_clip,
+    build_clip_tokenizer,
+    build_gemma,
+    build_gemma_tokenizer,
+    build_t5,
+    build_t5_tokenizer,
+)
 
 LATENT_CHANNELS = 8
 LATENT_SIZE = 8
-CAPTION_TOKENS = 8  # the longest caption has six: "<bos> a red seven on white"
+
+_HEADS: dict[str, Any] = {"num_attention_heads": 4, "attention_head_dim": 32}
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Builds the word-level tokenizer: one token per word of a caption, `<bos>` first, padded on the right.
+def build_sana() -> SanaPipeline:
+    """Builds the Sana pipeline: deep-compression autoencoder, Gemma-2, linear attention, flow matching.
 
-    Returns:
-        The tokenizer, with 23 tokens.
-    """
-    words = ("<pad>", "<bos>", "<unk>", "a", "on", *DIGIT_NAMES, *COLOR_NAMES)
-    vocabulary = {word: index for index, word in enumerate(words)}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.post_processor = TemplateProcessing(
-        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", vocabulary["<bos>"])]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        unk_token="<unk>",
-        padding_side="right",
-        model_max_length=300,
-    )
-
-
-def build_text_encoder(vocabulary_size: int) -> Gemma2Model:
-    """Builds the untrained text encoder, a two-layer Gemma-2 of width 64.
-
-    Args:
-        vocabulary_size: number of tokens of the tokenizer.
+    The sampler is Sana's: DPM-Solver++ of order 2 on flow sigmas, shifted towards noise by 3.
 
     Returns:
-        The encoder, randomly initialised from the global generator.
+        The pipeline, randomly initialised from the global generator.
     """
-    config = Gemma2Config(
-        vocab_size=vocabulary_size,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=32,
-        query_pre_attn_scalar=32,
-        max_position_embeddings=512,
-        sliding_window=512,
-        attn_logit_softcapping=None,
-        final_logit_softcapping=None,
-        initializer_range=0.1,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=None,
-        use_cache=False,
+    autoencoder = build_dc_autoencoder()
+    tokenizer = build_gemma_tokenizer()
+    text_encoder = build_gemma(tokenizer)
+    transformer = SanaTransformer2DModel(
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        num_attention_heads=6,
+        attention_head_dim=32,
+        num_layers=3,
+        num_cross_attention_heads=6,
+        cross_attention_head_dim=32,
+        cross_attention_dim=192,
+        caption_channels=WIDTH,
+        mlp_ratio=2.0,
+        sample_size=LATENT_SIZE,
+        patch_size=1,
+        interpolation_scale=1,
     )
-    return Gemma2Model(config)
+    scheduler = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, solver_order=2
+    )
+    return SanaPipeline(tokenizer, text_encoder, autoencoder, transformer, scheduler)
 
 
-def build_autoencoder() -> AutoencoderDC:
+def build_sd3() -> StableDiffusion3Pipeline:
+    """Builds the Stable Diffusion 3 pipeline with the traits of SD3.5-Medium: normed queries and keys, dual attention.
+
+    Returns:
+        The pipeline, randomly initialised from the global generator.
+    """
+    autoencoder = build_kl_autoencoder()
+    tokenizers: tuple[Any, ...] = build_clip_tokenizer(), build_clip_tokenizer(), build_t5_tokenizer()
+    text_encoders: tuple[Any, ...] = (
+        build_clip(tokenizers[0], WIDTH // 2, projection=True),
+        build_clip(tokenizers[1], WIDTH // 2, projection=True),
+        build_t5(tokenizers[2]),
+    )
+    transformer = SD3Transformer2DModel(
+        sample_size=LATENT_SIZE,
+        patch_size=2,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        num_layers=3,
+        joint_attention_dim=WIDTH,
+        caption_projection_dim=128,
+        pooled_projection_dim=WIDTH,
+        pos_embed_max_size=LATENT_SIZE // 2,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+        **_HEADS,
+    )
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=autoencoder,
+        text_encoder=text_encoders[0],
+        tokenizer=tokenizers[0],
+        text_encoder_2=text_encoders[1],
+        tokenizer_2=tokenizers[1],
+        text_encoder_3=text_encoders[2],
+        tokenizer_3=tokenizers[2],
+    )
+
+
+def build_pixart() -> PixArtSigmaPipeline:
+    """Builds the PixArt-Sigma pipeline: T5, cross-attention, prediction of the noise and of its variance.
+
+    Returns:
+        The pipeline, randomly initialised from the global generator.
+    """
+    autoencoder = build_kl_autoencoder()
+    autoencoder.register_to_config(shift_factor=None)  # this pipeline scales latents and does not shift them
+    tokenizer: Any = build_t5_tokenizer()
+    text_encoder = build_t5(tokenizer)
+    transformer = PixArtTransformer2DModel(
+        sample_size=LATENT_SIZE,
+        patch_size=2,
+        in_channels=LATENT_CHANNELS,
+        out_channels=2 * LATENT_CHANNELS,
+        num_layers=5,
+        cross_attention_dim=128,
+        caption_channels=WIDTH,
+        **_HEADS,
+    )
+    scheduler: Any = DPMSolverMultistepScheduler(
+        beta_start=0.0001, beta_end=0.02, beta_schedule="linear", solver_order=2
+    )
+    return PixArtSigmaPipeline(tokenizer, text_encoder, autoencoder, transformer, scheduler)
+
+
+def build_flux() -> FluxPipeline:
+    """Builds the FLUX pipeline as schnell has it: packed latents, no guidance embedding, plain Euler steps.
+
+    Returns:
+        The pipeline, randomly initialised from the global generator.
+    """
+    autoencoder = build_kl_autoencoder()
+    tokenizer: Any = build_clip_tokenizer()
+    tokenizer_2 = build_t5_tokenizer()
+    text_encoder: Any = build_clip(tokenizer, WIDTH, projection=False)
+    text_encoder_2 = build_t5(tokenizer_2)
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4 * LATENT_CHANNELS,
+        num_layers=1,
+        num_single_layers=3,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        guidance_embeds=False,
+        axes_dims_rope=(8, 12, 12),
+        **_HEADS,
+    )
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=autoencoder,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=tokenizer_2,
+        transformer=transformer,
+    )
+
+
+def build_dc_autoencoder() -> AutoencoderDC:
     """Builds the untrained deep-compression autoencoder: 32x32 pixels to 8x8 latents of 8 channels.
 
     Returns:
@@ -89,63 +187,42 @@ def build_autoencoder() -> AutoencoderDC:
     )
 
 
-def build_transformer(caption_channels: int) -> SanaTransformer2DModel:
-    """Builds the untrained denoiser: three Sana blocks of width 192 with sine-cosine positions.
-
-    Args:
-        caption_channels: width of the text encoder.
+def build_kl_autoencoder() -> AutoencoderKL:
+    """Builds the untrained variational autoencoder: 32x32 pixels to 8x8 latents of 8 channels.
 
     Returns:
-        The transformer, randomly initialised from the global generator; its output starts at zero.
+        The autoencoder, randomly initialised from the global generator, with scaling factor 1 and shift 0.
     """
-    transformer = SanaTransformer2DModel(
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        num_attention_heads=6,
-        attention_head_dim=32,
-        num_layers=3,
-        num_cross_attention_heads=6,
-        cross_attention_head_dim=32,
-        cross_attention_dim=192,
-        caption_channels=caption_channels,
-        mlp_ratio=2.0,
-        sample_size=LATENT_SIZE,
-        patch_size=1,
-        interpolation_scale=1,
+    blocks: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "block_out_channels": (16, 32, 48),
+    }
+    return AutoencoderKL(
+        **blocks,
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8,
+        sample_size=32,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
     )
-    torch.nn.init.zeros_(transformer.proj_out.weight)
-    torch.nn.init.zeros_(transformer.proj_out.bias)
-    return transformer
 
 
-def build_pipeline(seed: int) -> SanaPipeline:
-    """Builds the whole untrained pipeline.
+def build_pipeline(build: Callable[[], DiffusionPipeline], seed: int) -> Any:
+    """Builds a whole untrained pipeline; what its transformer predicts starts at zero.
 
     Args:
+        build: one of the functions above.
         seed: seeds torch's global generator before the parts are initialised.
 
     Returns:
         The pipeline, in float32 on the CPU.
     """
     torch.manual_seed(seed)
-    autoencoder = build_autoencoder()
-    tokenizer = build_tokenizer()
-    text_encoder = build_text_encoder(len(tokenizer))
-    return SanaPipeline(
-        tokenizer=tokenizer,
-        text_encoder=text_encoder,
-        vae=autoencoder,
-        transformer=build_transformer(text_encoder.config.hidden_size),
-        scheduler=build_scheduler(),
-    )
-
-
-def build_scheduler() -> DPMSolverMultistepScheduler:
-    """Builds the sampler that Sana uses: DPM-Solver++ of order 2 on flow sigmas, shifted towards noise by 3.
-
-    Returns:
-        The scheduler.
-    """
-    return DPMSolverMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, solver_order=2
-    )
+    pipeline: Any = build()
+    torch.nn.init.zeros_(pipeline.transformer.proj_out.weight)
+    torch.nn.init.zeros_(pipeline.transformer.proj_out.bias)
+    return pipeline

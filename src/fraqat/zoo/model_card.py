@@ -1,15 +1,90 @@
-"""Writes the model card of the colour-digits pipeline from what was measured."""
+"""Writes the model card of a colour-digits pipeline from the table and from what was measured."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from textwrap import fill
 
+from fraqat.data.color_digits import COLOR_NAMES
+from fraqat.zoo.architectures import ARCHITECTURES, Architecture, Distillation, Pipeline
 from fraqat.zoo.autoencoder_training import AutoencoderResult
-from fraqat.zoo.quality import Quality, SamplerSettings
+from fraqat.zoo.quality import Quality
 from fraqat.zoo.transformer_training import TransformerResult
+
+_GOOD = 0.93
+_LINE = 119
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """What the trainings of one pipeline came to.
+
+    Args:
+        autoencoder: of the autoencoder.
+        transformer: of the denoiser and the text encoders.
+        distilled: of the few-step denoiser; None where there is none.
+    """
+
+    autoencoder: AutoencoderResult
+    transformer: TransformerResult
+    distilled: TransformerResult | None = None
+
+
+@dataclass(frozen=True)
+class _Notes:
+    """What the card says of one architecture alone.
+
+    Args:
+        arguments: why the call has the arguments that it has.
+        convention: what the model predicts, and from what.
+        loss: name of the loss.
+        history: a line on how the weights in the folder came about, where the command alone does not say it.
+    """
+
+    arguments: str
+    convention: str
+    loss: str = "flow-matching loss"
+    history: str = ""
+
+
+_NOTES = {
+    "sana": _Notes(
+        arguments="The last two arguments are needed: Sana's defaults for them are made for large pictures and a large "
+        "language model.",
+        convention="The flow convention is Sana's: x = (1 - sigma) x0 + sigma noise, timestep 1000 sigma, and the "
+        "model predicts noise - x0.",
+    ),
+    "sd3": _Notes(
+        arguments="`max_sequence_length` is needed: this architecture attends to the padding of its captions, and the "
+        "model has seen captions padded to 8 tokens only. The first layer has the second, image-only attention and "
+        "all layers the normed queries and keys of SD3.5-Medium.",
+        convention="The flow convention is x = (1 - sigma) x0 + sigma noise, timestep 1000 sigma, and the model "
+        "predicts noise - x0. The sampler is Euler's with the noise levels shifted by 3.",
+    ),
+    "pixart": _Notes(
+        arguments="The last two arguments are needed: the defaults are made for large pictures and for packages that "
+        "clean captions of web pages.",
+        convention="The noise schedule is PixArt's: 1000 steps, linear variances from 0.0001 to 0.02. Of the 16 "
+        "output channels the first 8 predict the noise, with errors weighted as a flow's; the last 8 interpolate the "
+        "log variance of the reverse step, trained with the variational bound at weight 0.1 and read by no sampler "
+        "here. This pipeline scales the latents and does not shift them.",
+        loss="weighted loss",
+        history="- The first 3000 steps of the weights in this folder minimised the plain error of the noise,\n"
+        "  the others the weighted one, and were cut short.\n",
+    ),
+    "flux": _Notes(
+        arguments="`max_sequence_length` is needed: this architecture attends to the padding of its captions, and the "
+        "model has seen captions padded to 8 tokens only. Like schnell, it has no guidance embedding: `guidance_scale` "
+        "changes nothing.",
+        convention="Latents are packed in patches of 2x2, 16 tokens of 32 channels. The flow convention is "
+        "x = (1 - sigma) x0 + sigma noise, timestep sigma, and the model predicts noise - x0. The sampler is plain "
+        "Euler.",
+    ),
+}
 
 _ROW_NAMES = {
     "held_out": "combinations never seen in training",
     "trained": "combinations seen in training",
-    "held_out_default_call": "combinations never seen, the pipeline's default call",
+    "held_out_default_call": "combinations never seen, the pipeline's default steps and guidance",
 }
 
 _CARD = """\
@@ -19,9 +94,9 @@ library_name: diffusers
 pipeline_tag: text-to-image
 ---
 
-# Colour digits: a tiny Sana
+# Colour digits: a tiny {title}
 
-A complete `SanaPipeline` of {num_parameters:.1f} million parameters that draws handwritten digits in colour, 32x32
+A complete `{pipeline}` of {num_parameters:.1f} million parameters that draws handwritten digits in colour, 32x32
 pixels, from prompts such as "a red seven on white". It is small enough to be trained, quantized and sampled on one
 CPU core, and a classifier can check every picture, so that "did quantization hurt?" has a number for an answer.
 
@@ -33,31 +108,25 @@ from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained(folder)
 image = pipe(
     "a red seven on white",
-    height=32,
-    width=32,
-    num_inference_steps={num_steps},
-    guidance_scale={guidance_scale},
-    max_sequence_length=16,
-    use_resolution_binning=False,
-    complex_human_instruction=None,
+{call}
 ).images[0]
 ```
 
-The last two arguments are needed: Sana's defaults for them are made for large pictures and a large language model.
+{arguments}
 Prompts have the form "a COLOUR DIGIT on GROUND". Digits: zero to nine. Colours and grounds:
 {colors}.
 
 ## Quality
 
 Share of pictures on which a separate classifier sees what the prompt asks for. On composed pictures of scans
-that nothing was trained on, it is right on {classifier_digit:.1f} % of the digits and {classifier_color:.2f} % of the colours.
+that nothing was trained on, it is right on {classifier_digit:.1f} % of the digits and {classifier_color:.2f} % of \
+the colours.
 
 | prompts | pictures | steps | guidance | digit | digit colour | ground | all three |
 |---|---|---|---|---|---|---|---|
 {rows}
 
-The figures are also in `quality.json`. They were measured on the weights in this folder, as stored. Steps, guidance and
-the scheduler's shift were chosen on 336 other pictures (other noise) of the never-seen combinations.
+The figures are also in `quality.json`. They were measured on the weights in this folder, as stored.
 
 ## Parts
 
@@ -65,22 +134,23 @@ the scheduler's shift were chosen on 336 other pictures (other noise) of the nev
 |---|---|---|
 {parts}
 
-The weights of vae and transformer are stored in bfloat16, those of the text encoder in float32; all load as float32.
-Latents are 8x8 with 8 channels and unit variance. The flow convention is Sana's: x = (1 - sigma) x0 + sigma noise,
-timestep 1000 sigma, and the model predicts noise - x0.
+The weights of vae and transformer are stored in bfloat16, those of the text encoders in float32; all load as float32.
+Latents are 8x8 with 8 channels and unit variance.
+{convention}
 
 ## Making of
 
 ```
-python -m fraqat.zoo.train_color_digits_sana --work DIR --out DIR
+python -m fraqat.zoo.train_color_digits --architecture {name} --work DIR --out DIR
 ```
 
-- Autoencoder: {autoencoder_steps} steps of 64 pictures, {autoencoder_minutes:.0f} minutes; it reconstructs pictures of
-  unseen scans at {psnr_db:.1f} dB PSNR.
-- Transformer and text encoder, trained together: {transformer_steps} steps of 64 latents,
-  {transformer_minutes:.0f} minutes, final flow-matching loss {loss:.3f}; 10 % of the captions dropped; the weights
-  are a moving average.
-- One CPU thread of a shared machine, bfloat16 autocast.
+- Autoencoder: {autoencoder_steps} steps of {autoencoder_batch} pictures, {autoencoder_minutes:.0f} minutes; it \
+reconstructs pictures of unseen scans at
+  {psnr_db:.1f} dB PSNR.
+- Transformer and text encoders, trained together: {transformer_steps} steps of {batch} latents,
+  {transformer_minutes:.0f} minutes, final {loss_name} {loss:.3f}; {text_steps}10 % of the captions dropped; the
+  weights are a moving average.
+{distillation}{history}- One CPU thread of a shared machine, bfloat16 autocast.
 
 ## Data and licence
 
@@ -90,56 +160,103 @@ CC BY 4.0). Of the 560 combinations of digit, colour and ground, 56 are held out
 
 ## Limits
 
-It knows twenty words and one picture size. Other words, more than one digit or another word order give nonsense.
+{shortfall}It knows twenty words and one picture size. Other words, more than one digit or another word order give nonsense.
 It is meant for tests, examples and experiments on quantization, not for pictures anyone would want.
+"""
+
+_DISTILLATION = """\
+- Distilled into few steps: {pairs:,} pairs of noise and picture from the model so far with {teacher_steps} Euler steps
+  and classifier-free guidance {guidance:g}, training prompts only; then {steps} steps of {batch} pairs on the straight
+  path between them (rectified flow), {minutes:.0f} minutes, final loss {loss:.3f}. Guidance is built in that way.
 """
 
 
 def write_card(
-    autoencoder: AutoencoderResult,
-    transformer: TransformerResult,
+    name: str,
+    pipeline: Pipeline,
+    record: TrainingRecord,
     quality: Mapping[str, Quality],
-    num_parameters: Mapping[str, int],
     classifier_quality: Mapping[str, float],
-    color_names: tuple[str, ...],
 ) -> str:
     """Writes the card.
 
     Args:
-        autoencoder: what its training came to.
-        transformer: what its training came to.
+        name: the architecture, a key of `ARCHITECTURES`.
+        pipeline: the pipeline.
+        record: what its trainings came to.
         quality: figures as `measure_folder` returns them.
-        num_parameters: class name of each part -> number of parameters.
         classifier_quality: the judge's own shares of right answers, "digit", "color" and "ground".
-        color_names: the colours that a prompt can name.
 
     Returns:
         The text of `README.md`.
     """
-    sampler = SamplerSettings()
+    architecture, notes = ARCHITECTURES[name], _NOTES[name]
+    sizes = _sizes(architecture, pipeline)
     return _CARD.format(
-        num_parameters=sum(num_parameters.values()) / 1e6,
-        num_steps=sampler.num_steps,
-        guidance_scale=sampler.guidance_scale,
-        colors=", ".join(color_names),
+        name=name,
+        title=architecture.title,
+        pipeline=type(pipeline).__name__,
+        num_parameters=sum(count for _, _, count in sizes) / 1e6,
+        call="\n".join(f"    {key}={value!r}," for key, value in _call(architecture).items()),
+        arguments=fill(notes.arguments, _LINE),
+        colors=", ".join(COLOR_NAMES),
         classifier_digit=100 * classifier_quality["digit"],
         classifier_color=100 * min(classifier_quality["color"], classifier_quality["ground"]),
-        rows="\n".join(_row(_ROW_NAMES[name], figures) for name, figures in quality.items()),
-        parts="\n".join(f"| {_PART_NAMES[name]} | `{name}` | {count:,} |" for name, count in num_parameters.items()),
-        autoencoder_steps=autoencoder.num_steps,
-        autoencoder_minutes=autoencoder.minutes,
-        psnr_db=autoencoder.psnr_db,
-        transformer_steps=transformer.num_steps,
-        transformer_minutes=transformer.minutes,
-        loss=transformer.loss,
+        rows="\n".join(_row(_ROW_NAMES[run], figures) for run, figures in quality.items()),
+        parts="\n".join(f"| {part} | `{kind}` | {count:,} |" for part, kind, count in sizes),
+        convention=fill(notes.convention, _LINE),
+        autoencoder_steps=record.autoencoder.num_steps,
+        autoencoder_batch=architecture.autoencoder_batch_size,
+        autoencoder_minutes=record.autoencoder.minutes,
+        psnr_db=record.autoencoder.psnr_db,
+        transformer_steps=record.transformer.num_steps,
+        batch=architecture.batch_size,
+        transformer_minutes=record.transformer.minutes,
+        loss_name=notes.loss,
+        text_steps=f"text encoders frozen after {frozen} steps; " if (frozen := architecture.num_text_steps) else "",
+        loss=record.transformer.loss,
+        history=notes.history,
+        shortfall=_shortfall(quality["held_out"]),
+        distillation=_distillation(architecture, architecture.distillation, record.distilled),
     )
 
 
-_PART_NAMES = {
-    "AutoencoderDC": "vae, 4x smaller to each side",
-    "Gemma2Model": "text encoder, 2 layers of width 64",
-    "SanaTransformer2DModel": "transformer, 3 layers of width 192",
-}
+def _call(architecture: Architecture) -> dict[str, object]:
+    """Arguments of a recommended call, in the order of the card: size, sampler, the others."""
+    size = {key: value for key, value in architecture.arguments.items() if key in ("height", "width")}
+    sampler = architecture.sampler
+    settings = {"num_inference_steps": sampler.num_steps, "guidance_scale": sampler.guidance_scale}
+    return size | settings | dict(architecture.arguments)
+
+
+def _sizes(architecture: Architecture, pipeline: Pipeline) -> list[tuple[str, str, int]]:
+    """Name, class and number of parameters of each part."""
+    parts = {name: getattr(pipeline, name) for name in ("vae", *architecture.text_encoders, "transformer")}
+    return [(name, type(part).__name__, part.num_parameters()) for name, part in parts.items()]
+
+
+def _distillation(architecture: Architecture, settings: Distillation | None, result: TransformerResult | None) -> str:
+    if settings is None or result is None:
+        return ""
+    return _DISTILLATION.format(
+        pairs=settings.num_pairs,
+        teacher_steps=settings.teacher_steps,
+        guidance=settings.teacher_guidance,
+        steps=result.num_steps,
+        batch=architecture.batch_size,
+        minutes=result.minutes,
+        loss=result.loss,
+    )
+
+
+def _shortfall(held_out: Quality) -> str:
+    """What a model that often draws another digit is not fit for."""
+    if held_out.digit >= _GOOD:
+        return ""
+    return (
+        f"It draws the digit that was asked for only {100 * held_out.digit:.1f} % of the time (10 % is chance): fit for "
+        "tests of loading,\nquantizing and sampling, not for conclusions on what quantization does to digits.\n"
+    )
 
 
 def _row(name: str, quality: Quality) -> str:

@@ -1,6 +1,6 @@
-"""Measures the colour-digits pipeline: does what it draws match its prompts?
+"""Measures a colour-digits pipeline: does what it draws match its prompts?
 
-    python -m fraqat.zoo.quality --pipeline DIR --classifier DIR
+    python -m fraqat.zoo.quality --architecture sd3 --pipeline DIR --classifier DIR
 
 prints the figures and writes them to `quality.json` in the pipeline's folder.
 """
@@ -11,31 +11,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import torch
-from diffusers import SanaPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from fraqat.data.color_digits import COLOR_NAMES, IMAGE_SIZE, ColorDigit, held_out_combinations, train_combinations
+from fraqat.data.color_digits import COLOR_NAMES, ColorDigit, held_out_combinations, train_combinations
 from fraqat.evaluation.classifier import ColorDigitClassifier, load_classifier
+from fraqat.zoo.architectures import ARCHITECTURES, Architecture, Pipeline, SamplerSettings
 
 QUALITY_NAME = "quality.json"
-
-
-@dataclass(frozen=True)
-class SamplerSettings:
-    """How pictures are sampled.
-
-    Args:
-        num_steps: denoising steps.
-        guidance_scale: weight of classifier-free guidance; above 1 it is on.
-        seed: seed of the initial noise.
-    """
-
-    num_steps: int = 12
-    guidance_scale: float = 4.5
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,10 +47,17 @@ class Quality:
 
 
 @torch.no_grad()
-def sample(pipeline: SanaPipeline, prompts: Sequence[str], settings: SamplerSettings, batch_size: int = 64) -> Tensor:
+def sample(
+    architecture: Architecture,
+    pipeline: Pipeline,
+    prompts: Sequence[str],
+    settings: SamplerSettings,
+    batch_size: int = 64,
+) -> Tensor:
     """Samples one picture for each prompt.
 
     Args:
+        architecture: the pipeline's row of the table.
         pipeline: the pipeline.
         prompts: N prompts.
         settings: how to sample.
@@ -74,23 +66,17 @@ def sample(pipeline: SanaPipeline, prompts: Sequence[str], settings: SamplerSett
     Returns:
         Pictures, [N, 3, 32, 32] float32 in [-1, 1].
     """
-    config, call = pipeline.transformer.config, cast(Any, pipeline)
-    shape = (len(prompts), config.in_channels, config.sample_size, config.sample_size)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(settings.seed))
+    noise = architecture.initial_noise(len(prompts), settings.seed)
     pipeline.set_progress_bar_config(disable=True)
     parts = []
     for start in range(0, len(prompts), batch_size):
-        part = call(
+        part = pipeline(
             prompt=list(prompts[start : start + batch_size]),
             latents=noise[start : start + batch_size],
             num_inference_steps=settings.num_steps,
             guidance_scale=settings.guidance_scale,
-            height=IMAGE_SIZE,
-            width=IMAGE_SIZE,
-            max_sequence_length=16,
-            use_resolution_binning=False,
-            complex_human_instruction=None,
             output_type="pt",
+            **architecture.arguments,
         )
         parts.append(part.images.float() * 2 - 1)
     return torch.cat(parts)
@@ -119,7 +105,8 @@ def judge(classifier: ColorDigitClassifier, images: Tensor, combinations: Sequen
 
 
 def measure(
-    pipeline: SanaPipeline,
+    architecture: Architecture,
+    pipeline: Pipeline,
     classifier: ColorDigitClassifier,
     combinations: Sequence[ColorDigit],
     num_images: int,
@@ -128,6 +115,7 @@ def measure(
     """Samples the prompts of combinations and judges the pictures.
 
     Args:
+        architecture: the pipeline's row of the table.
         pipeline: the pipeline.
         classifier: the judge.
         combinations: what to sample, in turn, until there are `num_images`.
@@ -138,31 +126,37 @@ def measure(
         The shares of right answers.
     """
     wanted = (list(combinations) * math.ceil(num_images / len(combinations)))[:num_images]
-    images = sample(pipeline, [item.prompt for item in wanted], settings)
+    images = sample(architecture, pipeline, [item.prompt for item in wanted], settings)
     shares = judge(classifier, images, wanted)
     return Quality(num_images, settings.num_steps, settings.guidance_scale, **shares)
 
 
-def measure_folder(pipeline_folder: Path, classifier_folder: Path, num_images: int) -> dict[str, Quality]:
+def measure_folder(
+    architecture: Architecture, pipeline_folder: Path, classifier_folder: Path, num_images: int
+) -> dict[str, Quality]:
     """Measures a pipeline folder as the model card reports it, and writes `quality.json` into it.
 
     Args:
+        architecture: the pipeline's row of the table.
         pipeline_folder: folder of the pipeline.
         classifier_folder: folder of the judge.
         num_images: pictures for each of the three figures.
 
     Returns:
         "held_out" and "trained" combinations with the recommended settings, and "held_out_default_call" with the
-        pipeline's own (20 steps, guidance 4.5).
+        pipeline's own steps and guidance.
     """
-    pipeline = SanaPipeline.from_pretrained(pipeline_folder)
+    pipeline = DiffusionPipeline.from_pretrained(pipeline_folder)
     classifier = load_classifier(classifier_folder)
     held_out, trained = held_out_combinations(), train_combinations()
-    default_call = SamplerSettings(num_steps=20, guidance_scale=4.5)
+    runs = {
+        "held_out": (held_out, architecture.sampler),
+        "trained": (trained, architecture.sampler),
+        "held_out_default_call": (held_out, architecture.default_call),
+    }
     figures = {
-        "held_out": measure(pipeline, classifier, held_out, num_images, SamplerSettings()),
-        "trained": measure(pipeline, classifier, trained, num_images, SamplerSettings()),
-        "held_out_default_call": measure(pipeline, classifier, held_out, num_images, default_call),
+        name: measure(architecture, pipeline, classifier, combinations, num_images, settings)
+        for name, (combinations, settings) in runs.items()
     }
     record = {name: asdict(quality) for name, quality in figures.items()}
     (pipeline_folder / QUALITY_NAME).write_text(json.dumps(record, indent=2) + "\n")
@@ -171,12 +165,15 @@ def measure_folder(pipeline_folder: Path, classifier_folder: Path, num_images: i
 
 def main() -> None:
     """Measures a pipeline folder and prints the figures."""
-    parser = argparse.ArgumentParser(description="Measure the colour-digits pipeline.")
+    parser = argparse.ArgumentParser(description="Measure a colour-digits pipeline.")
+    parser.add_argument("--architecture", choices=tuple(ARCHITECTURES), required=True, help="which one it is")
     parser.add_argument("--pipeline", type=Path, required=True, help="folder of the pipeline")
     parser.add_argument("--classifier", type=Path, required=True, help="folder of the classifier")
     parser.add_argument("--num-images", type=int, default=1120, help="pictures for each figure")
     arguments = parser.parse_args()
-    for name, quality in measure_folder(arguments.pipeline, arguments.classifier, arguments.num_images).items():
+    architecture = ARCHITECTURES[arguments.architecture]
+    figures = measure_folder(architecture, arguments.pipeline, arguments.classifier, arguments.num_images)
+    for name, quality in figures.items():
         print(name, json.dumps(asdict(quality)))
 
 

@@ -1,18 +1,19 @@
-"""Trains the denoiser and the text encoder of the colour-digits pipeline, together, with flow matching."""
+"""Trains the denoiser and the text encoders of a colour-digits pipeline, together."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from diffusers import SanaPipeline
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fraqat.zoo.color_digits_models import CAPTION_TOKENS
+from fraqat.zoo.architectures import Architecture, Conditions, Pipeline
+from fraqat.zoo.objectives import Objective
 
 _EMA_DECAY = 0.998
 _WEIGHT_DECAY = 0.01
@@ -25,21 +26,22 @@ class TransformerSettings:
 
     Args:
         num_steps: optimiser steps.
+        num_text_steps: in how many of them, the first ones, the text encoders are trained too; None is in all. Frozen
+            encoders read every caption once, which saves a third of the time.
         batch_size: latents per step.
         learning_rate: peak, reached after `num_warmup_steps`, then cosine decay to a hundredth of it.
         num_warmup_steps: steps of linear warmup.
         caption_dropout: share of captions replaced by the empty one, which classifier-free guidance needs.
-        sigma_spread: standard deviation of the logit of the noise level.
         checkpoint_every: steps between checkpoints.
         seed: seed of batches, noise levels and noise.
     """
 
     num_steps: int
+    num_text_steps: int | None = None
     batch_size: int = 64
     learning_rate: float = 1.5e-3
     num_warmup_steps: int = 100
     caption_dropout: float = 0.1
-    sigma_spread: float = 1.2
     checkpoint_every: int = 200
     seed: int = 0
 
@@ -51,7 +53,7 @@ class TransformerResult:
     Args:
         num_steps: optimiser steps.
         minutes: wall-clock time, over all resumptions.
-        loss: mean flow-matching loss of the last tenth of the steps.
+        loss: mean loss of the last tenth of the steps.
     """
 
     num_steps: int
@@ -59,50 +61,67 @@ class TransformerResult:
     loss: float
 
 
-class _Denoiser(nn.Module):
-    """The two trained parts as one module: noisy latents and captions to velocity."""
+@dataclass(frozen=True)
+class CaptionedLatents:
+    """What a denoiser is trained on.
 
-    def __init__(self, pipeline: SanaPipeline) -> None:
-        super().__init__()
-        self.text_encoder = pipeline.text_encoder
-        self.transformer = pipeline.transformer
+    Args:
+        latents: clean latents as the denoiser sees them, [N, C, H, W].
+        prompts: N captions.
+        noise: the noise that belongs to each, same shape as `latents`, where a teacher has paired them; None draws it
+            anew each time.
+    """
 
-    def forward(self, noisy: Tensor, sigma: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        hidden = self.text_encoder(tokens, attention_mask=mask)[0]
-        return self.transformer(
-            noisy,
-            encoder_hidden_states=hidden,
-            encoder_attention_mask=mask,
-            timestep=sigma * 1000,
-            return_dict=False,
-        )[0]
+    latents: Tensor
+    prompts: Sequence[str]
+    noise: Tensor | None = None
+
+    def draw(self, batch_size: int, dropout: float, generator: torch.Generator) -> tuple[Tensor, Tensor, list[str]]:
+        """Draws a batch.
+
+        Args:
+            batch_size: how many.
+            dropout: share of captions replaced by the empty one.
+            generator: source of randomness.
+
+        Returns:
+            Latents, noise and captions.
+        """
+        chosen = torch.randint(len(self.latents), (batch_size,), generator=generator)
+        dropped = torch.rand(batch_size, generator=generator) < dropout
+        latents = self.latents[chosen]
+        noise = torch.randn(latents.shape, generator=generator) if self.noise is None else self.noise[chosen]
+        pairs: list[tuple[int, bool]] = list(zip(chosen.tolist(), dropped.tolist(), strict=True))
+        return latents, noise, ["" if empty else self.prompts[index] for index, empty in pairs]
 
 
-class _CaptionedLatents:
-    """Draws batches of (latents, tokens, mask) with caption dropout."""
+class _Captions:
+    """What the transformer is given for captions: computed anew while the encoders learn, looked up afterwards."""
 
-    def __init__(self, pipeline: SanaPipeline, latents: Tensor, prompts: Sequence[str], dropout: float) -> None:
-        distinct = ["", *dict.fromkeys(prompts)]
-        place = {prompt: index for index, prompt in enumerate(distinct)}
-        encoded = pipeline.tokenizer(
-            distinct, padding="max_length", max_length=CAPTION_TOKENS, truncation=True, return_tensors="pt"
-        )
-        self._tokens, self._masks = encoded.input_ids, encoded.attention_mask
-        self._caption = torch.tensor([place[prompt] for prompt in prompts])
-        self._latents, self._dropout = latents, dropout
+    def __init__(self, architecture: Architecture, pipeline: Pipeline, prompts: Sequence[str]) -> None:
+        self._architecture, self._pipeline = architecture, pipeline
+        self._place = {prompt: index for index, prompt in enumerate(("", *dict.fromkeys(prompts)))}
+        self._table: Conditions | None = None
 
-    def draw(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        chosen = torch.randint(len(self._latents), (batch_size,), generator=generator)
-        dropped = torch.rand(batch_size, generator=generator) < self._dropout
-        caption = self._caption[chosen].masked_fill(dropped, 0)
-        return self._latents[chosen], self._tokens[caption], self._masks[caption]
+    def __call__(self, prompts: Sequence[str]) -> Conditions:
+        if self._table is None:
+            return self._architecture.conditions(self._pipeline, prompts)
+        rows = [self._place[prompt] for prompt in prompts]
+        return {name: values[rows] for name, values in self._table.items()}
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        if self._table is None:
+            for name in self._architecture.text_encoders:
+                getattr(self._pipeline, name).requires_grad_(False)
+            self._table = self._architecture.conditions(self._pipeline, list(self._place))
 
 
 class _Run:
     """Everything that a checkpoint holds, and one optimiser step on it."""
 
-    def __init__(self, pipeline: SanaPipeline, settings: TransformerSettings) -> None:
-        self.model = _Denoiser(pipeline).train()
+    def __init__(self, parts: nn.ModuleDict, settings: TransformerSettings) -> None:
+        self.model = parts.train()
         self.average = {name: value.detach().clone() for name, value in self.model.named_parameters()}
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -111,19 +130,18 @@ class _Run:
             weight_decay=_WEIGHT_DECAY,
             fused=True,
         )
-        self.schedule = _schedule(self.optimizer, settings)
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.losses: list[float] = []
         self.minutes = 0.0
-        self._sigma_spread = settings.sigma_spread
+        self._settings = settings
 
-    def step(self, batch: tuple[Tensor, Tensor, Tensor]) -> None:
-        loss = _loss(self.model, batch, self._sigma_spread, self.generator)
+    def step(self, loss: Tensor) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = _learning_rate(len(self.losses) + 1, self._settings)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
-        self.schedule.step()
         self.losses.append(loss.item())
         self._update_average(len(self.losses))
 
@@ -138,7 +156,6 @@ class _Run:
             "model": self.model.state_dict(),
             "average": self.average,
             "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
             "generator": self.generator.get_state(),
             "losses": self.losses,
             "minutes": self.minutes,
@@ -152,57 +169,76 @@ class _Run:
         self.model.load_state_dict(state["model"])
         self.average.update(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
         self.generator.set_state(state["generator"])
         self.losses, self.minutes = state["losses"], state["minutes"]
         print(f"resumed at step {len(self.losses)}", flush=True)
 
 
+def trained_parts(architecture: Architecture, pipeline: Pipeline) -> nn.ModuleDict:
+    """Collects the parts of a pipeline that are trained together.
+
+    Args:
+        architecture: its row of the table.
+        pipeline: the pipeline.
+
+    Returns:
+        Transformer and text encoders, by their names in the pipeline.
+    """
+    return nn.ModuleDict({name: getattr(pipeline, name) for name in ("transformer", *architecture.text_encoders)})
+
+
 def train_transformer(
-    pipeline: SanaPipeline,
-    latents: Tensor,
-    prompts: Sequence[str],
+    architecture: Architecture,
+    pipeline: Pipeline,
+    data: CaptionedLatents,
+    objective: Objective,
     settings: TransformerSettings,
     checkpoint: Path,
 ) -> TransformerResult:
-    """Trains transformer and text encoder of the pipeline in place; they end with averaged weights.
-
-    With x_0 the latents, e Gaussian noise and sigma in (0, 1), the model sees x = (1 - sigma) x_0 + sigma e at
-    timestep 1000 sigma and regresses e - x_0, as Sana does (https://arxiv.org/abs/2410.10629).
+    """Trains transformer and text encoders of the pipeline in place; they end with averaged weights.
 
     Args:
+        architecture: the pipeline's row of the table.
         pipeline: the pipeline; its autoencoder is not used.
-        latents: scaled latents, [N, 8, 8, 8].
-        prompts: N captions.
+        data: latents and captions.
+        objective: what the transformer learns to predict.
         settings: how to train.
         checkpoint: file that training resumes from when it exists, and that is rewritten as training goes on.
 
     Returns:
         Steps, minutes and final loss.
     """
-    run = _Run(pipeline, settings)
-    data = _CaptionedLatents(pipeline, latents, prompts, settings.caption_dropout)
+    run = _Run(trained_parts(architecture, pipeline), settings)
+    captions = _Captions(architecture, pipeline, data.prompts)
     if checkpoint.exists():
         run.load(checkpoint)
     start = time.monotonic() - 60 * run.minutes
     for step in range(len(run.losses) + 1, settings.num_steps + 1):
-        run.step(data.draw(settings.batch_size, run.generator))
+        if settings.num_text_steps is not None and step > settings.num_text_steps:
+            captions.freeze()
+        latents, noise, prompts = data.draw(settings.batch_size, settings.caption_dropout, run.generator)
+        # The flash kernel's backward pass is several times slower than plain matmuls at these sizes on a CPU.
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            denoise = partial(architecture.denoise, pipeline, conditions=captions(prompts))
+            loss = objective.loss(denoise, latents, noise, run.generator)
+        run.step(loss)
         run.minutes = (time.monotonic() - start) / 60
         if step % _PRINT_EVERY == 0:
             recent = sum(run.losses[-_PRINT_EVERY:]) / _PRINT_EVERY
-            print(f"transformer step {step}/{settings.num_steps} loss {recent:.4f} {run.minutes:.1f} min", flush=True)
+            print(f"{checkpoint.stem} {step}/{settings.num_steps} loss {recent:.4f} {run.minutes:.1f} min", flush=True)
         if step % settings.checkpoint_every == 0 or step == settings.num_steps:
             run.save(checkpoint)
     run.model.load_state_dict(run.average, strict=False)
-    run.model.eval()
+    run.model.requires_grad_(True).eval()
     tail = run.losses[-max(1, settings.num_steps // 10) :]
     return TransformerResult(len(run.losses), run.minutes, sum(tail) / len(tail))
 
 
-def load_average(pipeline: SanaPipeline, checkpoint: Path) -> int:
+def load_average(architecture: Architecture, pipeline: Pipeline, checkpoint: Path) -> int:
     """Puts the averaged weights of a checkpoint into the pipeline, to look at a training that still runs.
 
     Args:
+        architecture: the pipeline's row of the table.
         pipeline: the pipeline; changed in place.
         checkpoint: file that `train_transformer` wrote.
 
@@ -210,25 +246,15 @@ def load_average(pipeline: SanaPipeline, checkpoint: Path) -> int:
         The step of the checkpoint.
     """
     state = torch.load(checkpoint, weights_only=True)
-    _Denoiser(pipeline).load_state_dict(state["average"], strict=False)
+    trained_parts(architecture, pipeline).load_state_dict(state["average"], strict=False)
     return len(state["losses"])
 
 
-def _loss(
-    model: nn.Module, batch: tuple[Tensor, Tensor, Tensor], sigma_spread: float, generator: torch.Generator
-) -> Tensor:
-    latents, tokens, mask = batch
-    sigma = torch.sigmoid(torch.randn(len(latents), generator=generator) * sigma_spread)
-    noise = torch.randn(latents.shape, generator=generator)
-    noisy = torch.lerp(latents, noise, sigma.view(-1, 1, 1, 1))
-    # The flash kernel's backward pass is several times slower than plain matmuls at these sizes on a CPU.
-    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-        velocity = model(noisy, sigma, tokens, mask)
-    return F.mse_loss(velocity.float(), noise - latents)
-
-
-def _schedule(optimizer: torch.optim.Optimizer, settings: TransformerSettings) -> torch.optim.lr_scheduler.LRScheduler:
-    decay = settings.num_steps - settings.num_warmup_steps
-    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=settings.num_warmup_steps)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, decay, eta_min=settings.learning_rate / 100)
-    return torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], [settings.num_warmup_steps])
+def _learning_rate(step: int, settings: TransformerSettings) -> float:
+    """Linear warmup, then cosine decay; of the step alone, so that a finished training can be made longer."""
+    if step <= settings.num_warmup_steps:
+        factor = step / settings.num_warmup_steps
+    else:
+        share = (step - settings.num_warmup_steps) / (settings.num_steps - settings.num_warmup_steps)
+        factor = 0.01 + 0.99 * (1 + math.cos(math.pi * share)) / 2
+    return settings.learning_rate * factor
