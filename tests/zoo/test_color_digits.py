@@ -187,3 +187,15 @@ def test_trained_autoencoder_gives_latents_of_unit_variance(name: str, untrained
 def test_locating_an_unknown_model_raises() -> None:
     with pytest.raises(ValueError, match=r"name is 'sd3'; allowed are color-digits-sana, color-digits-sd3, .*Pass one"):
         zoo_path("sd3")
+
+
+def test_all_models_of_the_zoo_together_are_at_most_30_mb() -> None:
+    from fraqat.zoo import locate
+
+    folder = Path(locate.__file__).parent
+    models = [
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts
+    ]
+    assert sum(path.stat().st_size for path in models) <= 30_000_000

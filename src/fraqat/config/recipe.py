@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -50,7 +51,7 @@ class QuantizationSpec:
         return QuantSpec(self.weight, self.activation)
 
 
-class Recipe(BaseModel):
+class Recipe(BaseModel, ABC):
     """Everything that decides a run; each model family adds its data and evaluation. Unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -68,9 +69,9 @@ class Recipe(BaseModel):
     baselines: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     @property
+    @abstractmethod
     def num_train(self) -> int | None:
         """Training samples of one epoch; None where only the data knows."""
-        raise NotImplementedError
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -53,7 +53,7 @@ def explain_hub_errors(field: str, path: str, revision: str | None) -> Generator
     """
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # of libraries that are not imported here, told by name; all others go on as they are
         if isinstance(error, FraqatError | ModuleNotFoundError) or not _is_known(error):
             raise
         text = " ".join(str(error).split()).rstrip(".")[:_MAX_SHOWN]

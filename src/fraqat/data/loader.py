@@ -16,20 +16,6 @@ from fraqat.data.samples import Outcome, Sample, SampleSet, Ticket, TicketOrder
 from fraqat.errors import CheckpointError, ConfigError, config_error
 
 
-class BatchStream(Protocol):
-    """Endless batches whose position can be saved."""
-
-    def __iter__(self) -> Iterator[Mapping[str, Any]]: ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Puts the position back; call it before iterating."""
-        ...
-
-
 class Rows(Protocol):
     """Rows that can be had by number."""
 

@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 from fraqat.errors import ModelError
 from fraqat.nn import LayerFamilies, LayerRule
+from fraqat.tasks.layer_patterns import exceptions, named_families
 
 NUM_TRAIN_TIMESTEPS = 1000
 """Timesteps of the training process of every pipeline here: flow matching's sigma = 1 is timestep 1000."""
@@ -84,19 +85,14 @@ class Architecture:
 
     def default_rules(self) -> tuple[LayerRule, ...]:
         """The table's exceptions as rules, to be put before the recipe's own."""
-        kept = tuple(LayerRule(pattern=pattern, activation_bits=16) for pattern in self.last_layers)
-        return (*kept, *(LayerRule(pattern=pattern, skip=True) for pattern in self.skipped))
-
-
-def _families(**patterns: tuple[str, ...]) -> LayerFamilies:
-    return LayerFamilies(MappingProxyType(patterns))
+        return exceptions(self.last_layers, self.skipped)
 
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
         "SanaTransformer2DModel": Architecture(
             last_layers=("proj_out",),
-            families=_families(
+            families=named_families(
                 FF=("transformer_blocks.*.ff.*",),
                 Attn=("transformer_blocks.*.attn1.*", "transformer_blocks.*.attn2.*"),
                 TF=("transformer_blocks.*",),
@@ -107,7 +103,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "PixArtTransformer2DModel": Architecture(last_layers=("proj_out",), process=Process.NOISE, timesteps="uniform"),
         "FluxTransformer2DModel": Architecture(
             last_layers=("proj_out",),
-            families=_families(
+            families=named_families(
                 FF=("*.ff.*", "*.ff_context.*", "*.proj_mlp", "single_transformer_blocks.*.proj_out"),
                 Attn=("*.attn.*",),
                 TF=("transformer_blocks.*", "single_transformer_blocks.*"),

@@ -8,19 +8,19 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 import transformers
 from torch import Tensor, nn
 
-from fraqat.data.loader import TensorRows
-from fraqat.distill import LANGUAGE_LOSSES, Batch, BatchStream, LossSpec, Prediction
+from fraqat.distill import LANGUAGE_LOSSES, Batch, LossSpec, Prediction
 from fraqat.distill.next_token import logit_chunks, next_token_kl, token_rows
 from fraqat.errors import ModelError, config_error
 from fraqat.tasks.language_layers import decoder_layers, head_parts
 from fraqat.tasks.language_spec import LanguageSpec
 from fraqat.tasks.loading import check_complete, check_component, explain_loading, is_folder
+from fraqat.tasks.row_task import BatchSource, RowTask
 from fraqat.tasks.spec import ModelSpec
 
 INPUTS, MASK = "input_ids", "attention_mask"
@@ -29,27 +29,7 @@ _CHECKED_TOKENS = 8
 _HEAD_TOLERANCE = 0.02
 
 
-class TokenSource(Protocol):
-    """Packed token rows with the column `input_ids` [N, L] and, where rows are padded, `attention_mask`; a `RowSource`."""
-
-    def train_stream(self, batch_size: int, seed: int) -> BatchStream:
-        """Shuffled batches without end."""
-        ...
-
-    def steps_per_epoch(self, batch_size: int) -> int:
-        """Whole batches in the training rows."""
-        ...
-
-    def validation_batches(self, batch_size: int) -> Sequence[Batch]:
-        """The held-out rows in order."""
-        ...
-
-    def first_rows(self, num_rows: int) -> TensorRows:
-        """The first training rows."""
-        ...
-
-
-class LanguageTask:
+class LanguageTask(RowTask):
     """Distils the next-token distributions of a causal language model, over its full vocabulary.
 
     Args:
@@ -62,8 +42,9 @@ class LanguageTask:
         ConfigError: A layer of `spec.hidden_layers` does not exist.
     """
 
-    def __init__(self, teacher: nn.Module, source: TokenSource, spec: LanguageSpec | None = None):
-        self.source, self.spec = source, spec or LanguageSpec()
+    def __init__(self, teacher: nn.Module, source: BatchSource, spec: LanguageSpec | None = None):
+        super().__init__(source)
+        self.spec = spec or LanguageSpec()
         num_layers = len(decoder_layers(teacher)[1])
         if any(layer >= num_layers for layer in self.spec.hidden_layers):
             raise config_error(
@@ -73,27 +54,6 @@ class LanguageTask:
                 fix="leave the others out",
             )
         check_head(teacher)
-
-    def train_stream(self, batch_size: int, seed: int) -> BatchStream:
-        """Shuffled batches of token rows.
-
-        Raises:
-            ConfigError: The batch is larger than the data.
-        """
-        return self.source.train_stream(batch_size, seed)
-
-    def steps_per_epoch(self, batch_size: int) -> int:
-        """Whole batches in the training data."""
-        return self.source.steps_per_epoch(batch_size)
-
-    def validation_batches(self, batch_size: int) -> list[Batch]:
-        """The held-out rows in order."""
-        return list(self.source.validation_batches(batch_size))
-
-    def calibration_batches(self, num_samples: int, batch_size: int) -> list[Batch]:
-        """The first training rows."""
-        generator = torch.Generator().manual_seed(0)
-        return [self.make_inputs(batch, generator) for batch in self.source.first_rows(num_samples).batches(batch_size)]
 
     def make_inputs(self, batch: Batch, generator: torch.Generator) -> Batch:
         """The token rows as they are; nothing is random."""

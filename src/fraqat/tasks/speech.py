@@ -6,42 +6,23 @@ Shape suffixes: N samples, T text tokens, L frames, M mel bands, S width of a sp
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fraqat.data.loader import RowSource, TensorRows
 from fraqat.data.speech import Speech
-from fraqat.distill import OUTPUT_LOSSES, Batch, BatchStream, LossSpec, Prediction
+from fraqat.distill import OUTPUT_LOSSES, Batch, LossSpec, Prediction
 from fraqat.errors import config_error
+from fraqat.tasks.row_task import BatchSource, RowTask
 from fraqat.tasks.speech_architectures import speech_architecture_of
 
 Tokenize = Callable[[Sequence[str]], Mapping[str, Tensor]]
 """Texts -> `input_ids` and `attention_mask` [N, T], padded on the right."""
 
 
-class SpeechSource(Protocol):
-    """Encoded utterances, such as a `RowSource` that `speech_source` made."""
-
-    def train_stream(self, batch_size: int, seed: int) -> BatchStream:
-        """Shuffled batches without end."""
-        ...
-
-    def steps_per_epoch(self, batch_size: int) -> int:
-        """Whole batches in the training rows."""
-        ...
-
-    def validation_batches(self, batch_size: int) -> Sequence[Batch]:
-        """The held-out rows in order."""
-        ...
-
-    def first_rows(self, num_rows: int) -> TensorRows:
-        """The first training rows."""
-        ...
-
-
-class SpeechTask:
+class SpeechTask(RowTask):
     """Distils what a text-to-speech model predicts from a given history, over the frames and tokens that are not padding.
 
     Both models are called without dropout and with fixed running statistics; the dropout that SpeechT5's prenet has even in
@@ -52,31 +33,10 @@ class SpeechTask:
         source: Utterances, encoded for this teacher.
     """
 
-    def __init__(self, teacher: nn.Module, source: SpeechSource):
+    def __init__(self, teacher: nn.Module, source: BatchSource):
         self.architecture = speech_architecture_of(teacher)
-        self.source = source
+        super().__init__(source)
         self._config = cast(Any, teacher).config
-
-    def train_stream(self, batch_size: int, seed: int) -> BatchStream:
-        """Shuffled batches of utterances.
-
-        Raises:
-            ConfigError: The batch is larger than the data.
-        """
-        return self.source.train_stream(batch_size, seed)
-
-    def steps_per_epoch(self, batch_size: int) -> int:
-        """Whole batches in the training data."""
-        return self.source.steps_per_epoch(batch_size)
-
-    def validation_batches(self, batch_size: int) -> list[Batch]:
-        """The held-out utterances in order."""
-        return list(self.source.validation_batches(batch_size))
-
-    def calibration_batches(self, num_samples: int, batch_size: int) -> list[Batch]:
-        """The first training utterances."""
-        generator = torch.Generator().manual_seed(0)
-        return [self.make_inputs(batch, generator) for batch in self.source.first_rows(num_samples).batches(batch_size)]
 
     def make_inputs(self, batch: Batch, generator: torch.Generator) -> Batch:
         """Cuts the batch to its longest text and utterance, and draws dropout masks from `generator`."""

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from fraqat.data.speech_signal import LogMelSpec
 from fraqat.errors import ModelError
 from fraqat.nn import LayerFamilies, LayerRule
+from fraqat.tasks.layer_patterns import exceptions, named_families
 from fraqat.tasks.speech_calls import SpeechCalls
 from fraqat.tasks.speech_fastspeech2 import FASTSPEECH2_CALLS
 from fraqat.tasks.speech_speecht5 import SPEECHT5_CALLS
@@ -46,12 +47,7 @@ class SpeechArchitecture:
 
     def default_rules(self) -> tuple[LayerRule, ...]:
         """The table's exceptions as rules, to be put before the recipe's own."""
-        kept = tuple(LayerRule(pattern=pattern, activation_bits=16) for pattern in self.last_layers)
-        return (*kept, *(LayerRule(pattern=pattern, skip=True) for pattern in self.skipped))
-
-
-def _families(**patterns: tuple[str, ...]) -> LayerFamilies:
-    return LayerFamilies(MappingProxyType(patterns))
+        return exceptions(self.last_layers, self.skipped)
 
 
 SPEECH_ARCHITECTURES: Mapping[str, SpeechArchitecture] = MappingProxyType(
@@ -62,7 +58,7 @@ SPEECH_ARCHITECTURES: Mapping[str, SpeechArchitecture] = MappingProxyType(
             last_layers=("speech_decoder_postnet.feat_out",),
             skipped=("speech_decoder_postnet.prob_out",),
             weights=MappingProxyType({"spectrogram": 1.0, "refined": 1.0, "stop": 0.02}),
-            families=_families(
+            families=named_families(
                 FF=("*.layers.*.feed_forward.*",),
                 Attn=("*.layers.*.attention.*", "*.layers.*.self_attn.*", "*.layers.*.encoder_attn.*"),
                 TF=("*.wrapped_encoder.layers.*", "*.wrapped_decoder.layers.*"),
@@ -79,7 +75,7 @@ SPEECH_ARCHITECTURES: Mapping[str, SpeechArchitecture] = MappingProxyType(
             weights=MappingProxyType(
                 {"spectrogram": 1.0, "refined": 1.0, "log_duration": 0.1, "pitch": 0.1, "energy": 0.1}
             ),
-            families=_families(
+            families=named_families(
                 FF=("*.conformer_layers.*.feed_forward*",),
                 Attn=("*.conformer_layers.*.self_attn.*",),
                 TF=("*.conformer_layers.*",),

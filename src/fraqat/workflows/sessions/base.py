@@ -19,7 +19,7 @@ from fraqat.config import Recipe
 from fraqat.distill import DistillTask
 from fraqat.errors import ModelError
 from fraqat.export import ModelDescription, load_packed_, read_packed
-from fraqat.nn import LayerFamilies, LayerRule, QuantReport, describe, quantize_
+from fraqat.nn import LayerFamilies, LayerRule, QuantReport, quantize_
 from fraqat.planning import Workload
 from fraqat.tasks import ModelSpec
 from fraqat.tasks.known import KnownModel, describe_model
@@ -174,10 +174,6 @@ class Session(ABC, Generic[RecipeT]):
     def layers(self, recipe: Recipe) -> QuantReport:
         """The report of `new_student`, from the configuration alone."""
         return self.quantize(self.known.build(), recipe)
-
-    def original_layers(self) -> QuantReport:
-        """The layers before anything is quantized, from the configuration alone."""
-        return describe(self.known.build(), self.families)
 
     def quantize(self, student: nn.Module, recipe: Recipe) -> QuantReport:
         """Quantizes a model of the session as a recipe says."""
