@@ -218,12 +218,13 @@ def _branches(
 
 
 def cache_key(
-    spec: ModelSpec, description: Mapping[str, Any], sampler: SamplerSpec, *, of_paths: bool
+    spec: ModelSpec, content: str, description: Mapping[str, Any], sampler: SamplerSpec, *, of_paths: bool
 ) -> dict[str, Any]:
     """What encoded samples depend on, for `EncodedStore`.
 
     Args:
-        spec: The model; the content of a local folder's files counts, of a hub id the commit.
+        spec: The model.
+        content: Of `model_content`.
         description: What identifies the data, and how it is used.
         sampler: Size and sequence length; steps and guidance where the samples depend on them.
         of_paths: The samples are sampling paths, which depend on transformer, steps and guidance.
@@ -235,7 +236,7 @@ def cache_key(
         "model": {
             "variant": spec.variant,
             "dtype": spec.encoder_dtype,
-            "content": _content(spec, of_paths),
+            "content": content,
             "teacher_dtype": spec.teacher_dtype if of_paths else None,
         },
         "data": dict(description),
@@ -247,8 +248,13 @@ def cache_key(
     }
 
 
-def _content(spec: ModelSpec, with_transformer: bool) -> str:
-    """Digest of what encodes: the files of a local pipeline, or the commit of a hub id; and the transformer's own file."""
+def model_content(spec: ModelSpec, *, with_transformer: bool) -> str:
+    """SHA-256 of what encodes, in hexadecimal: the files of a local pipeline, or the commit of a hub id.
+
+    Args:
+        spec: The model; every file that counts is read once.
+        with_transformer: Also its weights, or the single file in their place.
+    """
     digest = hashlib.sha256()
     if spec.single_file is not None and with_transformer:
         digest.update(sha256_of(Path(spec.single_file)).encode())

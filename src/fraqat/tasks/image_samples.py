@@ -17,7 +17,7 @@ from fraqat.data.encoded import EncodedRows, EncodedShard, EncodedStore
 from fraqat.data.loader import ShuffledBatches
 from fraqat.distill import Batch, BatchStream
 from fraqat.errors import config_error
-from fraqat.tasks.encoding import EMPTY, NOISE, Encoder, cache_key
+from fraqat.tasks.encoding import EMPTY, NOISE, Encoder, cache_key, model_content
 from fraqat.tasks.spec import ModelSpec, SamplerSpec
 
 _VALIDATION_SEED_OFFSET = 2**30
@@ -134,18 +134,19 @@ class CachedSamples:
     @cached_property
     def _rows(self) -> Mapping[str, EncodedRows]:
         data = open_captioned(self._source.data, self._source.sampler.height, self._source.sampler.width)
-        rows = {split: self._build(split, data) for split in ("train", "validation")}
+        content = model_content(self._source.model, with_transformer=self._source.of_paths)
+        rows = {split: self._build(split, data, content) for split in ("train", "validation")}
         self._source.close_pipeline()
         return rows
 
-    def _build(self, split: str, data: CaptionedData) -> EncodedRows:
+    def _build(self, split: str, data: CaptionedData, content: str) -> EncodedRows:
         source = self._source
         other = "num_validation" if split == "train" else "num_train"
         description = {name: value for name, value in data.description.items() if name != other}
         description |= {"split": split, "learn_from": source.data.learn_from}
         if source.of_paths:
             description["caption_dropout"] = source.data.caption_dropout
-        key = cache_key(source.model, description, source.sampler, of_paths=source.of_paths)
+        key = cache_key(source.model, content, description, source.sampler, of_paths=source.of_paths)
         return EncodedStore(source.cache, key).build(lambda num_done: self._shards(split, data, num_done))
 
     def _shards(self, split: str, data: CaptionedData, num_done: int) -> Iterator[EncodedShard]:
