@@ -30,7 +30,6 @@ CLASSES = {
     "flux": ("FluxTransformer2DModel", "AutoencoderKL", "FlowMatchEulerDiscreteScheduler"),
 }
 GOOD = 0.93  # share of right digits on held-out prompts
-UNDERTRAINED = ("sd3", "pixart")  # their trainings were cut short; remove a name when its weights are better
 
 
 @pytest.fixture(params=ARCHITECTURES, scope="module")
@@ -119,15 +118,7 @@ def test_quality_file_is_on_the_card(folder: Path) -> None:
     assert ("10 % is chance" in card) == (held_out["digit"] < GOOD)
 
 
-@pytest.mark.parametrize(
-    "teacher",
-    [
-        pytest.param(teacher, marks=pytest.mark.xfail(strict=True, reason="training cut short"))
-        if teacher in UNDERTRAINED
-        else teacher
-        for teacher in ARCHITECTURES
-    ],
-)
+@pytest.mark.parametrize("teacher", ARCHITECTURES)
 def test_digits_are_those_asked_for(teacher: str) -> None:
     figures = json.loads((zoo_path(f"color-digits-{teacher}") / "quality.json").read_text())
     assert figures["held_out"]["digit"] >= GOOD
@@ -153,7 +144,8 @@ def test_written_pipeline_samples_what_the_kept_one_samples(
     settings = SamplerSettings(2, architecture.sampler.guidance_scale)
     prompts = ["a red seven on white", "a blue zero on yellow"]
     kept, stored = (sample(architecture, item, prompts, settings) for item in (pipeline, loaded))
-    torch.testing.assert_close(kept, stored, atol=1e-3, rtol=0)
+    # The kept transformer's table of positions was rounded with its weights; the loaded one computes it anew.
+    torch.testing.assert_close(kept, stored, atol=5e-3, rtol=0)
     assert kept.std() > 0.01
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fraqat.data.color_digits import IMAGE_SIZE
 from fraqat.zoo.color_digits_models import LATENT_CHANNELS, LATENT_SIZE, build_flux, build_pixart, build_sana, build_sd3
-from fraqat.zoo.objectives import FlowMatching, NoisePrediction, Objective
+from fraqat.zoo.objectives import FlowMatching, Objective, VelocityPrediction
 from fraqat.zoo.text_models import CAPTION_TOKENS
 
 Pipeline = Any
@@ -191,8 +191,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         build=build_sd3,
         text_encoders=("text_encoder", "text_encoder_2", "text_encoder_3"),
         conditions=_sd3_conditions,
-        objective=lambda _: FlowMatching(),
-        num_steps=3000,
+        objective=lambda _: FlowMatching(centre=0.8),
+        num_steps=6000,
+        num_text_steps=1500,
         sampler=SamplerSettings(12, 4.0),
         default_call=SamplerSettings(28, 7.0),
         arguments={**_SIZE, "max_sequence_length": CAPTION_TOKENS},
@@ -204,9 +205,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         conditions=_pixart_conditions,
         level_scale=1,
         shifts_latents=False,
-        objective=lambda pipeline: NoisePrediction(pipeline.scheduler.betas),
-        num_steps=3800,
-        num_text_steps=3000,
+        objective=lambda pipeline: VelocityPrediction(pipeline.scheduler.betas),
+        num_steps=6000,
+        num_text_steps=1500,
         sampler=SamplerSettings(12, 4.0),
         default_call=SamplerSettings(20, 4.5),
         arguments={

@@ -112,7 +112,7 @@ def build_sd3() -> StableDiffusion3Pipeline:
 
 
 def build_pixart() -> PixArtSigmaPipeline:
-    """Builds the PixArt-Sigma pipeline: T5, cross-attention, prediction of the noise and of its variance.
+    """Builds the PixArt-Sigma pipeline: T5, cross-attention, learned variance; it predicts velocity (see `objectives`).
 
     Returns:
         The pipeline, randomly initialised from the global generator.
@@ -132,7 +132,11 @@ def build_pixart() -> PixArtSigmaPipeline:
         **_HEADS,
     )
     scheduler: Any = DPMSolverMultistepScheduler(
-        beta_start=0.0001, beta_end=0.02, beta_schedule="linear", solver_order=2
+        beta_start=0.0001,
+        beta_end=0.02,
+        beta_schedule="linear",
+        solver_order=2,
+        prediction_type="v_prediction",
     )
     return PixArtSigmaPipeline(tokenizer, text_encoder, autoencoder, transformer, scheduler)
 

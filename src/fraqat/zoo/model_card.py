@@ -37,13 +37,11 @@ class _Notes:
         arguments: why the call has the arguments that it has.
         convention: what the model predicts, and from what.
         loss: name of the loss.
-        history: a line on how the weights in the folder came about, where the command alone does not say it.
     """
 
     arguments: str
     convention: str
     loss: str = "flow-matching loss"
-    history: str = ""
 
 
 _NOTES = {
@@ -64,12 +62,11 @@ _NOTES = {
         arguments="The last two arguments are needed: the defaults are made for large pictures and for packages that "
         "clean captions of web pages.",
         convention="The noise schedule is PixArt's: 1000 steps, linear variances from 0.0001 to 0.02. Of the 16 "
-        "output channels the first 8 predict the noise, with errors weighted as a flow's; the last 8 interpolate the "
+        "output channels the first 8 predict the velocity (`prediction_type` v_prediction, where PixArt-Sigma's own "
+        "checkpoints predict the noise: a denoiser of this size did not learn digits from it); the last 8 interpolate the "
         "log variance of the reverse step, trained with the variational bound at weight 0.1 and read by no sampler "
         "here. This pipeline scales the latents and does not shift them.",
-        loss="weighted loss",
-        history="- The first 3000 steps of the weights in this folder minimised the plain error of the noise,\n"
-        "  the others the weighted one, and were cut short.\n",
+        loss="velocity loss",
     ),
     "flux": _Notes(
         arguments="`max_sequence_length` is needed: this architecture attends to the padding of its captions, and the "
@@ -150,7 +147,7 @@ reconstructs pictures of unseen scans at
 - Transformer and text encoders, trained together: {transformer_steps} steps of {batch} latents,
   {transformer_minutes:.0f} minutes, final {loss_name} {loss:.3f}; {text_steps}10 % of the captions dropped; the
   weights are a moving average.
-{distillation}{history}- One CPU thread of a shared machine, bfloat16 autocast.
+{distillation}- One CPU thread of a shared machine, bfloat16 autocast.
 
 ## Data and licence
 
@@ -215,7 +212,6 @@ def write_card(
         loss_name=notes.loss,
         text_steps=f"text encoders frozen after {frozen} steps; " if (frozen := architecture.num_text_steps) else "",
         loss=record.transformer.loss,
-        history=notes.history,
         shortfall=_shortfall(quality["held_out"]),
         distillation=_distillation(architecture, architecture.distillation, record.distilled),
     )
