@@ -8,8 +8,10 @@ from typing import Any, ClassVar, Literal
 
 from fraqat.distill.losses import LossSpec
 from fraqat.errors import check_seed, config_error
-from fraqat.nn import STRICT_KEYS
+from fraqat.nn import STRICT_KEYS, EngineSpec
 from fraqat.schedules import LearningRateSpec
+
+CompileMode = Literal["none", "default", "cuda_graphs"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,9 @@ class TrainSpec:
         clip_norm: Largest norm of the whole gradient, None to leave it.
         ema_decay: Averages the trained parameters; the student that is kept is then the average. None for none.
         autocast: Precision of matrix products in training: `bfloat16`, or `none` for the model's own.
+        engine: How the products of quantized layers are computed in training.
+        compile: `none`; `default` compiles student and teacher once for all widths (needs a C++ compiler on a CPU, Triton on
+            CUDA; minutes at the start); `cuda_graphs` also records CUDA graphs.
         seed: Decides data order, noise, timesteps and dropped captions.
         validate_every, checkpoint_every: Steps between two; both also happen at the end.
         num_checkpoints_kept: Older ones are removed.
@@ -49,6 +54,8 @@ class TrainSpec:
     clip_norm: float | None = 1.0
     ema_decay: float | None = None
     autocast: Literal["bfloat16", "none"] = "bfloat16"
+    engine: EngineSpec = field(default_factory=EngineSpec)
+    compile: CompileMode = "none"
     seed: int = 1234
     validate_every: int = 100
     checkpoint_every: int = 100

@@ -19,11 +19,12 @@ from fraqat.distill.diagnose import first_non_finite_layer, first_non_finite_par
 from fraqat.distill.ema import ParameterAverage
 from fraqat.distill.interrupt import InterruptGuard
 from fraqat.distill.log import RunLog, StepRecord
-from fraqat.distill.spec import TrainSpec
+from fraqat.distill.spec import CompileMode, TrainSpec
 from fraqat.distill.task import Batch, DistillTask
 from fraqat.distill.validation import to_device, validation_loss
 from fraqat.errors import InterruptedRunError, NonFiniteLossError, config_error
-from fraqat.nn import set_bits_
+from fraqat.kernels import EngineName
+from fraqat.nn import IntegerLayers, set_bits_
 from fraqat.schedules import Schedule, Stage
 
 _STEP_TIMES_AVERAGED = 20
@@ -88,6 +89,9 @@ class Distiller:
             fused=True,
         )
         self.average = ParameterAverage(student, spec.ema_decay) if spec.ema_decay is not None else None
+        self.integers = IntegerLayers(student, spec.engine) if spec.engine.name != EngineName.REFERENCE else None
+        self._called_teacher = compiled(self.teacher, spec.compile)
+        self._called_student = compiled(student, spec.compile)
         self.stream = task.train_stream(spec.batch_size // spec.accumulation, spec.seed)
         self.step = 0
         self.train_s = 0.0
@@ -109,12 +113,17 @@ class Distiller:
             self.say(f"going on from the checkpoint after step {self.step}")
         batches = iter(self.stream)
         self.student.train()
+        is_named = False
         try:
             with InterruptGuard() as guard:
                 while self.step < self.schedule.total_steps:
                     stage = self._enter_stage(log)
                     record = self._train_step(batches, stage)
                     log.write_step(record)
+                    if self.integers is not None and not is_named:
+                        log.write_event("engines", record.step, **self.integers.record())
+                        self.say(self.integers.summary())
+                        is_named = True
                     self.on_step(record)
                     is_last = self.step == self.schedule.total_steps
                     if self.step % self.spec.validate_every == 0 and not is_last:
@@ -132,13 +141,23 @@ class Distiller:
 
     def validate(self) -> float:
         """Held-out distillation loss of the student, averaged if there is an average."""
-        with self.average.applied() if self.average else nullcontext():
+        if self.average is None:
             return validation_loss(self.task, self.teacher, self.student, self.spec)
+        with self.average.applied():
+            self._refresh_codes()
+            loss = validation_loss(self.task, self.teacher, self.student, self.spec)
+        self._refresh_codes()
+        return loss
+
+    def _refresh_codes(self) -> None:
+        if self.integers is not None:
+            self.integers.refresh_()
 
     def _enter_stage(self, log: RunLog) -> Stage:
         stage = self.schedule.stage_at(self.step)
         if self.step == stage.first_step:
             set_bits_(self.student, stage.bits)
+            self._refresh_codes()
             log.write_event("stage", self.step, stage=stage.index, bits=stage.bits, num_steps=stage.num_steps)
         return stage
 
@@ -155,8 +174,11 @@ class Distiller:
             part_loss = self._loss(to_device(inputs, self.device), stage) / self.spec.accumulation
             part_loss.backward()
             loss += part_loss.item()
+        if self.integers is not None:
+            self.integers.mask_gradients_()
         gradient_norm = self._clip_gradient(stage)
         self.optimizer.step()
+        self._refresh_codes()
         if self.average is not None:
             self.average.update()
         self.step += 1
@@ -164,9 +186,9 @@ class Distiller:
 
     def _loss(self, inputs: Batch, stage: Stage) -> Tensor:
         with torch.no_grad(), self._autocast():
-            teacher_output = self.task.predict(self.teacher, inputs)
+            teacher_output = self.task.predict(self._called_teacher, inputs)
         with self._autocast():
-            student_output = self.task.predict(self.student, inputs)
+            student_output = self.task.predict(self._called_student, inputs)
             loss = self.task.loss(student_output, teacher_output, inputs, self.spec.losses)
         if not bool(torch.isfinite(loss)):
             self._fail(stage, self._find_non_finite_layer(inputs), f"the loss is {loss.item()}")
@@ -206,9 +228,12 @@ class Distiller:
         if self.average is not None:
             self.average.copy_to_model()
             self.average = None
+        self._refresh_codes()
         self.student.eval()
         loss = self.validate()
         log.write_validation(self.step, self.schedule.stages[-1].bits, loss)
+        if self.integers is not None:
+            self.integers.release_()
         return DistillResult(self.step, self.train_s, loss)
 
     def _save(self, log: RunLog) -> None:
@@ -233,6 +258,7 @@ class Distiller:
         self.step, self.train_s = checkpoint.step, state["train_s"]
         set_bits_(self.student, self.schedule.stage_at(self.step - 1).bits)
         self.student.load_state_dict(state["student"])
+        self._refresh_codes()
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
@@ -270,3 +296,11 @@ class Distiller:
         if self.spec.autocast == "none":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+
+def compiled(model: nn.Module, mode: CompileMode) -> nn.Module:
+    """The model as training calls it: itself, or compiled."""
+    if mode == "none":
+        return model
+    options: Any = torch.compile(model, mode="reduce-overhead" if mode == "cuda_graphs" else "default")
+    return options

@@ -1,6 +1,7 @@
 """Quantized layers, and the functions that put them into any model."""
 
 from fraqat.nn.families import ALL, LayerFamilies
+from fraqat.nn.integer_layers import EngineSpec, IntegerLayers
 from fraqat.nn.layers import QuantizedLayer, QuantLinear, QuantPointwiseConv
 from fraqat.nn.packed import PackedLayer, packed_codes, to_packed_
 from fraqat.nn.spec import STRICT_KEYS, ActivationSpec, LayerRule, QuantSpec, WeightSpec
@@ -21,6 +22,8 @@ __all__ = [
     "ALL",
     "STRICT_KEYS",
     "ActivationSpec",
+    "EngineSpec",
+    "IntegerLayers",
     "LayerFamilies",
     "LayerRow",
     "LayerRule",

@@ -12,10 +12,14 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from fraqat.nn.integer import IntegerWeight, integer_dtype, integer_linear
 from fraqat.nn.quantizers import ActivationQuantizer, WeightQuantizer
 from fraqat.nn.spec import QuantSpec
 
-_ATTRIBUTES = ("weight_quantizer", "activation_quantizer")
+_ATTRIBUTES = ("weight_quantizer", "activation_quantizer", "integer")
+
+
+_BATCHED = 4
 
 
 class QuantizedLayer(nn.Module):
@@ -28,6 +32,7 @@ class QuantizedLayer(nn.Module):
     weight: Tensor
     weight_quantizer: WeightQuantizer
     activation_quantizer: ActivationQuantizer | None
+    integer: IntegerWeight | None
 
     @property
     def spec(self) -> QuantSpec:
@@ -41,6 +46,13 @@ class QuantizedLayer(nn.Module):
             x = self.activation_quantizer(x)
         return x, self.weight_quantizer(self.weight)
 
+    def integer_product(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The layer's output by its integer codes, or None where the floating-point path must run."""
+        dtype = integer_dtype(x, self.integer, self.activation_quantizer)
+        if dtype is None or self.integer is None or self.activation_quantizer is None:
+            return None
+        return integer_linear(x, self.weight, bias, self.activation_quantizer, self.integer, dtype)
+
 
 class QuantLinear(QuantizedLayer, nn.Linear):
     """y = fake_quantize(x) @ fake_quantize(W)^T + bias; x [..., I], W [O, I], bias [O], y [..., O]."""
@@ -51,6 +63,9 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns y [..., O] for input [..., I]."""
+        y = self.integer_product(input, self.bias)
+        if y is not None:
+            return y
         x, weight = self.quantized_operands(input)
         return nn.functional.linear(x, weight, self.bias)
 
@@ -64,6 +79,12 @@ class QuantPointwiseConv(QuantizedLayer, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns y [N, O, H', W'] for input [N, I, H, W] or [I, H, W]."""
+        if input.ndim == _BATCHED:
+            vertical, horizontal = self.stride
+            x = input if self.stride == (1, 1) else input[:, :, ::vertical, ::horizontal]
+            y = self.integer_product(x, self.bias)
+            if y is not None:
+                return y
         return pointwise_forward(self, self.quantized_operands, input)
 
 
@@ -100,6 +121,7 @@ def to_quantized_(module: nn.Module, twin: type[QuantizedLayer], spec: QuantSpec
     layer = cast(QuantizedLayer, module)
     layer.weight_quantizer = weight_quantizer
     layer.activation_quantizer = activation_quantizer
+    layer.integer = None
     return layer.train(layer.training)
 
 

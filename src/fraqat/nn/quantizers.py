@@ -17,11 +17,14 @@ from fraqat.numerics import (
     RangeMethod,
     RunningStatistics,
     choose_qparams,
+    clamp_codes,
     covers_every_value,
+    encode,
     fake_quantize,
     mse_clip_ratio,
     qparams_from_range,
     quantize,
+    round_to_codes,
 )
 
 
@@ -106,11 +109,30 @@ class WeightQuantizer(KeepsBufferDtype):
         qparams = self.qparams(weight)
         return quantize(weight.detach(), qparams, self.grid, self.layout), qparams
 
+    def unchecked_codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes as floats, of the weight's shape, and their scale; a weight that is not finite has a scale that is not."""
+        qparams = self.qparams(weight)
+        blocks = self.layout.split(weight.detach())
+        blocks = blocks.to(torch.promote_types(blocks.dtype, self.grid.compute_dtype))
+        return self.layout.join(encode(blocks, qparams, self.grid), tuple(weight.shape)), qparams.scale
+
     def forward(self, weight: Tensor) -> Tensor:
         """`weight` on the grid, same shape and dtype; straight-through gradient. `weight` itself while bypassed."""
         if self.is_bypassed:
             return weight
         return fake_quantize(weight, self.qparams(weight), self._levels(), self.layout)
+
+    def mask_gradient_(self, weight: Tensor) -> None:
+        """Zeroes the gradient of the weights that are clipped at the current width; a parameter with a gradient."""
+        assert weight.grad is not None
+        if covers_every_value(self.grid, self.spec.range_method, scale_dtype=self.spec.rounding_dtype):
+            return
+        blocks = self.layout.split(weight.detach())
+        rounded = round_to_codes(
+            blocks.to(torch.promote_types(blocks.dtype, self.grid.compute_dtype)), self.qparams(weight)
+        )
+        is_inside = clamp_codes(rounded, self.grid) == rounded
+        weight.grad.mul_(self.layout.join(is_inside, tuple(weight.shape)))
 
     def _levels(self) -> Grid | TensorLevels:
         # `grid` changes with the width: reading it here would make torch.compile recompile.
@@ -192,19 +214,28 @@ class ActivationQuantizer(KeepsBufferDtype):
             return x
         if self.is_bypassed:
             return x
-        if self.scale is not None:
-            if not self.is_calibrated:
-                raise config_error(
-                    "activation.static",
-                    True,
-                    allowed="layers calibrated before use",
-                    fix="call calibrate_ before training",
-                )
-            return fake_quantize(x, QParams(self.scale, self.zero_point), self.grid, self.layout)
-        qparams = choose_qparams(
-            x.detach(), self.grid, self.layout, self.spec.range_method, scale_dtype=self.spec.rounding_dtype
-        )
-        return fake_quantize(x, qparams, self.grid, self.layout, can_clip=self.can_clip)
+        return fake_quantize(x, self.qparams(x), self.grid, self.layout, can_clip=self.can_clip)
+
+    @property
+    def is_passive(self) -> bool:
+        """Whether inputs pass through as they are, observed or not."""
+        return self.is_bypassed or self.statistics is not None
+
+    def qparams(self, x: Tensor) -> QParams:
+        """Scale and zero point for `x`, measured on it or fixed; constants for autograd.
+
+        Raises:
+            ConfigError: Static and not calibrated yet.
+        """
+        if self.scale is None:
+            return choose_qparams(
+                x.detach(), self.grid, self.layout, self.spec.range_method, scale_dtype=self.spec.rounding_dtype
+            )
+        if not self.is_calibrated:
+            raise config_error(
+                "activation.static", True, allowed="layers calibrated before use", fix="call calibrate_ before training"
+            )
+        return QParams(self.scale, self.zero_point)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

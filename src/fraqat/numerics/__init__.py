@@ -11,10 +11,13 @@ from fraqat.numerics.qparams import (
     RangeMethod,
     RunningStatistics,
     choose_qparams,
+    clamp_codes,
     covers_every_value,
+    encode,
     estimate_range,
     mse_clip_ratio,
     qparams_from_range,
+    round_to_codes,
 )
 
 __all__ = [
@@ -30,14 +33,17 @@ __all__ = [
     "RangeMethod",
     "RunningStatistics",
     "choose_qparams",
+    "clamp_codes",
     "code_dtype",
     "covers_every_value",
     "dequantize",
+    "encode",
     "estimate_range",
     "fake_quantize",
     "mse_clip_ratio",
     "pack_codes",
     "qparams_from_range",
     "quantize",
+    "round_to_codes",
     "unpack_codes",
 ]

@@ -1,0 +1,277 @@
+"""The integer path of a quantized layer: y from int8 codes, gradients from the same codes.
+
+Shape suffixes: M tokens, K input channels, O output channels.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from fraqat.kernels import EngineTable, PreparedWeight, scaled_product
+from fraqat.nn.quantizers import ActivationQuantizer, KeepsBufferDtype, WeightQuantizer
+from fraqat.nn.spec import QuantSpec
+from fraqat.numerics import Granularity, clamp_codes, round_to_codes
+
+WIDEST_BITS = 8.0
+"""Above it codes do not fit in int8."""
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def why_not_integer(spec: QuantSpec) -> str:
+    """Why a layer quantized so cannot be an integer product; empty if it can."""
+    weight, activation = spec.weight, spec.activation
+    if activation is None:
+        return "inputs stay in floating point"
+    if activation.bits > WIDEST_BITS:
+        return f"{activation.bits:g}-bit inputs"
+    if weight.bits > WIDEST_BITS:
+        return f"{weight.bits:g}-bit weights"
+    if not weight.symmetric:
+        return "weights with an offset (Eq. 2)"
+    if weight.granularity is Granularity.GROUP:
+        return "float scales per group"
+    if not activation.symmetric and not activation.static:
+        return "dynamic inputs with an offset (Eq. 2)"
+    return ""
+
+
+class InputCodes(NamedTuple):
+    """A quantized input, its features on the last axis.
+
+    Args:
+        codes_MK: int8, or uint8 with a zero point.
+        token_scale: float32, [M], or [1] where all tokens share it.
+        zero_point: int32, 0-dim, or None.
+        inside: One bit per element, [M, ceil(K / 8)] uint8: which values were not clipped. None where none can be.
+    """
+
+    codes_MK: Tensor
+    token_scale: Tensor
+    zero_point: Tensor | None
+    inside: Tensor | None
+
+
+class SharedInput:
+    """The input that was quantized last, so that query, key and value quantize theirs once."""
+
+    def __init__(self) -> None:
+        self._key: tuple[Any, ...] | None = None
+        self._source: weakref.ref[Tensor] | None = None
+        self._codes: InputCodes | None = None
+
+    def get(self, x: Tensor, quantizer: ActivationQuantizer) -> InputCodes | None:
+        """What the same values were quantized to with the same settings, or None."""
+        if self._source is None or self._source() is not x or self._key != _input_key(x, quantizer):
+            return None
+        return self._codes
+
+    def put(self, x: Tensor, quantizer: ActivationQuantizer, codes: InputCodes) -> None:
+        """Remembers a quantized input until the next one."""
+        self._source, self._key, self._codes = weakref.ref(x, self._forget), _input_key(x, quantizer), codes
+
+    def _forget(self, _: object = None) -> None:
+        self._key, self._source, self._codes = None, None, None
+
+
+class IntegerWeight(KeepsBufferDtype):
+    """The codes of a layer's weight, made once per change of the weight and used by every product until the next.
+
+    Buffers, none of them saved: `codes` int8 [O, K], `scale` float32 [O], `row_sums` int32 [O], `handle` int64 0-dim.
+
+    Args:
+        table: Chooses the engine.
+        inputs: Shared by all layers of the model.
+        weight: [O, K] or [O, K, 1, 1].
+    """
+
+    codes: Tensor
+    scale: Tensor
+    row_sums: Tensor
+    handle: Tensor
+
+    def __init__(self, table: EngineTable, inputs: SharedInput, weight: Tensor):
+        super().__init__()
+        self.inputs = inputs
+        self.prepared = PreparedWeight(table)
+        shape, device = weight.flatten(1).shape, weight.device
+        self.register_buffer("codes", torch.zeros(shape, dtype=torch.int8, device=device), persistent=False)
+        self.register_buffer("scale", torch.ones(shape[0], device=device), persistent=False)
+        self.register_buffer("row_sums", torch.zeros(shape[0], dtype=torch.int32, device=device), persistent=False)
+        self.register_buffer("handle", self.prepared.handle, persistent=False)
+
+    @torch.no_grad()
+    def set_(self, codes: Tensor, scale: Tensor) -> None:
+        """Takes new codes in.
+
+        Args:
+            codes: Integers within int8, of the weight's shape.
+            scale: One per output channel, or one for all.
+        """
+        self.codes.copy_(codes.flatten(1))
+        self.scale.copy_(scale.flatten())
+        torch.sum(self.codes, 1, dtype=torch.int32, out=self.row_sums)
+        self.prepared.discard()
+
+    def refresh_(self, quantizer: WeightQuantizer, weight: Tensor) -> None:
+        """Quantizes the weight anew, at its current width."""
+        self.set_(*quantizer.unchecked_codes(weight))
+
+
+def integer_dtype(
+    x: Tensor, integer: IntegerWeight | None, activation: ActivationQuantizer | None
+) -> torch.dtype | None:
+    """The dtype that a linear layer gives for `x`, or None where the floating-point path must run.
+
+    It runs where the layer has no codes, its input is not quantized now (calibration), or the dtype has no integer path.
+    """
+    if integer is None or activation is None or activation.is_passive:
+        return None
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return dtype if dtype in _DTYPES and x.dtype is not torch.float64 else None
+
+
+def integer_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: ActivationQuantizer,
+    integer: IntegerWeight,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """y = (scales) * (codes of x) @ (codes of W)^T + bias, the sum exact.
+
+    Args:
+        x: [..., K], or [N, K, H, W] where the quantizer's channel axis is 1.
+        weight: Master weight [O, K] (or [O, K, 1, 1]): receives the gradient of the quantized weight straight through; the
+            mask of clipped weights is applied once per step (`IntegerLayers.mask_gradients_`). None where nothing is trained.
+        bias: [O] or None.
+        activation: Quantizer of x.
+        integer: Codes of the weight.
+        out_dtype: Of y: float32 or bfloat16.
+
+    Returns:
+        [..., O], or [N, O, H, W].
+
+    Gradient: to x and to the weight by products in `out_dtype` with the codes that the forward pass used, which are what is
+        kept for backward: 1 byte per element of x, and 1/8 more where x can be clipped.
+
+    Numerics: codes and scales are those of the floating-point path, bit for bit. The sum is exact, then scaled in float32
+        and rounded once; the floating-point path rounds its operands to the compute dtype first.
+    """
+    axis = activation.layout.channel_axis % x.ndim
+    codes = _quantize_shared(x, activation, integer.inputs)
+    row_sums = None if codes.zero_point is None else integer.row_sums
+    y_MO = _IntegerLinear.apply(
+        x, weight, bias, *codes, integer.codes, integer.scale, row_sums, integer.handle, axis, out_dtype
+    )
+    lead = [size for index, size in enumerate(x.shape) if index != axis]
+    return cast(Tensor, y_MO).view(*lead, -1).movedim(-1, axis)
+
+
+def quantize_input(x: Tensor, quantizer: ActivationQuantizer) -> InputCodes:
+    """Codes of x, features last.
+
+    Args:
+        x: [..., K], or [N, K, H, W] where the quantizer's channel axis is 1.
+        quantizer: Decides scale, zero point and codes.
+
+    Numerics: bit for bit the codes and scales of the quantizer's floating-point path.
+    """
+    axis = quantizer.layout.channel_axis
+    qparams = quantizer.qparams(x)
+    codes = rounded = round_to_codes(x if x.dtype == torch.float32 else x.float(), qparams)
+    inside = None
+    if quantizer.can_clip:
+        codes = clamp_codes(rounded, quantizer.grid)
+        inside = _pack_bits((codes == rounded).movedim(axis, -1).flatten(0, -2))
+    dtype = torch.int8 if quantizer.grid.qmin < 0 else torch.uint8
+    zero_point = None if qparams.zero_point is None else qparams.zero_point.reshape(()).to(torch.int32)
+    codes_MK = codes.to(dtype).movedim(axis, -1).flatten(0, -2).contiguous()
+    return InputCodes(codes_MK, _token_scale(qparams.scale, x, axis), zero_point, inside)
+
+
+def _quantize_shared(x: Tensor, quantizer: ActivationQuantizer, inputs: SharedInput) -> InputCodes:
+    # A compiler merges equal subexpressions itself, and cannot trace weak references.
+    if torch.compiler.is_compiling() or x.is_inference():
+        return quantize_input(x.detach(), quantizer)
+    codes = inputs.get(x, quantizer)
+    if codes is None:
+        codes = quantize_input(x.detach(), quantizer)
+        inputs.put(x, quantizer, codes)
+    return codes
+
+
+def _token_scale(scale: Tensor, x: Tensor, axis: int) -> Tensor:
+    if scale.numel() == 1:
+        return scale.reshape(1)
+    return scale.movedim(axis, -1).expand(*x.movedim(axis, -1).shape[:-1], 1).flatten()
+
+
+class _IntegerLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        codes_MK: Tensor,
+        token_scale: Tensor,
+        zero_point: Tensor | None,
+        inside: Tensor | None,
+        codes_OK: Tensor,
+        scale_O: Tensor,
+        row_sums_O: Tensor | None,
+        handle: Tensor,
+        axis: int,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.x_shape, ctx.x_dtype, ctx.axis, ctx.dtype = x.shape, x.dtype, axis, out_dtype
+        ctx.weight_shape, ctx.weight_dtype = (None, None) if weight is None else (weight.shape, weight.dtype)
+        ctx.save_for_backward(codes_MK, token_scale, zero_point, inside, codes_OK, scale_O)
+        bias_O = None if bias is None else bias.float()
+        return scaled_product(
+            codes_MK, token_scale, codes_OK, scale_O, zero_point, row_sums_O, bias_O, handle, out_dtype
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        codes_MK, token_scale, zero_point, inside, codes_OK, scale_O = ctx.saved_tensors
+        (grad_MO,) = grad_outputs
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_MK = (grad_MO * scale_O).to(ctx.dtype) @ codes_OK.to(ctx.dtype)
+            if inside is not None:
+                grad_MK = grad_MK * _unpack_bits(inside, grad_MK.shape[1])
+            lead = [size for index, size in enumerate(ctx.x_shape) if index != ctx.axis]
+            grad_x = grad_MK.view(*lead, -1).movedim(-1, ctx.axis).to(ctx.x_dtype)
+        if ctx.needs_input_grad[1]:
+            values_MK = codes_MK.to(ctx.dtype)
+            if zero_point is not None:
+                values_MK = values_MK - zero_point.to(ctx.dtype)  # at most 255: exact in bfloat16
+            scaled_MO = (grad_MO * token_scale.unsqueeze(-1)).to(ctx.dtype)
+            grad_weight = (scaled_MO.t() @ values_MK).to(ctx.weight_dtype).view(ctx.weight_shape)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad_MO.sum(0, dtype=torch.float32)
+        return grad_x, grad_weight, grad_bias, *([None] * 10)
+
+
+def _pack_bits(flags_MK: Tensor) -> Tensor:
+    padded = torch.nn.functional.pad(flags_MK.to(torch.uint8), (0, -flags_MK.shape[1] % 8))
+    place = 2 ** torch.arange(8, dtype=torch.uint8, device=flags_MK.device)
+    return (padded.unflatten(1, (-1, 8)) * place).sum(-1, dtype=torch.uint8)
+
+
+def _unpack_bits(packed: Tensor, width: int) -> Tensor:
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return ((packed.unsqueeze(-1) >> shifts) & 1).flatten(1)[:, :width]
+
+
+def _input_key(x: Tensor, quantizer: ActivationQuantizer) -> tuple[Any, ...]:
+    scale, zero_point = quantizer.scale, quantizer.zero_point
+    static = () if scale is None else (id(scale), scale._version, id(zero_point))
+    return x._version, quantizer.spec, quantizer.layout, *static

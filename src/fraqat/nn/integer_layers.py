@@ -1,0 +1,140 @@
+"""Puts the integer path into a quantized model, and keeps its codes in step with the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from fraqat.errors import config_error, parse_choice
+from fraqat.kernels import EngineName, EngineTable
+from fraqat.nn.integer import WIDEST_BITS, IntegerWeight, SharedInput, why_not_integer
+from fraqat.nn.layers import QuantizedLayer
+from fraqat.nn.spec import STRICT_KEYS
+from fraqat.nn.swap import quantized_layers
+from fraqat.table import Table
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """How the products of quantized layers are computed.
+
+    Args:
+        name: `auto` measures the engines that run here and takes the fastest per shape; `reference` computes with quantized
+            values in floating point; another name asks for that engine.
+        strict: Whether it is an error that the engine named cannot run here; if not, the others are measured.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_KEYS
+
+    name: EngineName = EngineName.AUTO
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", parse_choice("engine.name", self.name, EngineName))
+        if self.strict and self.name == EngineName.AUTO:
+            raise config_error("engine.strict", True, allowed="false with name: auto", fix="name the engine wanted")
+
+
+class IntegerLayers:
+    """The integer path of every layer of a model that can have one; the others keep the floating-point path.
+
+    The codes of the weights are made by `refresh_` alone: call it whenever weights or widths have changed (after an
+    optimizer step, `set_bits_`, `load_state_dict`). Autograd refuses a backward pass through codes that were refreshed
+    since its forward pass.
+
+    Args:
+        model: A quantized model, changed in place; `release_` undoes it.
+        spec: Which engine.
+        counts_preparation: Whether codes change often, as in training: see `EngineTable`.
+
+    Raises:
+        ConfigError: The engine named cannot run and `spec.strict`.
+    """
+
+    def __init__(self, model: nn.Module, spec: EngineSpec | None = None, *, counts_preparation: bool = True):
+        spec = spec or EngineSpec()
+        layers = dict(quantized_layers(model))
+        device = next(iter(layers.values())).weight.device if layers else torch.device("cpu")
+        self.table = EngineTable(device, spec.name, strict=spec.strict, counts_preparation=counts_preparation)
+        self.reasons = {name: reason for name, layer in layers.items() if (reason := why_not_integer(layer.spec))}
+        inputs = SharedInput()
+        self._layers: list[tuple[QuantizedLayer, IntegerWeight]] = [
+            (layer, IntegerWeight(self.table, inputs, layer.weight))
+            for name, layer in layers.items()
+            if name not in self.reasons
+        ]
+        self.refresh_()
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers have an integer path."""
+        return len(self._layers)
+
+    @torch.no_grad()
+    def refresh_(self) -> None:
+        """Quantizes every weight anew; a layer wider than 8 bits takes the floating-point path until it is narrower."""
+        for layer, integer in self._layers:
+            is_narrow = layer.weight_quantizer.bits <= WIDEST_BITS
+            if is_narrow:
+                integer.refresh_(layer.weight_quantizer, layer.weight)
+            if (layer.integer is not None) != is_narrow:
+                layer.integer = integer if is_narrow else None
+
+    @torch.no_grad()
+    def mask_gradients_(self) -> None:
+        """Zeroes the gradients of clipped weights: once, after the last backward pass of an optimizer step.
+
+        Linear in the gradient, so the same as masking every micro-batch (straight-through estimator).
+        """
+        for layer, _ in self._layers:
+            if layer.integer is not None and layer.weight.grad is not None:
+                layer.weight_quantizer.mask_gradient_(layer.weight)
+
+    def release_(self) -> None:
+        """Gives every layer its floating-point path back."""
+        for layer, _ in self._layers:
+            layer.integer = None
+
+    def record(self) -> dict[str, Any]:
+        """What was chosen and why, for a log: JSON values."""
+        chosen = [
+            {"shape": str(c.shape), "dtype": str(c.shape.out_dtype), "engine": c.engine, "times_ms": c.times_ms}
+            for c in self.table.choices
+        ]
+        floating = {"floating_point": _count(self.reasons), "unavailable": self.table.reasons}
+        return {"num_layers": self.num_layers, "chosen": chosen, **floating}
+
+    def summary(self) -> str:
+        """One line: how many layers, and which engines compute them."""
+        counts = _count({str(choice.shape): choice.engine for choice in self.table.choices})
+        engines = ", ".join(f"{name} ({count} shapes)" for name, count in counts.items()) or "none yet"
+        return (
+            f"integer products in {self.num_layers} layers, {len(self.reasons)} in floating point; engines: {engines}"
+        )
+
+    def to_table(self) -> Table:
+        """Which engine computes which shape, with the times measured."""
+        columns = ("tokens x in -> out", "dtype", "engine", "milliseconds")
+        rows = tuple(
+            (
+                str(choice.shape),
+                str(choice.shape.out_dtype).removeprefix("torch."),
+                choice.engine,
+                ", ".join(f"{name} {value:.2f}" for name, value in sorted(choice.times_ms.items())) or "not measured",
+            )
+            for choice in self.table.choices
+        )
+        notes = [f"{self.num_layers} layers by integer products"]
+        notes += [f"{reason}: {count} layers in floating point" for reason, count in _count(self.reasons).items()]
+        notes += [f"{name} cannot run: {reason}" for name, reason in self.table.reasons.items()]
+        return Table("Engines", columns, rows, tuple(notes))
+
+
+def _count(reasons: dict[str, str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for reason in reasons.values():
+        counts[reason] = counts.get(reason, 0) + 1
+    return counts
