@@ -1,18 +1,18 @@
 """Engines that compute the scaled integer product, and the table that picks one per shape."""
 
 from fraqat.kernels.engine import (
-    ENGINES,
     EngineChoice,
     EngineName,
     EngineTable,
     PreparedWeight,
     ProductShape,
+    engines_for,
     scaled_product,
 )
 from fraqat.kernels.product import Engine, Operands
+from fraqat.kernels.quantize import quantize_tokens, quantize_weight
 
 __all__ = [
-    "ENGINES",
     "Engine",
     "EngineChoice",
     "EngineName",
@@ -20,5 +20,8 @@ __all__ = [
     "Operands",
     "PreparedWeight",
     "ProductShape",
+    "engines_for",
+    "quantize_tokens",
+    "quantize_weight",
     "scaled_product",
 ]

@@ -7,6 +7,7 @@ engine's own layout, are looked up when the operator runs, so that one graph ser
 from __future__ import annotations
 
 import itertools
+import os
 import time
 import weakref
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fraqat.errors import config_error
+from fraqat.kernels.native import Native
 from fraqat.kernels.onednn import OneDnn
 from fraqat.kernels.portable import FloatCodes, IntegerMatmul
 from fraqat.kernels.product import Engine, Operands
@@ -88,7 +90,7 @@ class EngineTable:
         self.reasons: dict[str, str] = {}
         self._choices: dict[ProductShape, EngineChoice] = {}
         available: list[Engine] = []
-        for engine in ENGINES if engines is None else engines:
+        for engine in engines_for(device) if engines is None else engines:
             reason = engine.why_unavailable(device)
             if reason:
                 self.reasons[engine.name] = reason
@@ -155,9 +157,17 @@ class PreparedWeight:
         self.handle = torch.tensor(number)
         _WEIGHTS[number] = self
 
-    def discard(self) -> None:
-        """Forgets the layouts: the codes have changed."""
-        self._layouts.clear()
+    def renew(self, layouts: dict[str, Any] | None = None) -> None:
+        """Forgets the layouts, for the codes have changed.
+
+        Args:
+            layouts: Those that came with the new codes, by the names of their engines.
+        """
+        self._layouts = dict(layouts or {})
+
+    def layout(self, engine: str) -> Any:
+        """The weight as the engine of this name has it, to be written over; None if it has none yet."""
+        return self._layouts.get(engine)
 
     def product(self, operands: Operands, codes_OK: Tensor) -> Tensor:
         """y [M, O] of `Operands`, by the engine chosen for its shape."""
@@ -226,5 +236,10 @@ def _shape_of(operands: Operands, codes_OK: Tensor) -> ProductShape:
     return ProductShape(operands.codes_MK.device.type, num_tokens, num_inputs, num_outputs, operands.out_dtype)
 
 
-ENGINES: tuple[Engine, ...] = (OneDnn(), IntegerMatmul(), FloatCodes())
-"""All engines, the usually fastest first."""
+def engines_for(device: torch.device) -> tuple[Engine, ...]:
+    """The engines made for a kind of device, the usually fastest first, and those that run everywhere."""
+    if device.type == "cuda" or "TRITON_INTERPRET" in os.environ:
+        from fraqat.kernels.triton import Triton  # importing Triton takes a while
+
+        return Triton(), IntegerMatmul(), FloatCodes()
+    return Native(), OneDnn(), IntegerMatmul(), FloatCodes()
