@@ -10,7 +10,7 @@ from fraqat.kernels.engine import (
     scaled_product,
 )
 from fraqat.kernels.product import Engine, Operands
-from fraqat.kernels.quantize import quantize_tokens, quantize_weight
+from fraqat.kernels.quantize import quantize_stochastic, quantize_tokens, quantize_weight
 
 __all__ = [
     "Engine",
@@ -21,6 +21,7 @@ __all__ = [
     "PreparedWeight",
     "ProductShape",
     "engines_for",
+    "quantize_stochastic",
     "quantize_tokens",
     "quantize_weight",
     "scaled_product",

@@ -6,6 +6,7 @@ engine's own layout, are looked up when the operator runs, so that one graph ser
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import time
@@ -97,6 +98,8 @@ class EngineTable:
             else:
                 available.append(engine)
         wanted = [engine for engine in available if engine.name == name]
+        if name != EngineName.AUTO and not wanted:
+            self.reasons.setdefault(name.value, f"not made for {device.type}")
         if name != EngineName.AUTO and not wanted and strict:
             raise config_error(
                 "engine.name",
@@ -156,6 +159,13 @@ class PreparedWeight:
         number = next(_numbers)
         self.handle = torch.tensor(number)
         _WEIGHTS[number] = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PreparedWeight:
+        """A copy with a number of its own; a buffer that is the handle is copied to the same tensor."""
+        copied = PreparedWeight(self.table)
+        handle = copy.deepcopy(self.handle, memo)
+        copied.handle = handle.copy_(copied.handle)
+        return copied
 
     def renew(self, layouts: dict[str, Any] | None = None) -> None:
         """Forgets the layouts, for the codes have changed.

@@ -48,6 +48,37 @@ def _(x_MK: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x_MK, dtype=torch.int8), x_MK.new_empty(x_MK.shape[0], dtype=torch.float32)
 
 
+@torch.library.custom_op("fraqat::quantize_stochastic", mutates_args=())
+def quantize_stochastic(x_MK: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize_tokens` with stochastic rounding: a code is x / scale on average over the seeds.
+
+    scale = max(max|x| / 127, least normal float32), codes = floor(x / scale + u), u uniform in [0, 1)
+
+    Args:
+        x_MK: Any floating dtype but float64; contiguous.
+        seed: int64, 0-dim, on the CPU, 0 to 2^31 - 1: the same seed gives the same codes on the same kind of device.
+
+    Returns:
+        int8 codes [M, K] within [-127, 127], and float32 scales [M]; a token that is not finite has such a scale.
+    """
+    if x_MK.device.type == "cuda":
+        from fraqat.kernels.triton import Triton
+
+        if not (triton := Triton()).why_unavailable(x_MK.device):
+            return triton.quantize_stochastic(x_MK, int(seed))
+    x = x_MK.float()
+    scale = (x.abs().amax(-1) / _LARGEST_CODE).clamp(min=_SMALLEST_SCALE)
+    generator = torch.Generator(x.device).manual_seed(int(seed))
+    noise = torch.rand(x.shape, generator=generator, device=x.device)
+    codes = noise.add_(x / scale.unsqueeze(-1)).floor_().clamp_(-_LARGEST_CODE, _LARGEST_CODE)
+    return codes.to(torch.int8), scale
+
+
+@quantize_stochastic.register_fake
+def _(x_MK: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x_MK, dtype=torch.int8), x_MK.new_empty(x_MK.shape[0], dtype=torch.float32)
+
+
 def quantize_weight(
     weight_OK: Tensor,
     scale_O: Tensor,
