@@ -1,9 +1,8 @@
 """What do integer group scales cost against float ones? Signal to quantization noise of weights, in dB.
 
-Each case is a kind of weights, a width, a group size and a range method. Beside the package's own choice of integer scales
-stand two others: multipliers rounded up, and a base per channel that is searched among eight for the closest fit of the scales
-(`jump`: how far the quantized weights move when the weights move a little, relative to float scales). Prints a table and
-appends one JSON line per case.
+Each case is a kind of weights, a width, a group size and a range method. Beside the package's own choice of the multipliers
+stand others: rounded to the nearest, rounded up, and searched: every multiplier with each of six scales of the channel. Prints
+a table and appends one JSON line per case.
 
     python benchmarks/group_scales.py --out docs/results/group_scales.jsonl
 """
@@ -39,13 +38,12 @@ from fraqat.numerics import (
 from fraqat.table import Table
 from fraqat.zoo import zoo_path
 
-BITS = (3.0, 4.0, 5.0, 6.0)
-GROUP_SIZES = (32, 64, 128)
+BITS = (3.0, 4.0, 5.0, 6.0, 7.0)
+GROUP_SIZES = (32, 128)
 METHODS = (RangeMethod.MAX_ABS, RangeMethod.MSE)
-NUM_ROWS, WIDTH = 512, 1024
-NUM_BASES = 8
-MOVE = 1e-3
-"""Size of the small step that `jump` is measured with, relative to the weights' mean magnitude."""
+NUM_ROWS, WIDTH = 256, 1024
+CHANNEL_SHARES = (1.0, 0.92, 0.85, 0.78, 0.7, 0.6)
+"""Scales of the channel that `searched` tries, as shares of the package's."""
 
 
 def gaussian() -> list[Tensor]:
@@ -68,35 +66,55 @@ def trained() -> list[Tensor]:
 WEIGHTS: Mapping[str, Callable[[], list[Tensor]]] = {"Gaussian": gaussian, "Student t": student_t, "trained": trained}
 
 
-def rounded(wanted: Tensor, grid: Grid) -> Tensor:
+def chosen(weight: Tensor, wanted: Tensor, grid: Grid, layout: BlockLayout) -> Tensor:
     """The package's choice."""
-    return integer_group_scales(wanted, grid).product
+    return integer_group_scales(weight, wanted, grid, layout).product
 
 
-def rounded_up(wanted: Tensor, grid: Grid) -> Tensor:
+def nearest(weight: Tensor, wanted: Tensor, grid: Grid, layout: BlockLayout) -> Tensor:
+    """Multipliers rounded to the nearest."""
+    channel, largest = _channel(wanted, grid)
+    return channel * torch.minimum(torch.round(wanted / channel).clamp(min=1), largest)
+
+
+def rounded_up(weight: Tensor, wanted: Tensor, grid: Grid, layout: BlockLayout) -> Tensor:
     """Multipliers rounded up: no group is clipped that was not before."""
-    largest = largest_multiplier(grid)
-    base = wanted.amax(dim=1, keepdim=True) / largest
-    return base * torch.minimum(torch.ceil(wanted / base - 1e-5).clamp(min=1), largest)
+    channel, largest = _channel(wanted, grid)
+    return channel * torch.minimum(torch.ceil(wanted / channel - 1e-5).clamp(min=1), largest)
 
 
-def searched(wanted: Tensor, grid: Grid) -> Tensor:
-    """The base whose multiples are closest to the wanted scales, among a few."""
-    largest = largest_multiplier(grid)
-    top = wanted.amax(dim=1, keepdim=True) / largest
+def searched(weight: Tensor, wanted: Tensor, grid: Grid, layout: BlockLayout) -> Tensor:
+    """The least squared error of every multiplier with a few scales of the channel."""
+    top, largest = _channel(wanted, grid)
     best = torch.full_like(top, math.inf)
-    chosen = wanted
-    for share in torch.linspace(1.0, 0.75, NUM_BASES):
-        base = top * share
-        scale = base * torch.minimum(torch.round(wanted / base).clamp(min=1), largest)
-        error = (scale - wanted).square().sum(dim=1, keepdim=True)
-        chosen = torch.where(error < best, scale, chosen)
+    scale = wanted
+    for share in CHANNEL_SHARES:
+        group_best = torch.full_like(wanted, math.inf)
+        group_scale = wanted
+        for multiplier in range(1, int(largest) + 1):
+            tried = (top * share * multiplier).expand_as(wanted)
+            error = _errors(weight, fake_quantize(weight, QParams(tried), grid, layout), layout)
+            group_scale = torch.where(error < group_best, tried, group_scale)
+            group_best = torch.minimum(group_best, error)
+        error = group_best.sum(dim=1, keepdim=True)
+        scale = torch.where(error < best, group_scale, scale)
         best = torch.minimum(best, error)
-    return chosen
+    return scale
 
 
-CHOICES: Mapping[str, Callable[[Tensor, Grid], Tensor]] = {
-    "rounded": rounded,
+def _channel(wanted: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    largest = largest_multiplier(grid)
+    return wanted.amax(dim=1, keepdim=True) / largest, largest
+
+
+def _errors(weight: Tensor, quantized: Tensor, layout: BlockLayout) -> Tensor:
+    return layout.split((weight - quantized).square()).sum(dim=-1, keepdim=True)
+
+
+Choice = Callable[[Tensor, Tensor, Grid, BlockLayout], Tensor]
+CHOICES: Mapping[str, Choice] = {
+    "chosen": chosen,
+    "nearest": nearest,
     "rounded up": rounded_up,
     "searched": searched,
 }
@@ -113,18 +131,15 @@ def run_case(kind: str, bits: float, group_size: int, method: RangeMethod) -> di
     """One case: SQNR with a scale per channel and with float groups, and the loss of every choice of integer groups."""
     torch.manual_seed(0)
     weights = [w for w in WEIGHTS[kind]() if w.shape[1] % group_size == 0]
-    moved = [w + MOVE * w.abs().mean() * torch.randn_like(w) for w in weights]
     grid, layout = Grid(bits), BlockLayout(Granularity.GROUP, group_size=group_size)
-
-    def quantize(matrices: list[Tensor], choose: Callable[[Tensor, Grid], Tensor] | None) -> list[Tensor]:
-        wanted = [choose_qparams(w, grid, layout, method).scale for w in matrices]
-        scales = wanted if choose is None else [choose(scale, grid) for scale in wanted]
-        return [fake_quantize(w, QParams(s), grid, layout) for w, s in zip(matrices, scales, strict=True)]
-
     rows = BlockLayout(Granularity.CHANNEL)
+    wanted = [choose_qparams(w, grid, layout, method).scale for w in weights]
     per_channel = [fake_quantize(w, choose_qparams(w, grid, rows, method), grid, rows) for w in weights]
-    floats = quantize(weights, None)
-    float_db, float_move = sqnr_db(weights, floats), _distance(floats, quantize(moved, None))
+
+    def groups_db(scales: list[Tensor]) -> float:
+        quantized = [fake_quantize(w, QParams(s), grid, layout) for w, s in zip(weights, scales, strict=True)]
+        return sqnr_db(weights, quantized)
+
     record: dict[str, Any] = {
         "benchmark": "group_scales",
         "weights": kind,
@@ -133,14 +148,12 @@ def run_case(kind: str, bits: float, group_size: int, method: RangeMethod) -> di
         "method": method.value,
         "num_weights": sum(w.numel() for w in weights),
         "largest_multiplier": int(largest_multiplier(grid)),
+        "float_db": groups_db(wanted),
         "channel_db": sqnr_db(weights, per_channel),
-        "float_db": float_db,
     }
     for name, choose in CHOICES.items():
-        integers = quantize(weights, choose)
-        key = name.replace(" ", "_")
-        record[f"{key}_loss_db"] = float_db - sqnr_db(weights, integers)
-        record[f"{key}_jump"] = _distance(integers, quantize(moved, choose)) / float_move
+        scales = [choose(w, s, grid, layout) for w, s in zip(weights, wanted, strict=True)]
+        record[f"{name.replace(' ', '_')}_loss_db"] = record["float_db"] - groups_db(scales)
     return record | {
         "fraqat": __version__,
         "torch": torch.__version__,
@@ -160,9 +173,7 @@ def to_table(records: Sequence[Mapping[str, Any]]) -> Table:
             record["largest_multiplier"],
             round(record["float_db"], 2),
             round(record["float_db"] - record["channel_db"], 2),
-            *(round(record[f"{name.replace(' ', '_')}_loss_db"], 3) for name in CHOICES),
-            round(record["rounded_jump"], 3),
-            round(record["searched_jump"], 3),
+            *(round(record[f"{name.replace(' ', '_')}_loss_db"], 2) for name in CHOICES),
         )
         for record in records
     )
@@ -175,14 +186,8 @@ def to_table(records: Sequence[Mapping[str, Any]]) -> Table:
         "float groups, dB",
         "channel, loss",
         *(f"{name}, loss" for name in CHOICES),
-        "rounded, jump",
-        "searched, jump",
     )
     return Table("Integer group scales", columns, rows)
-
-
-def _distance(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
-    return math.sqrt(sum((a - b).double().square().sum().item() for a, b in zip(first, second, strict=True)))
 
 
 def _commit() -> str:

@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fraqat import ScheduleSpec, __version__
-from fraqat.distill import Batch, Distiller, LossSpec, TrainSpec
-from fraqat.nn import quantize_
+from fraqat.distill import Batch, Distiller, LossSpec, TeacherSpec, TrainSpec
+from fraqat.nn import EngineSpec, quantize_
 from fraqat.planning import Device, DeviceKind, Plan, Workload, measure_device, plan_training, squared_error
 from fraqat.schedules import ScheduleKind
 from fraqat.table import Table
@@ -64,6 +64,7 @@ class Case:
         shrink: Changes of the configuration that leave one block.
         shapes: Inputs by name, without the batch axis; `input_ids` are integers, every other one floats.
         batch_size, accumulation, autocast, ema_decay, validate_every: As in `TrainSpec`.
+        options: Further fields of `TrainSpec`.
     """
 
     class_name: str
@@ -75,12 +76,14 @@ class Case:
     autocast: str = "bfloat16"
     ema_decay: float | None = None
     validate_every: int = 2
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
 
     @property
     def train(self) -> TrainSpec:
         """The trainer's settings."""
         values: dict[str, Any] = {name: getattr(self, name) for name in ("batch_size", "accumulation", "autocast")}
-        return TrainSpec(**values, ema_decay=self.ema_decay, validate_every=self.validate_every, tensorboard=False)
+        values |= {"ema_decay": self.ema_decay, "validate_every": self.validate_every, **self.options}
+        return TrainSpec(**values, tensorboard=False)
 
     def inputs(self, num_samples: int) -> dict[str, Tensor]:
         """A random batch."""
@@ -157,6 +160,12 @@ ZOO = Case(
     {"hidden_states": (8, 8, 8), "encoder_hidden_states": (16, 64), "timestep": ()},
 )
 
+LEAN = {
+    "activation_checkpointing": "blocks",
+    "teacher": TeacherSpec("int8"),
+    "optimizer": "adamw_8bit",
+}
+
 CASES: Mapping[str, Case] = {
     "sd3": SD3,
     "sd3, float32": dataclasses.replace(SD3, autocast="none"),
@@ -164,6 +173,9 @@ CASES: Mapping[str, Case] = {
     "sana, one sample": dataclasses.replace(SANA, batch_size=1),
     "pixart": PIXART,
     "pixart, 8 parts": dataclasses.replace(PIXART, batch_size=8, accumulation=8),
+    "pixart, blocks": dataclasses.replace(PIXART, options={"activation_checkpointing": "blocks"}),
+    "pixart, lean": dataclasses.replace(PIXART, options=LEAN),
+    "pixart, fake": dataclasses.replace(PIXART, options={"engine": EngineSpec("reference")}),
     "flux": FLUX,
     "flux, averaged": dataclasses.replace(FLUX, ema_decay=0.99),
     "gemma2": GEMMA,

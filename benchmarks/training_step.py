@@ -113,7 +113,7 @@ def _ours(model: nn.Module, engine: str) -> Arm:
     if engine == "reference":
         return Arm(model)
     layers = IntegerLayers(model, EngineSpec(engine))
-    return Arm(model, layers.mask_gradients_, layers.refresh_)
+    return Arm(model, layers.finish_gradients_, layers.refresh_)
 
 
 def _torchao(model: nn.Module) -> Arm:

@@ -13,7 +13,7 @@ import sys
 import warnings
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -168,10 +168,6 @@ def plan(
     cached_teacher: Annotated[
         bool, typer.Option("--cached-teacher", help="Read the teacher's outputs from disk")
     ] = False,
-    activation_checkpointing: Annotated[
-        bool, typer.Option("--activation-checkpointing", help="Blocks run again in the backward pass")
-    ] = False,
-    optimizer_bits: Annotated[int, typer.Option(help="Bits of the optimizer's states, 32 or 8")] = 32,
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -180,8 +176,6 @@ def plan(
         num_devices=num_devices,
         sharding=sharding or (Sharding.NONE if num_devices == 1 else Sharding.FSDP),
         cached_teacher=cached_teacher,
-        activation_checkpointing=activation_checkpointing,
-        optimizer_bits=cast(Any, optimizer_bits),
     )
     planned = workflows.plan(load_recipe(recipe, tuple(settings or ())), device, options)
     _print_tables([planned.to_table()], as_json)
@@ -334,6 +328,8 @@ def _options(
 ) -> None:
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # libraries that we do not use; diffusers imports it where it is
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao registers enumerations there
     warnings.filterwarnings("ignore", category=FutureWarning, module="(diffusers|transformers|huggingface_hub)")
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # RMS norms under autocast
     warnings.filterwarnings("always", category=SkippedSamplesWarning)

@@ -20,7 +20,7 @@ from fraqat.distill import Distiller
 def make_distiller(tmp_path: Path):
     """Builds a fresh process' worth of trainer in the same run folder."""
 
-    def make(steps: int = 18, folder: str = "run", dropout: float = 0.0, **changes: Any) -> Distiller:
+    def make(steps: int = 18, folder: str = "run", dropout: float = 0.0, hidden: int = 16, **changes: Any) -> Distiller:
         on_step = changes.pop("on_step", lambda record: None)
         warn = changes.pop("warn", lambda text: None)
         fingerprint = changes.pop("fingerprint", {"a": 1})
@@ -28,8 +28,8 @@ def make_distiller(tmp_path: Path):
         schedule = changes.pop("schedule", ScheduleSpec("fractional").resolve(4.0, steps))
         return Distiller(
             task,
-            toy_teacher(dropout),
-            toy_student(dropout),
+            toy_teacher(dropout, hidden),
+            toy_student(dropout, hidden),
             schedule,
             toy_spec(**changes),
             tmp_path / folder,

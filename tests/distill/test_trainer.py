@@ -10,7 +10,7 @@ import pytest
 import torch
 from toy import ToyTask, toy_spec
 
-from fraqat.distill import StepRecord, read_log
+from fraqat.distill import StepRecord, TeacherSpec, read_log
 from fraqat.errors import CheckpointError, ConfigError, InterruptedRunError, NonFiniteLossError
 from fraqat.nn import quantized_layers
 from fraqat.schedules import LearningRateSpec, ScheduleSpec
@@ -25,6 +25,10 @@ class StopAt:
     def __call__(self, record: StepRecord) -> None:
         if record.step + 1 == self.step:
             raise RuntimeError("crash")
+
+
+EIGHT_BIT_HIDDEN = 512
+"""8 x 512 weights are the fewest whose state torchao keeps in 8 bits."""
 
 
 def weights(distiller) -> dict[str, torch.Tensor]:
@@ -55,7 +59,16 @@ def test_the_student_ends_at_the_target_width_and_passes_every_stage(make_distil
 
 
 @pytest.mark.parametrize("crash_after", [4, 6, 9, 17])
-@pytest.mark.parametrize("options", [{}, {"ema_decay": 0.9, "accumulation": 2, "weight_decay": 0.1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"ema_decay": 0.9, "accumulation": 2, "weight_decay": 0.1},
+        {"optimizer": "adamw_8bit", "hidden": EIGHT_BIT_HIDDEN, "weight_decay": 0.1},
+        {"teacher": TeacherSpec("int8")},
+    ],
+    ids=["plain", "averaged", "8-bit", "int8 teacher"],
+)
 def test_an_interrupted_run_ends_bitwise_equal(make_distiller, crash_after: int, options) -> None:
     whole = make_distiller(folder="whole", dropout=0.2, **options)
     whole_result = whole.run()
@@ -227,6 +240,9 @@ def test_frozen_parameters_do_not_move(make_distiller) -> None:
         ({"steps": 3, "epochs": 2.0}, "train.epochs = 2.0 .* null when train.steps is given"),
         ({"clip_norm": 0.0}, "train.clip_norm = 0.0 .* more than 0"),
         ({"seed": -1}, "train.seed = -1"),
+        ({"optimizer": "sgd"}, "train.optimizer = 'sgd' .* adamw, adamw_8bit"),
+        ({"optimizer_device": "disk"}, "train.optimizer_device = 'disk' .* same, host"),
+        ({"activation_checkpointing": "all"}, "train.activation_checkpointing = 'all' .* none, blocks"),
     ],
 )
 def test_impossible_settings_are_refused(changes, message: str) -> None:

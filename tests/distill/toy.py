@@ -44,13 +44,13 @@ class ToyTask:
         return distillation_loss(student["output"], teacher["output"], terms)
 
 
-def toy_teacher(dropout: float = 0.0) -> nn.Module:
+def toy_teacher(dropout: float = 0.0, hidden: int = 16) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Dropout(dropout), nn.Linear(16, 4))
+    return nn.Sequential(nn.Linear(8, hidden), nn.SiLU(), nn.Dropout(dropout), nn.Linear(hidden, 4))
 
 
-def toy_student(dropout: float = 0.0) -> nn.Module:
-    student = toy_teacher(dropout)
+def toy_student(dropout: float = 0.0, hidden: int = 16) -> nn.Module:
+    student = toy_teacher(dropout, hidden)
     quantize_(student, QuantSpec(weight=WeightSpec(range_method="mse")))
     return student
 

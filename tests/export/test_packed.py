@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from fraqat import ActivationSpec, LayerRule, QuantSpec, WeightSpec, quantize_
 from fraqat.errors import ModelError, OutputError
 from fraqat.export import ModelDescription, load_packed_, read_packed, write_packed
+from fraqat.files import sha256_of
 from fraqat.nn import packed_codes, quantized_layers
 
 DESCRIPTION = ModelDescription("Toy", {"width": 64}, "zoo:none")
@@ -30,6 +32,13 @@ SPECS = {
     "channel": WeightSpec(),
     "mse bf16": WeightSpec(range_method="mse", scale_dtype="bfloat16"),
     "group": WeightSpec(granularity="group", group_size=32, scale_dtype="bfloat16"),
+    "integer group": WeightSpec(granularity="group", group_size=32, group_scale="integer", range_method="mse"),
+    "integer group bf16": WeightSpec(
+        bits=4.5, granularity="group", group_size=16, group_scale="integer", scale_dtype="bfloat16"
+    ),
+    "integer group 12 bits": WeightSpec(bits=12, granularity="group", group_size=32, group_scale="integer"),
+    "learned": WeightSpec(range_method="learned"),
+    "learned bf16": WeightSpec(bits=4.5, range_method="learned", scale_dtype="bfloat16"),
     "tensor": WeightSpec(granularity="tensor"),
     "narrow": WeightSpec(narrow=True),
     "asymmetric": WeightSpec(symmetric=False, range_method="min_max"),
@@ -135,6 +144,40 @@ def test_four_bit_codes_lie_low_nibble_first(tmp_path: Path) -> None:
     assert description["model"]["class_name"] == "Toy"
     assert description["layers"] == {"0": 0}
     assert description["specs"][0]["weight"]["bits"] == 4.0
+
+
+def test_integer_group_scales_are_stored_as_one_byte_each(tmp_path: Path) -> None:
+    student = nn.Sequential(nn.Linear(64, 3))
+    weight = WeightSpec(granularity="group", group_size=16, group_scale="integer", scale_dtype="bfloat16")
+    quantize_(student, QuantSpec(weight))
+    write_packed(student, DESCRIPTION, tmp_path / "p")
+    with safe_open(tmp_path / "p" / "model.safetensors", framework="pt") as stream:
+        scale, multiplier = (stream.get_tensor(f"0.weight.{name}") for name in ("scale", "multiplier"))
+    assert (scale.dtype, scale.shape) == (torch.bfloat16, (3, 1, 1))
+    assert (multiplier.dtype, multiplier.shape) == (torch.uint8, (3, 4, 1))
+    _, qparams = student[0].weight_quantizer.codes(student[0].weight)
+    assert torch.equal(scale.float() * multiplier.float(), qparams.scale)
+    loaded = load_packed_(nn.Sequential(nn.Linear(64, 3)), read_packed(tmp_path / "p"))
+    assert torch.equal(loaded[0].scale, qparams.scale)
+
+
+def test_a_file_of_format_1_is_read(tmp_path: Path) -> None:
+    """It knows nothing of `group_scale`."""
+    student = nn.Sequential(nn.Linear(8, 3))
+    quantize_(student)
+    write_packed(student, DESCRIPTION, tmp_path / "p")
+    path, manifest_path = tmp_path / "p" / "model.safetensors", tmp_path / "p" / "manifest.json"
+    with safe_open(path, framework="pt") as stream:
+        metadata = json.loads(stream.metadata()["fraqat"])
+        tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+    del metadata["specs"][0]["weight"]["group_scale"]
+    save_file(tensors, path, {"fraqat": json.dumps(metadata | {"format_version": 1})})
+    manifest = json.loads(manifest_path.read_text())
+    manifest |= {"format_version": 1, "sha256": sha256_of(path)}
+    manifest_path.write_text(json.dumps(manifest))
+    loaded, x = load_packed_(nn.Sequential(nn.Linear(8, 3)), read_packed(tmp_path / "p")), torch.randn(2, 8)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), student(x))
 
 
 def test_an_edited_file_is_refused(tmp_path: Path) -> None:

@@ -17,6 +17,9 @@ TABLE_4 = (8, 7, 6, 5.5, 5, 4.75, 4.5, 4.25, 4)
 SPECS = {
     "W4A8": QuantSpec(),
     "group, MSE": QuantSpec(WeightSpec(granularity="group", group_size=4, range_method="mse")),
+    "group, integer": QuantSpec(WeightSpec(granularity="group", group_size=4, group_scale="integer")),
+    "learned": QuantSpec(WeightSpec(range_method="learned", scale_dtype="bfloat16")),
+    "group, learned": QuantSpec(WeightSpec(granularity="group", group_size=4, range_method="learned")),
     "asymmetric, tensor": QuantSpec(
         WeightSpec(symmetric=False, granularity="tensor", range_method="min_max"),
         ActivationSpec(symmetric=False, range_method="three_sigma"),

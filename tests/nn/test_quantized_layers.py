@@ -152,8 +152,9 @@ def test_layer_above_24_bits_has_exact_codes_and_gradient() -> None:
         WeightSpec(granularity="group", group_size=4),
         WeightSpec(granularity="tensor", range_method="three_sigma"),
         WeightSpec(range_method="mse"),
+        WeightSpec(range_method="learned", scale_dtype="bfloat16"),
     ],
-    ids=["plain", "bf16 scale", "narrow", "asymmetric", "group", "tensor three sigma", "mse"],
+    ids=["plain", "bf16 scale", "narrow", "asymmetric", "group", "tensor three sigma", "mse", "learned"],
 )
 def test_levels_as_tensors_equal_the_grid_bitwise(bits: float, spec: WeightSpec) -> None:
     """A layer computes with 0-dim tensors; the numeric core with plain numbers."""

@@ -9,7 +9,17 @@ from toy_workload import make_workload
 
 from fraqat.distill import TrainSpec
 from fraqat.errors import ConfigError
-from fraqat.planning import DEVICES, Device, DeviceKind, PlanOptions, Sharding, StepTrace, device_memory, trace_step
+from fraqat.planning import (
+    DEVICES,
+    Category,
+    Device,
+    DeviceKind,
+    PlanOptions,
+    Sharding,
+    StepTrace,
+    device_memory,
+    trace_step,
+)
 
 BARE = Device("bare", DeviceKind.GPU, 2**30, {"float32": 1e12, "bfloat16": 1e13}, 1e12, 1e-6, 1e11)
 SPLIT = ("weights", "teacher", "optimizer", "average")
@@ -36,16 +46,9 @@ def test_more_devices_never_need_more(trace: StepTrace) -> None:
     assert totals == sorted(totals, reverse=True)
 
 
-def test_an_8_bit_optimizer_has_two_bytes_and_a_scale_for_256(trace: StepTrace) -> None:
-    small = device_memory(trace, BARE, PlanOptions(optimizer_bits=8))
-    assert small.parts["optimizer"] == 2 * (trace.num_trained + 4 * -(-trace.num_trained // 256))
-
-
 def test_a_cached_teacher_is_not_loaded(trace: StepTrace) -> None:
     assert device_memory(trace, BARE, PlanOptions(cached_teacher=True)).parts["teacher"] == 0
-    assert device_memory(trace, BARE, PlanOptions(), teacher_share=0.5).parts["teacher"] * 2 == pytest.approx(
-        device_memory(trace, BARE, PlanOptions()).parts["teacher"]
-    )
+    assert device_memory(trace, BARE, PlanOptions()).parts["teacher"] == trace.constant[Category.TEACHER] > 0
 
 
 def test_the_fullest_moment_is_at_least_every_other_one(trace: StepTrace) -> None:
@@ -68,7 +71,6 @@ def test_the_reserve_of_a_device_is_added(trace: StepTrace) -> None:
         ({"num_devices": 2}, "plan.sharding = 'none' .* ddp or fsdp for 2 devices"),
         ({"sharding": "fsdp"}, "plan.sharding = 'fsdp' .* none for 1 device"),
         ({"num_devices": 2, "sharding": "zero"}, "plan.sharding = 'zero' .* none, ddp, fsdp"),
-        ({"optimizer_bits": 4}, "plan.optimizer_bits = 4 .* 8 or 32"),
     ],
 )
 def test_impossible_options_are_refused(values, message: str) -> None:

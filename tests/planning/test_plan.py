@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from toy_workload import make_student, make_workload, num_parameters
 
-from fraqat.distill import TrainSpec
+from fraqat.distill import TeacherSpec, TrainSpec
 from fraqat.errors import ConfigError
 from fraqat.planning import DEVICES, Device, Plan, PlanOptions, Sharding, Workload, plan_training
 
@@ -59,21 +60,41 @@ def wide_plan(wide: Workload) -> Plan:
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "train", "tolerance"),
+    ("name", "options", "changes"),
     [
-        ("reading the teacher's outputs", PlanOptions(cached_teacher=True), TRAIN, 0.03),
-        ("an 8-bit optimizer", PlanOptions(optimizer_bits=8), TRAIN, 0.0),
-        ("activation checkpointing", PlanOptions(activation_checkpointing=True), TRAIN, 0.15),
-        ("a micro-batch of one sample", PlanOptions(), TrainSpec(batch_size=32, accumulation=32), 0.0),
+        ("reading the teacher's outputs", PlanOptions(cached_teacher=True), {}),
+        ("train.teacher.dtype: bfloat16", PlanOptions(), {"teacher": TeacherSpec("bfloat16")}),
+        ("train.teacher.dtype: int8", PlanOptions(), {"teacher": TeacherSpec("int8")}),
+        ("train.optimizer: adamw_8bit", PlanOptions(), {"optimizer": "adamw_8bit"}),
+        ("train.optimizer_device: host", PlanOptions(), {"optimizer_device": "host"}),
+        ("train.activation_checkpointing: blocks", PlanOptions(), {"activation_checkpointing": "blocks"}),
+        ("a micro-batch of one sample", PlanOptions(), {"accumulation": 32}),
     ],
 )
 def test_advice_keeps_its_word(
-    wide: Workload, wide_plan: Plan, name: str, options: PlanOptions, train: TrainSpec, tolerance: float
+    wide: Workload, wide_plan: Plan, name: str, options: PlanOptions, changes: dict[str, Any]
 ) -> None:
     line = next(line for line in wide_plan.advice if line.startswith(name))
     promised = float(re.findall(r"([\d.]+) GiB needed", line)[0])
+    train = dataclasses.replace(TRAIN, **changes)
     reached = plan_training(wide, train, 100, tight(2**60), options).memory.num_bytes / 2**30
-    assert reached == pytest.approx(promised, abs=0.06, rel=tolerance)
+    assert reached == pytest.approx(promised, abs=0.06, rel=0.03)
+
+
+def test_all_settings_together_need_least(wide_plan: Plan) -> None:
+    needed = [float(number) for line in wide_plan.advice[:-1] for number in re.findall(r"([\d.]+) GiB needed", line)]
+    together = next(line for line in wide_plan.advice if line.startswith("all settings of train together"))
+    assert float(re.findall(r"([\d.]+) GiB", together)[0]) == min(needed)
+
+
+def test_an_optimizer_on_the_host_is_a_row_of_its_own(wide: Workload) -> None:
+    train = dataclasses.replace(TRAIN, optimizer_device="host")
+    made = plan_training(wide, train, 100, H100)
+    assert made.memory.parts["optimizer"] == 0
+    num_tensors = len(list(wide.student.parameters()))
+    assert made.memory.host_bytes == (8 + 4 + 4) * made.num_trained + 4 * num_tensors
+    assert "memory of the host: optimizer" in str(made.to_table())
+    assert "host" not in str(plan().to_table())
 
 
 def test_what_does_not_fit_says_by_how_much_and_how_many_devices_would_do() -> None:

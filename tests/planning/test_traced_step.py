@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 from typing import Any
 
@@ -9,14 +10,26 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from toy_workload import HIDDEN, LENGTH, NUM_BLOCKS, WIDTH, make_student, make_workload, num_parameters, predict
+from toy_workload import (
+    HIDDEN,
+    LENGTH,
+    NUM_BLOCKS,
+    WIDTH,
+    GatedBlock,
+    ToyNetwork,
+    make_student,
+    make_workload,
+    num_parameters,
+    predict,
+)
 
-from fraqat.distill import TrainSpec
-from fraqat.nn import quantize_, quantized_layers
-from fraqat.planning import Category, DeviceKind, Phase, StepTrace, Workload, repeated_blocks, trace_step
+from fraqat.distill import TeacherSpec, TrainSpec
+from fraqat.nn import EngineSpec, quantize_, quantized_layers
+from fraqat.planning import Category, DeviceKind, Phase, StepTrace, Workload, trace_step
 from fraqat.planning.fake import new_fake_mode, to_fake
 from fraqat.planning.recorder import StepRecorder
 
+REFERENCE = EngineSpec("reference")
 PLAIN = TrainSpec(batch_size=2, autocast="none")
 STEP_BYTES = 4
 """AdamW counts the steps of each parameter in a tensor of its own."""
@@ -85,7 +98,8 @@ def test_a_later_part_needs_what_a_second_pass_needs() -> None:
             recorder.phase = Phase.BACKWARD
             loss.backward()
             del loss
-    passes = trace(train=TrainSpec(batch_size=4, accumulation=2, autocast="none"), cached_teacher=True)
+    train = TrainSpec(batch_size=4, accumulation=2, autocast="none", engine=REFERENCE)
+    passes = trace(train=train, cached_teacher=True)
     second = max(m.gradients + m.codes + m.activations + m.temporary for m in recorder.moments)
     small = 64  # the loss is summed over outputs in a tensor of its own
     assert max(changing_bytes(passes, phase) for phase in (Phase.FORWARD, Phase.BACKWARD)) == pytest.approx(
@@ -100,14 +114,42 @@ def test_activations_grow_by_the_same_amount_with_every_sample_and_codes_do_not_
     assert len({max(m.codes for m in t.moments) for t in traces}) == 1
 
 
-def test_codes_are_the_quantized_weights_and_their_clip_masks() -> None:
-    student = make_student()
-    num_weights = sum(layer.weight.numel() for _, layer in quantized_layers(student))
+def codes_at_the_end(train: TrainSpec, **options: Any) -> int:
+    return [m.codes for m in trace(train=train, **options).moments if m.phase is Phase.FORWARD][-1]
+
+
+def test_codes_of_fake_quantization_are_weights_on_their_grid_and_clip_masks() -> None:
+    num_weights = sum(layer.weight.numel() for _, layer in quantized_layers(make_student()))
     kept_bytes = 4 + 1  # the float weight on its grid, and one byte that says where it was not clipped
-    at_the_end = [m.codes for m in trace(make_workload(student)).moments if m.phase is Phase.FORWARD][-1]
-    assert at_the_end == num_weights * kept_bytes
-    in_bf16 = trace(make_workload(student), TrainSpec(batch_size=2, autocast="bfloat16"))
-    assert [m.codes for m in in_bf16.moments if m.phase is Phase.FORWARD][-1] == num_weights * (2 + 1)
+    assert codes_at_the_end(dataclasses.replace(PLAIN, engine=REFERENCE)) == num_weights * kept_bytes
+    assert codes_at_the_end(TrainSpec(batch_size=2, engine=REFERENCE)) == num_weights * (2 + 1)
+
+
+@pytest.mark.parametrize(("kind", "copies"), [(DeviceKind.GPU, 1), (DeviceKind.CPU, 2)])
+def test_codes_of_the_integer_path_are_a_byte_for_a_weight(kind: DeviceKind, copies: int) -> None:
+    layers = [layer for _, layer in quantized_layers(make_student())]
+    num_weights = sum(layer.weight.numel() for layer in layers)
+    num_channels = sum(len(layer.weight) for layer in layers)
+    handles = 8 * len(layers)
+    expected = copies * num_weights + (4 + 4) * num_channels + handles  # float32 scales and int32 sums of the codes
+    assert codes_at_the_end(PLAIN, kind=kind) == expected
+
+
+def test_the_integer_path_keeps_a_byte_for_an_input_and_fake_quantization_more() -> None:
+    with torch.device("meta"):
+        student = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(5)))
+    quantize_(student)
+    rows = 1024
+
+    def held(engine: EngineSpec) -> list[int]:
+        workload = Workload(student, predict, lambda n: {"x": torch.empty(n, WIDTH, device="meta")})
+        train = TrainSpec(batch_size=rows, autocast="none", engine=engine)
+        traced = trace(workload, train, micro_batch=rows, cached_teacher=True)
+        return [m.activations for m in traced.moments if m.phase is Phase.FORWARD]
+
+    # The last layer's output and the loss are there too.
+    assert held(EngineSpec())[-1] / (rows * WIDTH) < 5 * (1 + 4 / WIDTH) + 3 * 4
+    assert held(REFERENCE)[-1] / (rows * WIDTH) > 5 * 4
 
 
 def test_matrix_products_are_counted() -> None:
@@ -144,23 +186,59 @@ def test_a_cached_teacher_takes_neither_memory_nor_time() -> None:
     assert total_flops(cached, Phase.BACKWARD) == total_flops(with_teacher, Phase.BACKWARD)
 
 
-def test_checkpointing_saves_what_was_estimated_and_costs_a_part_of_the_forward_pass() -> None:
-    workload = make_workload(make_student(num_blocks=5))
-    full = trace(workload, micro_batch=64)
-    thin = trace(workload, micro_batch=64, checkpoint_blocks=True)
-    peak = max(changing_bytes(full, phase) for phase in (Phase.FORWARD, Phase.BACKWARD))
-    saved = peak - max(changing_bytes(thin, phase) for phase in (Phase.FORWARD, Phase.BACKWARD))
-    assert saved == pytest.approx(full.checkpoint_saving_bytes, rel=0.15)
-    assert saved > 0.5 * peak
-    again = total_flops(thin, Phase.BACKWARD) - total_flops(full, Phase.BACKWARD)
-    assert (
-        again == 5 * 2 * 64 * LENGTH * WIDTH * HIDDEN
-    )  # up again; what comes out of down is not kept, so it is left out
+@pytest.mark.parametrize("engine", [EngineSpec(), EngineSpec("reference")])
+def test_checkpointing_saves_memory_and_computes_no_product_again(engine: EngineSpec) -> None:
+    with torch.device("meta"):
+        student = ToyNetwork(num_blocks=5, block=GatedBlock)
+    quantize_(student)
+    workload = make_workload(student)
+    plain = TrainSpec(batch_size=64, autocast="none", engine=engine)
+    full = trace(workload, plain, micro_batch=64)
+    thin = trace(workload, dataclasses.replace(plain, activation_checkpointing="blocks"), micro_batch=64)
+    held = [max(m.activations for m in t.moments if m.phase is Phase.FORWARD) for t in (full, thin)]
+    assert held[1] < 0.8 * held[0]
+    assert total_flops(thin, Phase.BACKWARD) == total_flops(full, Phase.BACKWARD)
+
+
+def test_an_8_bit_optimizer_has_two_bytes_and_scales_where_a_tensor_is_large() -> None:
+    student = make_student(hidden=4096 // WIDTH)
+    traced = trace(make_workload(student), dataclasses.replace(PLAIN, optimizer="adamw_8bit"))
+    sizes = [parameter.numel() for parameter in student.parameters()]
+    large = [size for size in sizes if size >= 4096 and size % 256 == 0]
+    assert large
+    maps = 2 * 256 * 4 * len(large)
+    expected = 2 * sum(size + 4 * size // 256 for size in large) + maps + 8 * (sum(sizes) - sum(large))
+    assert traced.constant[Category.OPTIMIZER] == expected + STEP_BYTES * len(sizes)
+
+
+def test_the_teacher_is_counted_as_it_is_held() -> None:
+    student = make_student()
+    layers = [layer for _, layer in quantized_layers(student)]
+    num_weights, num_channels = (sum(size(layer.weight) for layer in layers) for size in (torch.numel, len))
+    rest = 4 * (num_parameters(student) - num_weights)
+    held = {
+        dtype: trace(train=dataclasses.replace(PLAIN, teacher=TeacherSpec(dtype))).constant[Category.TEACHER]
+        for dtype in ("model", "bfloat16", "int8")
+    }
+    assert held["model"] == 4 * num_weights + rest
+    assert held["bfloat16"] == 2 * num_weights + rest
+    assert held["int8"] == num_weights + 4 * num_channels + rest
+
+
+def test_what_the_student_leaves_frozen_is_counted_once() -> None:
+    student = make_student()
+    for parameter in student.blocks.parameters():
+        parameter.requires_grad_(False)
+    traced = trace(make_workload(student))
+    frozen = num_parameters(student.blocks)
+    assert traced.constant[Category.TEACHER] == 4 * (num_parameters(student) - frozen)
+    in_half = trace(make_workload(student, teacher_dtype=torch.bfloat16))
+    assert in_half.constant[Category.TEACHER] == 2 * num_parameters(student)
 
 
 def test_validation_runs_on_the_whole_batch_without_autocast() -> None:
-    small = trace(train=TrainSpec(batch_size=4, accumulation=2), micro_batch=2)
-    large = trace(train=TrainSpec(batch_size=16, accumulation=8), micro_batch=2)
+    small = trace(train=TrainSpec(batch_size=4, accumulation=2, engine=REFERENCE), micro_batch=2)
+    large = trace(train=TrainSpec(batch_size=16, accumulation=8, engine=REFERENCE), micro_batch=2)
     assert changing_bytes(large, Phase.VALIDATION) > changing_bytes(small, Phase.VALIDATION)
     assert {item.dtype for item in small.work if item.phase is Phase.VALIDATION and item.num_flops} == {torch.float32}
 
@@ -194,12 +272,6 @@ def test_fake_copies_keep_ties_classes_and_flags() -> None:
     assert type(fake[0]) is type(model[0])
     assert not fake[0].bias.requires_grad
     assert fake[0].weight.device.type == "cpu"
-
-
-def test_repeated_blocks_are_the_outermost_lists() -> None:
-    student = make_student()
-    assert repeated_blocks(student) == list(student.blocks)
-    assert repeated_blocks(nn.Linear(2, 2)) == []
 
 
 class Attention(nn.Module):

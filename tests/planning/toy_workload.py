@@ -24,12 +24,22 @@ class Block(nn.Module):
         return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
 
 
+class GatedBlock(Block):
+    """More between its products, as in a transformer of today."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(self.norm(x) * x.sigmoid() + 1)
+        return x + self.down(nn.functional.silu(h) * h.tanh())
+
+
 class ToyNetwork(nn.Module):
     """Blocks on [N, T, width]."""
 
-    def __init__(self, width: int = WIDTH, hidden: int = HIDDEN, num_blocks: int = NUM_BLOCKS):
+    def __init__(
+        self, width: int = WIDTH, hidden: int = HIDDEN, num_blocks: int = NUM_BLOCKS, block: type[Block] = Block
+    ):
         super().__init__()
-        self.blocks = nn.ModuleList([Block(width, hidden) for _ in range(num_blocks)])
+        self.blocks = nn.ModuleList([block(width, hidden) for _ in range(num_blocks)])
         self.head = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ ORIGINAL = "original"
 """The full-precision model's name in tables."""
 
 _BASELINE_SECTIONS = ("quantization", "schedule", "train")
-_SHARED_TRAIN_FIELDS = ("batch_size", "seed", "epochs", "losses")
+_SHARED_TRAIN_FIELDS = ("batch_size", "seed", "epochs", "losses", "teacher")
 # What does not change the trained weights is left out of the fingerprint that a checkpoint must share.
 _FREE_TRAIN_FIELDS = ("validate_every", "checkpoint_every", "num_checkpoints_kept", "tensorboard")
 

@@ -1,10 +1,13 @@
 """Distillation of a quantized student from its full-precision teacher, for any model family."""
 
 from fraqat.distill.checkpoint import CheckpointStore, describe_difference
+from fraqat.distill.checkpointing import checkpoint_blocks_, keep_products, repeated_blocks
 from fraqat.distill.log import LOG_FILE, StepRecord, read_log
 from fraqat.distill.losses import LANGUAGE_LOSSES, OUTPUT_LOSSES, LossSpec, distillation_loss
-from fraqat.distill.spec import TrainSpec
+from fraqat.distill.optimizers import DeviceOptimizer, HostOptimizer, TrainOptimizer, make_optimizer
+from fraqat.distill.spec import TeacherSpec, TrainSpec
 from fraqat.distill.task import Batch, BatchStream, DistillTask, Prediction
+from fraqat.distill.teacher import StoredWeight, TeacherMemory, hold_teacher_, share_frozen_, store_weights_
 from fraqat.distill.trainer import Distiller, DistillResult
 from fraqat.distill.validation import validation_loss
 
@@ -15,15 +18,28 @@ __all__ = [
     "Batch",
     "BatchStream",
     "CheckpointStore",
+    "DeviceOptimizer",
     "DistillResult",
     "DistillTask",
     "Distiller",
+    "HostOptimizer",
     "LossSpec",
     "Prediction",
     "StepRecord",
+    "StoredWeight",
+    "TeacherMemory",
+    "TeacherSpec",
+    "TrainOptimizer",
     "TrainSpec",
+    "checkpoint_blocks_",
     "describe_difference",
     "distillation_loss",
+    "hold_teacher_",
+    "keep_products",
+    "make_optimizer",
     "read_log",
+    "repeated_blocks",
+    "share_frozen_",
+    "store_weights_",
     "validation_loss",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from fraqat.distill.losses import LossSpec
 from fraqat.errors import check_seed, config_error
@@ -12,6 +12,28 @@ from fraqat.nn import STRICT_KEYS, EngineSpec
 from fraqat.schedules import LearningRateSpec
 
 CompileMode = Literal["none", "default", "cuda_graphs"]
+OptimizerName = Literal["adamw", "adamw_8bit"]
+OptimizerDevice = Literal["same", "host"]
+TeacherDtype = Literal["model", "bfloat16", "int8"]
+CheckpointedModules = Literal["none", "blocks"]
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """How the teacher is held during training; see docs/memory.md.
+
+    Args:
+        dtype: Of the weights of its linear layers and convolutions: `model` leaves them as they were loaded
+            (`model.teacher_dtype`); `bfloat16` changes nothing in training under bfloat16 autocast, which rounds them at every
+            call; `int8` keeps codes with a scale for each output channel.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_KEYS
+
+    dtype: TeacherDtype = "model"
+
+    def __post_init__(self) -> None:
+        _check_choice("train.teacher.dtype", self.dtype, TeacherDtype)
 
 
 @dataclass(frozen=True)
@@ -26,10 +48,15 @@ class TrainSpec:
         accumulation: Parts in which a batch is computed; `batch_size` must be a multiple.
         learning_rate: Peak and course.
         losses: Weighted terms on the outputs.
-        betas, eps, weight_decay: AdamW, fused.
+        optimizer: `adamw`, or `adamw_8bit` with its state in 8 bits (needs torchao); master weights are float32 with both.
+        optimizer_device: Where its state is and its step runs: `same` as the model, or `host`, for a model on a GPU.
+        betas, eps, weight_decay: Of AdamW.
         clip_norm: Largest norm of the whole gradient, None to leave it.
         ema_decay: Averages the trained parameters; the student that is kept is then the average. None for none.
         autocast: Precision of matrix products in training: `bfloat16`, or `none` for the model's own.
+        teacher: How the teacher is held.
+        activation_checkpointing: `blocks` keeps the results of matrix products in the student's repeated blocks and computes
+            everything else again in the backward pass; `none` keeps what autograd keeps.
         engine: How the products of quantized layers are computed in training.
         compile: `none`; `default` compiles student and teacher once for all widths (needs a C++ compiler on a CPU, Triton on
             CUDA; minutes at the start); `cuda_graphs` also records CUDA graphs.
@@ -48,12 +75,16 @@ class TrainSpec:
     accumulation: int = 1
     learning_rate: LearningRateSpec = field(default_factory=LearningRateSpec)
     losses: tuple[LossSpec, ...] = (LossSpec(),)
+    optimizer: OptimizerName = "adamw"
+    optimizer_device: OptimizerDevice = "same"
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
     ema_decay: float | None = None
     autocast: Literal["bfloat16", "none"] = "bfloat16"
+    teacher: TeacherSpec = field(default_factory=TeacherSpec)
+    activation_checkpointing: CheckpointedModules = "none"
     engine: EngineSpec = field(default_factory=EngineSpec)
     compile: CompileMode = "none"
     seed: int = 1234
@@ -74,6 +105,9 @@ class TrainSpec:
             "train.accumulation", self.accumulation, self.batch_size % self.accumulation == 0, "a divisor of batch_size"
         )
         check_seed("train.seed", self.seed)
+        _check_choice("train.optimizer", self.optimizer, OptimizerName)
+        _check_choice("train.optimizer_device", self.optimizer_device, OptimizerDevice)
+        _check_choice("train.activation_checkpointing", self.activation_checkpointing, CheckpointedModules)
         _check("train.losses", self.losses, len(self.losses) > 0, "at least one term")
         _check("train.betas", self.betas, all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
         _check("train.eps", self.eps, self.eps > 0, "more than 0")
@@ -91,3 +125,7 @@ class TrainSpec:
 def _check(field_name: str, value: Any, is_possible: bool, allowed: str) -> None:
     if not is_possible:
         raise config_error(field_name, value, allowed=allowed, fix=f"correct {field_name}")
+
+
+def _check_choice(field_name: str, value: Any, choices: Any) -> None:
+    _check(field_name, value, value in get_args(choices), ", ".join(get_args(choices)))

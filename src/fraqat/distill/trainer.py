@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from fraqat.distill.checkpoint import CheckpointStore
+from fraqat.distill.checkpointing import checkpoint_blocks_
 from fraqat.distill.diagnose import first_non_finite_layer, first_non_finite_parameter
 from fraqat.distill.ema import ParameterAverage
 from fraqat.distill.interrupt import InterruptGuard
 from fraqat.distill.log import RunLog, StepRecord
+from fraqat.distill.optimizers import make_optimizer
 from fraqat.distill.spec import CompileMode, TrainSpec
 from fraqat.distill.task import Batch, DistillTask
+from fraqat.distill.teacher import hold_teacher_
 from fraqat.distill.validation import to_device, validation_loss
 from fraqat.errors import InterruptedRunError, NonFiniteLossError, config_error
 from fraqat.kernels import EngineName
@@ -44,8 +47,8 @@ class Distiller:
 
     Args:
         task: Model family and data.
-        teacher: Frozen model, in its own dtype.
-        student: Model changed by `quantize_`, at its final width.
+        teacher: Model in its own dtype; it is frozen, and `spec.teacher` changes how it holds its weights, for good.
+        student: Model changed by `quantize_`, at its final width. Frozen parameters that equal the teacher's use its memory.
         schedule: Stages of the run.
         spec: Settings.
         folder: Run folder for checkpoints and log.
@@ -72,6 +75,7 @@ class Distiller:
         self.task, self.schedule, self.spec, self.folder = task, schedule, spec, folder
         self.teacher = teacher.eval().requires_grad_(False)
         self.student = student
+        self.teacher_memory = hold_teacher_(self.teacher, student, spec.teacher.dtype)
         self.on_step, self.say, self.warn = on_step, say, warn
         self.device = next(student.parameters()).device
         self.store = CheckpointStore(folder / "checkpoints", fingerprint or {}, spec.num_checkpoints_kept, warn)
@@ -80,14 +84,8 @@ class Distiller:
             raise config_error(
                 "quantization", "all frozen", allowed="something to train", fix="free a family, or train for 0 steps"
             )
-        self.optimizer = torch.optim.AdamW(
-            trained,
-            lr=spec.learning_rate.peak,
-            betas=spec.betas,
-            eps=spec.eps,
-            weight_decay=spec.weight_decay,
-            fused=True,
-        )
+        self.trained = trained
+        self.optimizer = make_optimizer(trained, spec)
         self.average = ParameterAverage(student, spec.ema_decay) if spec.ema_decay is not None else None
         self.integers = IntegerLayers(student, spec.engine) if spec.engine.name != EngineName.REFERENCE else None
         self._called_teacher = compiled(self.teacher, spec.compile)
@@ -106,6 +104,7 @@ class Distiller:
             CheckpointError, OutputError: See `CheckpointStore`.
         """
         torch.manual_seed(self.spec.seed)
+        undo = checkpoint_blocks_(self.student) if self.spec.activation_checkpointing == "blocks" else lambda: None
         self._resume()
         log = RunLog(self.folder, self.step, tensorboard=self.spec.tensorboard)
         if self.step:
@@ -138,6 +137,7 @@ class Distiller:
             return self._finish(log)
         finally:
             log.close()
+            undo()
 
     def validate(self) -> float:
         """Held-out distillation loss of the student, averaged if there is an average."""
@@ -164,9 +164,8 @@ class Distiller:
     def _train_step(self, batches: Iterator[Batch], stage: Stage) -> StepRecord:
         start = time.perf_counter()
         learning_rate = self.spec.learning_rate.at(self.step, self.schedule)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.set_learning_rate_(learning_rate)
+        self.optimizer.zero_grad()
         loss = 0.0
         for part in range(self.spec.accumulation):
             seed = (self.spec.seed << 32) + self.step * self.spec.accumulation + part
@@ -175,7 +174,7 @@ class Distiller:
             part_loss.backward()
             loss += part_loss.item()
         if self.integers is not None:
-            self.integers.mask_gradients_()
+            self.integers.finish_gradients_()
         gradient_norm = self._clip_gradient(stage)
         self.optimizer.step()
         self._refresh_codes()
@@ -195,8 +194,8 @@ class Distiller:
         return loss
 
     def _clip_gradient(self, stage: Stage) -> float:
-        parameters = [p for p in self.optimizer.param_groups[0]["params"] if p.grad is not None]
-        norm = get_total_norm([p.grad for p in parameters])
+        parameters = [p for p in self.trained if p.grad is not None]
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         if not bool(torch.isfinite(norm)):
             where = first_non_finite_parameter(self.student)
             self._fail(stage, f"the gradient of {where}", "the gradient is not finite")

@@ -1,9 +1,11 @@
 """The home format: one safetensors file with packed codes, scales and the complete description of the model.
 
 Tensors: `NAME.weight.codes` uint8 [O, bytes] (codes of one output channel, little-endian bit order), `NAME.weight.scale`,
-`NAME.weight.offset` (Eq. 2), `NAME.activation.scale` and `.zero_point` (static), and every other parameter and buffer under
-its own name. The file's metadata holds one JSON text, `fraqat`: format version, model class and configuration, base
-pipeline, the distinct layer specifications, layer -> specification, and tied tensors, which are stored once.
+`NAME.weight.offset` (Eq. 2), `NAME.weight.multiplier` uint8 [O, G, 1] (integer group scales: the scale of a group is
+`NAME.weight.scale` [O, 1, 1] times it, rounded to float32), `NAME.activation.scale` and `.zero_point` (static), and every other
+parameter and buffer under its own name. The file's metadata holds one JSON text, `fraqat`: format version, model class and
+configuration, base pipeline, the distinct layer specifications, layer -> specification, and tied tensors, which are stored
+once.
 """
 
 from __future__ import annotations
@@ -22,12 +24,21 @@ from torch import Tensor, nn
 from fraqat.errors import ModelError, config_error
 from fraqat.files import atomic_folder, save_tensors, sha256_of, write_json_atomic, write_text_atomic
 from fraqat.nn import ActivationSpec, QuantizedLayer, QuantSpec, WeightSpec, quantized_layers, to_packed_
-from fraqat.numerics import QParams, pack_codes, unpack_codes
+from fraqat.numerics import GroupScales, QParams, pack_codes, unpack_codes
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2 added `multiplier` and the field `group_scale` of a weight's specification; files of format 1 are read too."""
 WEIGHTS_FILE = "model.safetensors"
 MANIFEST_FILE = "manifest.json"
 _METADATA_KEY = "fraqat"
+_LAYER_SUFFIXES = (
+    ".weight.codes",
+    ".weight.scale",
+    ".weight.offset",
+    ".weight.multiplier",
+    ".activation.scale",
+    ".activation.zero_point",
+)
 _MAX_PACKED_BITS = 8
 _FLOAT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -184,7 +195,11 @@ def _load_layer_(module: nn.Module, name: str, spec: QuantSpec, tensors: dict[st
     static: QParams | None = None
     if f"{name}.activation.scale" in tensors:
         static = QParams(tensors[f"{name}.activation.scale"], tensors.get(f"{name}.activation.zero_point"))
-    to_packed_(module, spec, stored.reshape(shape), QParams(tensors[f"{name}.weight.scale"], offset=offset), static)
+    scale = tensors[f"{name}.weight.scale"]
+    if spec.weight.group_scale == "integer":
+        scale = scale.to(torch.promote_types(scale.dtype, torch.float32))
+        scale = GroupScales(scale, tensors[f"{name}.weight.multiplier"].to(scale.dtype)).product
+    to_packed_(module, spec, stored.reshape(shape), QParams(scale, offset=offset), static)
 
 
 def _layer_tensors(name: str, layer: QuantizedLayer) -> dict[str, Tensor]:
@@ -200,8 +215,14 @@ def _layer_tensors(name: str, layer: QuantizedLayer) -> dict[str, Tensor]:
     num_bits = quantizer.grid.storage_bits
     rows = codes.flatten(1)
     stored = pack_codes(rows, num_bits) if num_bits <= _MAX_PACKED_BITS else rows
-    scale_dtype = quantizer.spec.rounding_dtype or qparams.scale.dtype
-    tensors = {f"{name}.weight.codes": stored, f"{name}.weight.scale": qparams.scale.to(scale_dtype)}
+    groups = quantizer.group_scales(layer.weight)
+    scale = qparams.scale if groups is None else groups.channel
+    tensors = {
+        f"{name}.weight.codes": stored,
+        f"{name}.weight.scale": scale.to(quantizer.spec.rounding_dtype or scale.dtype),
+    }
+    if groups is not None:
+        tensors[f"{name}.weight.multiplier"] = groups.multiplier.to(torch.uint8)
     if qparams.offset is not None:
         tensors[f"{name}.weight.offset"] = qparams.offset
     activation = layer.activation_quantizer
@@ -258,7 +279,4 @@ def _spec_from_json(value: dict[str, Any]) -> QuantSpec:
 
 
 def _belongs_to_layer(name: str, layers: dict[str, QuantSpec]) -> bool:
-    for suffix in (".weight.codes", ".weight.scale", ".weight.offset", ".activation.scale", ".activation.zero_point"):
-        if name.endswith(suffix) and name.removesuffix(suffix) in layers:
-            return True
-    return False
+    return any(name.endswith(suffix) and name.removesuffix(suffix) in layers for suffix in _LAYER_SUFFIXES)

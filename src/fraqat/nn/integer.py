@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from fraqat.kernels import EngineTable, PreparedWeight, scaled_product
+from fraqat.kernels import EngineTable, PreparedWeight, quantize_tokens, quantize_weight, scaled_product
 from fraqat.nn.quantizers import ActivationQuantizer, KeepsBufferDtype, WeightQuantizer
 from fraqat.nn.spec import QuantSpec
 from fraqat.numerics import Granularity, clamp_codes, round_to_codes
@@ -32,7 +32,7 @@ def why_not_integer(spec: QuantSpec) -> str:
         return f"{weight.bits:g}-bit weights"
     if not weight.symmetric:
         return "weights with an offset (Eq. 2)"
-    if weight.granularity is Granularity.GROUP:
+    if weight.granularity is Granularity.GROUP and weight.group_scale == "float":
         return "float scales per group"
     if not activation.symmetric and not activation.static:
         return "dynamic inputs with an offset (Eq. 2)"
@@ -80,7 +80,8 @@ class SharedInput:
 class IntegerWeight(KeepsBufferDtype):
     """The codes of a layer's weight, made once per change of the weight and used by every product until the next.
 
-    Buffers, none of them saved: `codes` int8 [O, K], `scale` float32 [O], `row_sums` int32 [O], `handle` int64 0-dim.
+    Buffers, none of them saved: `codes` int8 [O, K] (code * multiplier where group scales are integers), `scale` float32 [O],
+    `row_sums` int32 [O], `handle` int64 0-dim.
 
     Args:
         table: Chooses the engine.
@@ -114,10 +115,16 @@ class IntegerWeight(KeepsBufferDtype):
         self.codes.copy_(codes.flatten(1))
         self.scale.copy_(scale.flatten())
         torch.sum(self.codes, 1, dtype=torch.int32, out=self.row_sums)
-        self.prepared.discard()
+        self.prepared.renew()
 
     def refresh_(self, quantizer: WeightQuantizer, weight: Tensor) -> None:
         """Quantizes the weight anew, at its current width."""
+        if quantizer.layout.group_size is None:
+            self.scale.copy_(quantizer.qparams(weight).scale.flatten())
+            grid = quantizer.grid
+            master = weight.detach().flatten(1)
+            if quantize_weight(master, self.scale, grid.qmin, grid.qmax, self.codes, self.row_sums, self.prepared):
+                return
         self.set_(*quantizer.unchecked_codes(weight))
 
 
@@ -148,7 +155,7 @@ def integer_linear(
     Args:
         x: [..., K], or [N, K, H, W] where the quantizer's channel axis is 1.
         weight: Master weight [O, K] (or [O, K, 1, 1]): receives the gradient of the quantized weight straight through; the
-            mask of clipped weights is applied once per step (`IntegerLayers.mask_gradients_`). None where nothing is trained.
+            rest is done once per step (`IntegerLayers.finish_gradients_`). None where nothing is trained.
         bias: [O] or None.
         activation: Quantizer of x.
         integer: Codes of the weight.
@@ -163,6 +170,8 @@ def integer_linear(
     Numerics: codes and scales are those of the floating-point path, bit for bit. The sum is exact, then scaled in float32
         and rounded once; the floating-point path rounds its operands to the compute dtype first.
     """
+    if x.ndim == 1:
+        return integer_linear(x.unsqueeze(0), weight, bias, activation, integer, out_dtype).squeeze(0)
     axis = activation.layout.channel_axis % x.ndim
     codes = _quantize_shared(x, activation, integer.inputs)
     row_sums = None if codes.zero_point is None else integer.row_sums
@@ -183,6 +192,9 @@ def quantize_input(x: Tensor, quantizer: ActivationQuantizer) -> InputCodes:
     Numerics: bit for bit the codes and scales of the quantizer's floating-point path.
     """
     axis = quantizer.layout.channel_axis
+    if quantizer.is_plain and x.dtype != torch.float64:
+        codes_MK, token_scale = quantize_tokens(x.movedim(axis, -1).flatten(0, -2).contiguous())
+        return InputCodes(codes_MK, token_scale, None, None)
     qparams = quantizer.qparams(x)
     codes = rounded = round_to_codes(x if x.dtype == torch.float32 else x.float(), qparams)
     inside = None

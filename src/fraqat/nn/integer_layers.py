@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -59,7 +60,12 @@ class IntegerLayers:
         layers = dict(quantized_layers(model))
         device = next(iter(layers.values())).weight.device if layers else torch.device("cpu")
         self.table = EngineTable(device, spec.name, strict=spec.strict, counts_preparation=counts_preparation)
-        self.reasons = {name: reason for name, layer in layers.items() if (reason := why_not_integer(layer.spec))}
+        shared = _shared_parameters(model)
+        self.reasons = {
+            name: reason
+            for name, layer in layers.items()
+            if (reason := why_not_integer(layer.spec) or ("shared weights" if id(layer.weight) in shared else ""))
+        }
         inputs = SharedInput()
         self._layers: list[tuple[QuantizedLayer, IntegerWeight]] = [
             (layer, IntegerWeight(self.table, inputs, layer.weight))
@@ -75,28 +81,34 @@ class IntegerLayers:
 
     @torch.no_grad()
     def refresh_(self) -> None:
-        """Quantizes every weight anew; a layer wider than 8 bits takes the floating-point path until it is narrower."""
+        """Quantizes every weight anew.
+
+        A layer wider than 8 bits takes the floating-point path until it is narrower, and so does one whose scale is trained
+        without its weight.
+        """
         for layer, integer in self._layers:
-            is_narrow = layer.weight_quantizer.bits <= WIDEST_BITS
-            if is_narrow:
-                integer.refresh_(layer.weight_quantizer, layer.weight)
-            if (layer.integer is not None) != is_narrow:
-                layer.integer = integer if is_narrow else None
+            quantizer = layer.weight_quantizer
+            is_integer = quantizer.bits <= WIDEST_BITS and not _trains_scale_alone(layer)
+            if is_integer:
+                integer.refresh_(quantizer, layer.weight)
+            if (layer.integer is not None) != is_integer:
+                _set_integer_(layer, integer if is_integer else None)
 
-    @torch.no_grad()
-    def mask_gradients_(self) -> None:
-        """Zeroes the gradients of clipped weights: once, after the last backward pass of an optimizer step.
+    def finish_gradients_(self) -> None:
+        """Completes the gradients of weights and learned scales: once, after the last backward pass of an optimizer step.
 
-        Linear in the gradient, so the same as masking every micro-batch (straight-through estimator).
+        Backward passes leave the gradient of the quantized weight in `weight.grad`. From their sum come the gradients of
+        learned scales (LSQ), then those of clipped weights are zeroed (straight-through estimator). Both are linear, so the
+        same as after every micro-batch. In data-parallel training call it after the sum over processes.
         """
         for layer, _ in self._layers:
             if layer.integer is not None and layer.weight.grad is not None:
-                layer.weight_quantizer.mask_gradient_(layer.weight)
+                layer.weight_quantizer.finish_gradient_(layer.weight)
 
     def release_(self) -> None:
         """Gives every layer its floating-point path back."""
         for layer, _ in self._layers:
-            layer.integer = None
+            _set_integer_(layer, None)
 
     def record(self) -> dict[str, Any]:
         """What was chosen and why, for a log: JSON values."""
@@ -131,6 +143,22 @@ class IntegerLayers:
         notes += [f"{reason}: {count} layers in floating point" for reason, count in _count(self.reasons).items()]
         notes += [f"{name} cannot run: {reason}" for name, reason in self.table.reasons.items()]
         return Table("Engines", columns, rows, tuple(notes))
+
+
+def _set_integer_(layer: QuantizedLayer, integer: IntegerWeight | None) -> None:
+    layer.integer = integer
+    layer.weight_quantizer.defers_gradient = integer is not None
+
+
+def _trains_scale_alone(layer: QuantizedLayer) -> bool:
+    scale = layer.weight_quantizer.scale
+    return scale is not None and scale.requires_grad and not layer.weight.requires_grad
+
+
+def _shared_parameters(model: nn.Module) -> set[int]:
+    """Parameters of more than one module: their gradient is not that of one quantized weight alone."""
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    return {parameter for parameter, count in owners.items() if count > 1}
 
 
 def _count(reasons: dict[str, str]) -> dict[str, int]:

@@ -12,13 +12,12 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from fraqat.nn.adapters import LowRankAdapter
 from fraqat.nn.integer import IntegerWeight, integer_dtype, integer_linear
 from fraqat.nn.quantizers import ActivationQuantizer, WeightQuantizer
 from fraqat.nn.spec import QuantSpec
 
-_ATTRIBUTES = ("weight_quantizer", "activation_quantizer", "integer")
-
-
+_ATTRIBUTES = ("weight_quantizer", "activation_quantizer", "adapter", "integer")
 _BATCHED = 4
 
 
@@ -32,6 +31,7 @@ class QuantizedLayer(nn.Module):
     weight: Tensor
     weight_quantizer: WeightQuantizer
     activation_quantizer: ActivationQuantizer | None
+    adapter: LowRankAdapter | None
     integer: IntegerWeight | None
 
     @property
@@ -44,7 +44,16 @@ class QuantizedLayer(nn.Module):
         """Input and weight on their grids."""
         if self.activation_quantizer is not None:
             x = self.activation_quantizer(x)
-        return x, self.weight_quantizer(self.weight)
+        if self.adapter is None:
+            return x, self.weight_quantizer(self.weight)
+        master = self.master_weight()
+        # Straight through without the mask of clipped weights: a masked gradient is not a product of thin matrices.
+        weight = master + (self.weight_quantizer(master.detach()) - master).detach()
+        return x, weight.to(self.weight.dtype)
+
+    def master_weight(self) -> Tensor:
+        """What is quantized: the weight, or in low-rank training its sum with the adapter, in float32."""
+        return self.weight if self.adapter is None else self.adapter(self.weight)
 
     def integer_product(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
         """The layer's output by its integer codes, or None where the floating-point path must run."""
@@ -121,6 +130,7 @@ def to_quantized_(module: nn.Module, twin: type[QuantizedLayer], spec: QuantSpec
     layer = cast(QuantizedLayer, module)
     layer.weight_quantizer = weight_quantizer
     layer.activation_quantizer = activation_quantizer
+    layer.adapter = None
     layer.integer = None
     return layer.train(layer.training)
 

@@ -22,7 +22,9 @@ STRICT_KEYS: dict[str, Any] = {"extra": "forbid"}
 """For recipe readers (pydantic): a key that a section does not know is an error."""
 
 ScaleDtype = Literal["float32", "bfloat16"]
+GroupScale = Literal["float", "integer"]
 _SCALE_DTYPES: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
+_GROUP_SCALES: tuple[GroupScale, ...] = ("float", "integer")
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,12 @@ class WeightSpec:
         symmetric: Eq. 1 if true, Eq. 2 otherwise.
         narrow: Drop the lowest code: [-7, 7] at 4 bits.
         range_method: `max_abs` (the paper's), `min_max`, `three_sigma`, or `mse`: the share of max-abs that minimises the
-            squared error, searched at the start and at every change of the width, and kept in between.
+            squared error, searched at the start and at every change of the width, and kept in between; `learned`: scales
+            that start from `mse` and are trained with the weights (LSQ), on symmetric grids.
         scale_dtype: `bfloat16` rounds the scale so that it is exact in fp32, bf16 and fp16 targets.
+        group_scale: With granularity `group`: `float`, a scale of its own for every group; `integer`, a float scale per output
+            channel times a small whole number per group, so that code * multiplier fits in int8 and the layer can be one
+            integer product (see `fraqat.numerics.integer_group_scales`). Symmetric grids only, and not with `learned`.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_KEYS
@@ -49,6 +55,7 @@ class WeightSpec:
     narrow: bool = False
     range_method: RangeMethod = RangeMethod.MAX_ABS
     scale_dtype: ScaleDtype = "float32"
+    group_scale: GroupScale = "float"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "granularity", parse_choice("granularity", self.granularity, Granularity))
@@ -57,6 +64,28 @@ class WeightSpec:
         _check_scale_dtype(self.scale_dtype)
         self.grid(self.bits)
         self.layout()
+        if self.range_method is RangeMethod.LEARNED and not self.symmetric:
+            raise config_error(
+                "weight.range_method", "learned", allowed="symmetric grids", fix="set symmetric: true, or use mse"
+            )
+        self._check_group_scale()
+
+    def _check_group_scale(self) -> None:
+        name = "weight.group_scale"
+        if self.group_scale not in _GROUP_SCALES:
+            raise config_error(name, self.group_scale, allowed=", ".join(_GROUP_SCALES), fix="choose one of these")
+        if self.group_scale == "float":
+            return
+        if self.granularity is not Granularity.GROUP:
+            raise config_error(
+                name, "integer", allowed="granularity: group", fix="set granularity: group and group_size"
+            )
+        if not self.symmetric:
+            raise config_error(name, "integer", allowed="symmetric grids", fix="set symmetric: true")
+        if self.range_method is RangeMethod.LEARNED:
+            raise config_error(
+                name, "integer", allowed="scales that are measured", fix="use range_method: mse, or group_scale: float"
+            )
 
     def grid(self, bits: float) -> Grid:
         """The grid of this spec at another width."""
@@ -106,9 +135,12 @@ class ActivationSpec:
                 allowed="'tensor' when static",
                 fix="set granularity: tensor",
             )
-        if self.range_method is RangeMethod.MSE:
+        if self.range_method in (RangeMethod.MSE, RangeMethod.LEARNED):
             raise config_error(
-                "activation.range_method", "mse", allowed="max_abs, min_max, three_sigma", fix="use three_sigma"
+                "activation.range_method",
+                self.range_method.value,
+                allowed="max_abs, min_max, three_sigma",
+                fix="use three_sigma",
             )
         self.grid()
 
@@ -207,6 +239,8 @@ class LayerRule:
         if self.weight_granularity is not None:
             weight_changes["granularity"] = self.weight_granularity
             weight_changes["group_size"] = self.group_size
+            if self.weight_granularity is not Granularity.GROUP:
+                weight_changes["group_scale"] = "float"
         elif self.group_size is not None:
             weight_changes |= {"granularity": Granularity.GROUP, "group_size": self.group_size}
         activation_changes: dict[str, Any] = {}

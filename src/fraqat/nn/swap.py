@@ -83,8 +83,8 @@ def quantize_(
     """Quantizes the linear layers and pointwise convolutions of `model` in place, at their final width.
 
     Nothing is changed unless everything is possible. Parameters stay the full-precision master weights, and state-dict keys,
-    hooks, tied weights, dtype, device and training flag stay as they are. Use `set_bits_` to raise the width for the first
-    stages of a schedule.
+    hooks, tied weights, dtype, device and training flag stay as they are; range method `learned` adds one parameter to a layer,
+    its scale, which is trained where the weight is. Use `set_bits_` to raise the width for the first stages of a schedule.
 
     Args:
         model: Any module.
@@ -117,15 +117,19 @@ def quantize_(
             to_quantized_(module, twin, layer_spec)
     _disable_fused_encoders_(model)
     _set_requires_grad_(model, frozen, False)
+    for _, layer in quantized_layers(model):
+        if (scale := layer.weight_quantizer.scale) is not None:
+            scale.requires_grad_(layer.weight.requires_grad)
     model.__dict__[_FROZEN_ATTRIBUTE] = frozen
     return describe(model, families)
 
 
 def describe(model: nn.Module, families: LayerFamilies | None = None) -> QuantReport:
-    """The report of a model as it is now, whether or not it is quantized."""
+    """The report of a model as it is now, whether or not it is quantized; learned scales are not counted as parameters."""
     families = families or LayerFamilies()
     rows = tuple(_row(name, module, families) for name, module in model.named_modules() if _is_listed(module))
-    return QuantReport(rows, sum(p.numel() for p in model.parameters()))
+    num_scales = sum(scale.numel() for scale in scale_parameters(model))
+    return QuantReport(rows, sum(p.numel() for p in model.parameters()) - num_scales)
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
@@ -133,6 +137,16 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer):
             yield name, module
+
+
+def scale_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The learned scales of the quantized layers (range method `learned`), in their order; frozen ones too.
+
+    They belong in a parameter group of their own: weight decay must not pull them to zero. Adam's step does not shrink with
+    the gradient, and a scale is small against the weights (largest weight / 127 at 8 bits), so that it needs a smaller rate.
+    """
+    scales = (layer.weight_quantizer.scale for _, layer in quantized_layers(model))
+    return [scale for scale in scales if scale is not None]
 
 
 def set_bits_(model: nn.Module, bits: float, *, where: str | None = None) -> int:
@@ -243,8 +257,9 @@ def spec_label(spec: QuantSpec) -> str:
 
 
 def granularity_label(spec: QuantSpec) -> str:
-    """`channel / token`, `group 32 / static tensor`, `channel / -`."""
+    """`channel / token`, `group 32 / static tensor`, `integer group 32 / token`, `channel / -`."""
     weight = spec.weight.granularity.value + (f" {spec.weight.group_size}" if spec.weight.group_size else "")
+    weight = f"integer {weight}" if spec.weight.group_scale == "integer" else weight
     if spec.activation is None:
         return f"{weight} / -"
     return f"{weight} / {'static ' if spec.activation.static else ''}{spec.activation.granularity.value}"

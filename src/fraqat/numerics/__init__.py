@@ -3,6 +3,8 @@
 from fraqat.numerics.fake_quant import code_dtype, dequantize, fake_quantize, quantize
 from fraqat.numerics.granularity import ACTIVATION_GRANULARITIES, WEIGHT_GRANULARITIES, BlockLayout, Granularity
 from fraqat.numerics.grid import FLOAT32_EXACT_BITS, Grid
+from fraqat.numerics.group_scales import GroupScales, integer_group_scales, largest_multiplier
+from fraqat.numerics.learned_scale import fake_quantize_learned, learned_scale_gradients
 from fraqat.numerics.packing import pack_codes, unpack_codes
 from fraqat.numerics.qparams import (
     MIN_SCALE,
@@ -15,6 +17,7 @@ from fraqat.numerics.qparams import (
     covers_every_value,
     encode,
     estimate_range,
+    finish_scale,
     mse_clip_ratio,
     qparams_from_range,
     round_to_codes,
@@ -28,6 +31,7 @@ __all__ = [
     "BlockLayout",
     "Granularity",
     "Grid",
+    "GroupScales",
     "Levels",
     "QParams",
     "RangeMethod",
@@ -40,6 +44,11 @@ __all__ = [
     "encode",
     "estimate_range",
     "fake_quantize",
+    "fake_quantize_learned",
+    "finish_scale",
+    "integer_group_scales",
+    "largest_multiplier",
+    "learned_scale_gradients",
     "mse_clip_ratio",
     "pack_codes",
     "qparams_from_range",

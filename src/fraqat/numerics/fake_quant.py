@@ -30,7 +30,7 @@ def quantize(tensor: Tensor, qparams: QParams, grid: Grid, layout: BlockLayout) 
 
     Numerics: computed in float32, above 24 bits in float64; ties round to even.
     """
-    blocks = layout.split(tensor).to(_compute_dtype(tensor, grid))
+    blocks = layout.split(tensor).to(choose_compute_dtype(tensor, grid))
     codes = encode(blocks, _cast(qparams, blocks.dtype), grid)
     if bool(torch.isnan(codes).any()):
         raise config_error("tensor", "nan", allowed="numbers and infinities", fix="find where the NaN comes from")
@@ -44,7 +44,13 @@ def dequantize(codes: Tensor, qparams: QParams, layout: BlockLayout, dtype: torc
 
 
 def fake_quantize(
-    tensor: Tensor, qparams: QParams, levels: Levels, layout: BlockLayout, *, can_clip: bool = True
+    tensor: Tensor,
+    qparams: QParams,
+    levels: Levels,
+    layout: BlockLayout,
+    *,
+    can_clip: bool = True,
+    masks_gradient: bool = True,
 ) -> Tensor:
     """dequantize(quantize(x)) in floating point, differentiable by the straight-through estimator.
 
@@ -55,20 +61,22 @@ def fake_quantize(
         layout: Which elements share a scale.
         can_clip: False promises that no code falls outside [qmin, qmax]: see `covers_every_value`. It changes no result and
             saves the clipping, its mask and their memory.
+        masks_gradient: False passes the gradient of clipped values too: for a caller that applies the mask later, once for
+            many backward passes.
 
     Returns:
         Values on the grid, shape and dtype of `tensor`.
 
     Gradient: to `tensor`, the incoming gradient where the rounded code lies inside [qmin, qmax], zero where it was clipped;
-        none to the scale (the paper's Algorithm 1 trains the master weights only).
+        none to the scale (the paper's Algorithm 1 trains the master weights only; see `fake_quantize_learned` for LSQ).
 
     Numerics: computed in float32 (float64 for float64 input or a `Grid` above 24 bits), ties to even, result rounded once to
         the tensor's dtype. NaN gives NaN. Infinity saturates when the scale is fixed; a scale measured on the same block is
         infinite then, and the whole block becomes NaN.
     """
     blocks = layout.split(tensor)
-    compute_dtype = _compute_dtype(tensor, levels)
-    output = _FakeQuantize.apply(blocks, _cast(qparams, compute_dtype), levels, compute_dtype, can_clip)
+    compute_dtype = choose_compute_dtype(tensor, levels)
+    output = _FakeQuantize.apply(blocks, _cast(qparams, compute_dtype), levels, compute_dtype, can_clip, masks_gradient)
     return layout.join(output, tuple(tensor.shape))
 
 
@@ -84,24 +92,32 @@ def code_dtype(grid: Grid) -> torch.dtype:
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, blocks: Tensor, qparams: QParams, levels: Levels, compute_dtype: torch.dtype, can_clip: bool
+        ctx: Any,
+        blocks: Tensor,
+        qparams: QParams,
+        levels: Levels,
+        compute_dtype: torch.dtype,
+        can_clip: bool,
+        masks_gradient: bool,
     ) -> Tensor:
         codes = round_to_codes(blocks.to(compute_dtype), qparams)
-        ctx.can_clip = can_clip
+        ctx.has_mask = can_clip and masks_gradient
         if can_clip:
             rounded, codes = codes, clamp_codes(codes, levels)
-            ctx.save_for_backward(codes == rounded)
+            if masks_gradient:
+                ctx.save_for_backward(codes == rounded)
         return decode(codes, qparams).to(blocks.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
-        if not ctx.can_clip:
-            return grad_outputs[0], None, None, None, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        if not ctx.has_mask:
+            return grad_outputs[0], None, None, None, None, None
         (is_inside,) = ctx.saved_tensors
-        return grad_outputs[0] * is_inside, None, None, None, None
+        return grad_outputs[0] * is_inside, None, None, None, None, None
 
 
-def _compute_dtype(tensor: Tensor, levels: Levels) -> torch.dtype:
+def choose_compute_dtype(tensor: Tensor, levels: Levels) -> torch.dtype:
+    """float64 for float64 tensors and a `Grid` above 24 bits, else float32."""
     is_wide = isinstance(levels, Grid) and levels.bits > FLOAT32_EXACT_BITS
     return torch.float64 if tensor.dtype == torch.float64 or is_wide else torch.float32
 

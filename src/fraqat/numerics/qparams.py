@@ -28,9 +28,11 @@ class RangeMethod(StrEnum):
     MIN_MAX = "min_max"
     THREE_SIGMA = "three_sigma"
     MSE = "mse"
+    LEARNED = "learned"
 
 
 _RANGE_METHODS = tuple(RangeMethod)
+_SEARCHED = (RangeMethod.MSE, RangeMethod.LEARNED)
 
 
 class Levels(Protocol):
@@ -69,7 +71,7 @@ def estimate_range(tensor: Tensor, layout: BlockLayout, method: RangeMethod) -> 
         tensor: Values, any floating dtype.
         layout: Which elements share a range.
         method: `max_abs` gives [-m, m]; `min_max` the extremes; `three_sigma` mean -+ 3 standard deviations, but never
-            beyond the extremes (the paper's inlier rule). `mse` starts from the extremes: see `mse_clip_ratio`.
+            beyond the extremes (the paper's inlier rule). `mse` and `learned` start from the extremes: see `mse_clip_ratio`.
 
     Returns:
         `low` and `high`, float32 (float64 for float64 input), of the layout's scale shape.
@@ -116,11 +118,11 @@ def qparams_from_range(
     """
     if levels.symmetric:
         scale = torch.maximum(-low, high) / levels.range_divisor
-        return QParams(_finish_scale(scale, scale_dtype))
+        return QParams(finish_scale(scale, scale_dtype))
     if not integer_zero_point:
-        return QParams(_finish_scale((high - low) / levels.range_divisor, scale_dtype), offset=low)
+        return QParams(finish_scale((high - low) / levels.range_divisor, scale_dtype), offset=low)
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-    scale = _finish_scale((high - low) / (levels.qmax - levels.qmin), scale_dtype)
+    scale = finish_scale((high - low) / (levels.qmax - levels.qmin), scale_dtype)
     zero_point = torch.round(levels.qmin - low / scale)
     return QParams(scale, zero_point=clamp_codes(zero_point, levels))
 
@@ -138,13 +140,14 @@ def choose_qparams(
     """Range of `tensor`, then `qparams_from_range`.
 
     Args:
-        clip_ratio: Known result of `mse_clip_ratio`; with method `mse` and None it is searched here, which is slow.
+        clip_ratio: Known result of `mse_clip_ratio`; with method `mse` and None it is searched here, which is slow. `learned`
+            gives what a learned scale starts from, which is the same.
         tensor, levels, layout, method, scale_dtype, integer_zero_point: As in the two functions that this one joins.
     """
     if isinstance(levels, Grid):
         tensor = tensor.to(torch.promote_types(tensor.dtype, levels.compute_dtype))
     low, high = estimate_range(tensor, layout, method)
-    if method == RangeMethod.MSE:
+    if method in _SEARCHED:
         if clip_ratio is None:
             clip_ratio = mse_clip_ratio(
                 tensor, levels, layout, scale_dtype=scale_dtype, integer_zero_point=integer_zero_point
@@ -264,14 +267,14 @@ class RunningStatistics:
         """The range that `method` gives for these statistics; the same rules as `estimate_range`.
 
         Raises:
-            ConfigError: Nothing was seen yet, or the method needs the values themselves (`mse`).
+            ConfigError: Nothing was seen yet, or the method needs the values themselves (`mse`, `learned`).
         """
         if not self.count:
             raise config_error("calibration", "no data", allowed="at least one batch", fix="run calibrate_ with data")
-        if method == RangeMethod.MSE:
+        if method in _SEARCHED:
             raise config_error(
                 "range_method",
-                "mse",
+                str(method),
                 allowed="max_abs, min_max or three_sigma for static activations",
                 fix="use three_sigma",
             )
@@ -288,7 +291,8 @@ def _compute_view(tensor: Tensor, layout: BlockLayout) -> Tensor:
     return blocks if blocks.dtype == torch.float64 else blocks.float()
 
 
-def _finish_scale(scale: Tensor, scale_dtype: torch.dtype | None) -> Tensor:
+def finish_scale(scale: Tensor, scale_dtype: torch.dtype | None) -> Tensor:
+    """`scale` rounded to `scale_dtype` (None leaves it), at least `MIN_SCALE`, in its own dtype."""
     if scale_dtype is not None:
         scale = scale.to(scale_dtype).to(scale.dtype)
     return scale.clamp(min=MIN_SCALE)

@@ -6,7 +6,7 @@ from fraqat.planning.plan import Plan, plan_training
 from fraqat.planning.recorder import Category, Phase
 from fraqat.planning.result_size import ResultSize, packed_size
 from fraqat.planning.roofline import phase_times_s
-from fraqat.planning.step import StepTrace, Workload, repeated_blocks, squared_error, trace_step
+from fraqat.planning.step import StepTrace, Workload, squared_error, trace_step
 
 __all__ = [
     "DEVICES",
@@ -28,7 +28,6 @@ __all__ = [
     "packed_size",
     "phase_times_s",
     "plan_training",
-    "repeated_blocks",
     "squared_error",
     "trace_step",
 ]

@@ -3,59 +3,47 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from fraqat.planning.devices import Device
-from fraqat.planning.memory import MemoryUse, PlanOptions, Sharding, device_memory
-from fraqat.planning.recorder import Category, Phase
+from fraqat.planning.memory import PlanOptions, Sharding, device_memory
 from fraqat.planning.step import StepTrace
 
 _GIB = 2**30
 _MAX_DEVICES = 64
 
 
+@dataclass(frozen=True)
+class Alternative:
+    """A setting that needs less memory: its name for a reader, and the traced step with it."""
+
+    name: str
+    trace: StepTrace
+
+
 def memory_advice(
-    trace: StepTrace, single: StepTrace, device: Device, options: PlanOptions, *, has_float32_teacher: bool
+    trace: StepTrace,
+    alternatives: Sequence[Alternative],
+    together: StepTrace,
+    device: Device,
+    options: PlanOptions,
 ) -> tuple[str, ...]:
     """Lines for a run that does not fit, the largest saving first.
 
     Args:
         trace: A step of the run.
-        single: A step with micro-batches of one sample; `trace` itself if it is that.
+        alternatives: The same with one thing changed.
+        together: The same with everything changed.
         device, options: Of the run.
-        has_float32_teacher: Whether the teacher could be loaded in half its precision.
     """
     now = device_memory(trace, device, options).num_bytes
-    found = dict(_alternatives(trace, single, device, options, has_float32_teacher))
-    by_need = sorted((use.num_bytes, name) for name, use in found.items() if use.num_bytes < now)
-    lines = [f"{name} saves {_gib(now - needed)}: {_gib(needed)} needed" for needed, name in by_need]
-    best = dataclasses.replace(options, cached_teacher=True, optimizer_bits=8)
-    together = device_memory(single, device, best, held_share=_held_share(single, options))
-    return (*lines, f"all of these together: {_gib(together.num_bytes)} needed", _sharding_line(trace, device, options))
-
-
-def _alternatives(
-    trace: StepTrace, single: StepTrace, device: Device, options: PlanOptions, has_float32_teacher: bool
-) -> Iterator[tuple[str, MemoryUse]]:
-    """What the run would need with one thing changed."""
-    if trace.constant[Category.TEACHER]:
-        if has_float32_teacher:
-            halved = device_memory(trace, device, options, teacher_share=0.5)
-            yield "a bfloat16 teacher (model.teacher_dtype: bfloat16)", halved
-        cached = dataclasses.replace(options, cached_teacher=True)
-        yield "reading the teacher's outputs from a cache", device_memory(trace, device, cached)
-    yield "an 8-bit optimizer", device_memory(trace, device, dataclasses.replace(options, optimizer_bits=8))
-    share = _held_share(trace, options)
-    yield "activation checkpointing", device_memory(trace, device, options, held_share=share)
-    yield "a micro-batch of one sample (raise train.accumulation)", device_memory(single, device, options)
-
-
-def _held_share(trace: StepTrace, options: PlanOptions) -> float:
-    """Share of what the forward pass keeps that activation checkpointing would leave."""
-    if options.activation_checkpointing:
-        return 1.0
-    held = max(moment.codes + moment.activations for moment in trace.moments if moment.phase is Phase.FORWARD)
-    return max(0.0, 1 - trace.checkpoint_saving_bytes / held)
+    found = [(device_memory(other.trace, device, options).num_bytes, other.name) for other in alternatives]
+    cached = dataclasses.replace(options, cached_teacher=True)
+    found.append((device_memory(trace, device, cached).num_bytes, "reading the teacher's outputs from a cache"))
+    lines = [f"{name} saves {_gib(now - need)}: {_gib(need)} needed" for need, name in sorted(found) if need < now]
+    need = device_memory(together, device, options).num_bytes
+    return (*lines, f"all settings of train together: {_gib(need)} needed", _sharding_line(trace, device, options))
 
 
 def _sharding_line(trace: StepTrace, device: Device, options: PlanOptions) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from fraqat.nn import quantized_layers
 from fraqat.planning.devices import DeviceKind
+
+_Copied = TypeVar("_Copied")
 
 TRACE_DEVICE = "cpu"
 """Fake tensors live here: autograd on a fake GPU would need a torch that was built for it."""
@@ -64,23 +66,27 @@ def new_fake_mode() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def to_fake(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+def to_fake(model: _Copied, mode: FakeTensorMode) -> _Copied:
     """A copy whose parameters and buffers are fake; ties, classes, hooks and flags stay.
 
     Args:
-        model: On the meta device, or with memory.
+        model: On the meta device, or with memory; or several objects that hold one model.
         mode: Where the copy's tensors live.
     """
     memo: dict[int, Any] = {}
+    models = [part for part in (model if isinstance(model, tuple) else (model,)) if isinstance(part, nn.Module)]
     with mode:
-        for parameter in model.parameters():
+        for parameter in (parameter for part in models for parameter in part.parameters()):
             memo[id(parameter)] = nn.Parameter(_fake_like(parameter), requires_grad=parameter.requires_grad)
-        for buffer in model.buffers():
+        for buffer in (buffer for part in models for buffer in part.buffers()):
             memo[id(buffer)] = _fake_like(buffer)
-    fake: nn.Module = copy.deepcopy(model, memo)
-    for _, layer in quantized_layers(fake):
-        if layer.activation_quantizer is not None:
-            layer.activation_quantizer.is_calibrated = True  # static scales need values before training, not for shapes
+    fake = copy.deepcopy(model, memo)
+    for part in fake if isinstance(fake, tuple) else (fake,):
+        for _, layer in quantized_layers(part) if isinstance(part, nn.Module) else ():
+            if layer.activation_quantizer is not None:
+                layer.activation_quantizer.is_calibrated = (
+                    True  # static scales need values before training, not for shapes
+                )
     return fake
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from fraqat.errors import config_error, parse_choice
 from fraqat.nn import STRICT_KEYS
@@ -13,12 +13,10 @@ from fraqat.planning.devices import Device
 from fraqat.planning.recorder import STEP_CATEGORIES, Category, Moment, Phase
 from fraqat.planning.step import StepTrace
 
-_MOMENTS_BITS = 8
-_MOMENTS_BLOCK = 256
-"""Values of an 8-bit optimizer state that share a float32 scale, as bitsandbytes and torchao have it."""
-
 _GATHERED_BLOCKS = 2
 """Blocks that FSDP holds whole at a time: the one at work and the next, fetched ahead."""
+
+_SHARDED = (Category.WEIGHTS, Category.TEACHER, Category.OPTIMIZER, Category.AVERAGE)
 
 RESERVED = "reserved"
 SHARDING = "whole blocks"
@@ -38,14 +36,12 @@ class Sharding(StrEnum):
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """On what a step runs, and what is traded for memory.
+    """On what a step runs.
 
     Args:
         num_devices: Devices that share a batch.
         sharding: How.
         cached_teacher: The teacher's outputs are read from disk; the teacher is not loaded.
-        activation_checkpointing: Repeated blocks keep their inputs alone and run again in the backward pass.
-        optimizer_bits: 32, or 8 for block-wise quantized AdamW states.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_KEYS
@@ -53,8 +49,6 @@ class PlanOptions:
     num_devices: int = 1
     sharding: Sharding = Sharding.NONE
     cached_teacher: bool = False
-    activation_checkpointing: bool = False
-    optimizer_bits: Literal[8, 32] = 32
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sharding", parse_choice("plan.sharding", self.sharding, Sharding))
@@ -68,8 +62,6 @@ class PlanOptions:
                 allowed=f"{allowed} for {self.num_devices} device{'s' if self.num_devices > 1 else ''}",
                 fix="correct plan.sharding or plan.num_devices",
             )
-        if self.optimizer_bits not in (8, 32):
-            raise config_error("plan.optimizer_bits", self.optimizer_bits, allowed="8 or 32", fix="use 32")
 
 
 @dataclass(frozen=True)
@@ -79,10 +71,12 @@ class MemoryUse:
     Args:
         phase: When that is.
         parts: Bytes by use; `reserved` is the device's own need and its allocator's gaps.
+        host_bytes: What the optimizer keeps on the host, for one device.
     """
 
     phase: Phase
     parts: Mapping[str, int]
+    host_bytes: int = 0
 
     @property
     def num_bytes(self) -> int:
@@ -90,60 +84,38 @@ class MemoryUse:
         return sum(self.parts.values())
 
 
-def device_memory(
-    trace: StepTrace,
-    device: Device,
-    options: PlanOptions,
-    *,
-    teacher_share: float = 1.0,
-    held_share: float = 1.0,
-) -> MemoryUse:
+def device_memory(trace: StepTrace, device: Device, options: PlanOptions) -> MemoryUse:
     """Memory of one device at the fullest moment.
 
     Args:
         trace: A step on one device, nothing sharded.
         device: Gives the reserve.
-        options: Sharding, optimizer width, cached teacher.
-        teacher_share: Scales the teacher's weights: 0.5 for half the precision.
-        held_share: Scales what the forward pass keeps, for an estimate of activation checkpointing without its trace.
+        options: Sharding and cached teacher.
     """
-    constant = _constant_parts(trace, options, teacher_share)
-    fullest = max(
-        (_moment_parts(moment, trace, options, held_share) for moment in trace.moments),
-        key=lambda parts: sum(parts[1].values()),
+    constant = _constant_parts(trace, options)
+    phase, changing = max(
+        (_moment_parts(moment, trace, options) for moment in trace.moments), key=lambda parts: sum(parts[1].values())
     )
-    phase, changing = fullest
     parts = {**constant, **changing}
     reserved = device.reserved_bytes + round(device.gap_share * sum(parts.values()))
-    return MemoryUse(phase, {**parts, RESERVED: reserved})
+    host_bytes = -(-trace.host_bytes // _num_shards(options))
+    return MemoryUse(phase, {**parts, RESERVED: reserved}, host_bytes)
 
 
-def optimizer_bytes(trace: StepTrace, bits: int) -> int:
-    """AdamW's state: as traced at 32 bits; at 8, two codes per parameter and a float32 scale per 256 of them."""
-    if bits != _MOMENTS_BITS:
-        return trace.constant[Category.OPTIMIZER]
-    return 2 * (trace.num_trained + 4 * -(-trace.num_trained // _MOMENTS_BLOCK))
+def _num_shards(options: PlanOptions) -> int:
+    return options.num_devices if options.sharding is Sharding.FSDP else 1
 
 
-def _constant_parts(trace: StepTrace, options: PlanOptions, teacher_share: float) -> dict[str, int]:
-    num_shards = options.num_devices if options.sharding is Sharding.FSDP else 1
-    teacher = 0 if options.cached_teacher else round(teacher_share * trace.constant[Category.TEACHER])
-    sharded = {
-        Category.WEIGHTS: trace.constant[Category.WEIGHTS],
-        Category.TEACHER: teacher,
-        Category.OPTIMIZER: optimizer_bytes(trace, options.optimizer_bits),
-        Category.AVERAGE: trace.constant[Category.AVERAGE],
-    }
-    parts = {category.value: -(-num_bytes // num_shards) for category, num_bytes in sharded.items()}
+def _constant_parts(trace: StepTrace, options: PlanOptions) -> dict[str, int]:
+    num_shards = _num_shards(options)
+    parts = {category.value: -(-trace.constant[category] // num_shards) for category in _SHARDED}
+    if options.cached_teacher:
+        parts[Category.TEACHER.value] = 0
     return parts | {Category.INPUTS.value: trace.constant[Category.INPUTS]}
 
 
-def _moment_parts(
-    moment: Moment, trace: StepTrace, options: PlanOptions, held_share: float
-) -> tuple[Phase, dict[str, int]]:
+def _moment_parts(moment: Moment, trace: StepTrace, options: PlanOptions) -> tuple[Phase, dict[str, int]]:
     parts: dict[str, int] = {category.value: getattr(moment, category.value) for category in STEP_CATEGORIES}
-    for category in (Category.CODES, Category.ACTIVATIONS):
-        parts[category.value] = round(held_share * parts[category.value])
     parts[SHARDING] = 0
     if options.sharding is Sharding.FSDP:
         gradients = Category.GRADIENTS.value

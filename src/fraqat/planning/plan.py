@@ -5,19 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from fraqat.distill import TrainSpec
+from fraqat.distill import TeacherSpec, TrainSpec, repeated_blocks
 from fraqat.errors import config_error
 from fraqat.nn import quantized_layers
-from fraqat.planning.advice import memory_advice
-from fraqat.planning.devices import Device
+from fraqat.planning.advice import Alternative, memory_advice
+from fraqat.planning.devices import Device, DeviceKind
 from fraqat.planning.memory import MemoryUse, PlanOptions, Sharding, device_memory
 from fraqat.planning.recorder import Category, Phase
 from fraqat.planning.result_size import ResultSize, packed_size
 from fraqat.planning.roofline import phase_times_s
-from fraqat.planning.step import StepTrace, Workload, trace_step
+from fraqat.planning.step import StepTrace, Workload, trace_step, with_constants_of
 from fraqat.table import Table
 
 _GIB = 2**30
@@ -82,6 +83,7 @@ class Plan:
 
     def to_table(self) -> Table:
         """Everything as rows of quantity, value and unit."""
+        host_bytes = self.memory.host_bytes
         rows = [
             ("parameters", self.num_parameters, ""),
             ("quantized weights", self.num_quantized_weights, ""),
@@ -92,6 +94,7 @@ class Plan:
             ("micro-batch", self.micro_batch, "samples per device and pass"),
             *((f"memory: {name}", num_bytes / _GIB, "GiB") for name, num_bytes in self._shown_parts()),
             ("memory in all", self.memory.num_bytes / _GIB, f"GiB, fullest in {self.memory.phase.value}"),
+            *((("memory of the host: optimizer", host_bytes / _GIB, "GiB for each device"),) if host_bytes else ()),
             ("memory of the device", self.device.memory_bytes / _GIB, "GiB"),
             ("fits", self.fits, ""),
             *((f"time: {phase.value}", seconds, "s per step") for phase, seconds in self.phase_times_s.items()),
@@ -124,10 +127,10 @@ def plan_training(
 
     Args:
         workload: The quantized student on the meta device, and how it is called.
-        train: Batch size (of all devices together), accumulation, autocast, average.
+        train: Batch size (of all devices together), accumulation, precision, and what is traded for memory.
         total_steps: Optimizer steps of the schedule.
         device: See `find_device` and `measure_device`.
-        options: Devices, sharding and what is traded for memory; None is one device and no trade.
+        options: Devices and sharding; None is one device.
         float_dtype: Precision of what stays unquantized in the exported file.
 
     Raises:
@@ -163,10 +166,38 @@ def plan_training(
     plan = dataclasses.replace(plan, communication_s=_communication_s(trace, plan, train))
     if plan.fits:
         return plan
-    single = _trace(workload, train, 1, device, options) if micro_batch > 1 else trace
-    has_float32_teacher = workload.teacher is None and workload.teacher_dtype == torch.float32
-    advice = memory_advice(trace, single, device, options, has_float32_teacher=has_float32_teacher)
-    return dataclasses.replace(plan, advice=advice)
+    return dataclasses.replace(plan, advice=_advice(trace, workload, plan, train))
+
+
+def _advice(trace: StepTrace, workload: Workload, plan: Plan, train: TrainSpec) -> tuple[str, ...]:
+    """What each setting of the recipe would change: optimizer and teacher without a new trace, the others with one."""
+    device, options = plan.device, plan.options
+    alternatives: list[Alternative] = []
+    lean = train
+
+    def consider(name: str, **changes: Any) -> None:
+        nonlocal lean
+        changed = dataclasses.replace(train, **changes)
+        lean = dataclasses.replace(lean, **changes)
+        alternatives.append(Alternative(name, with_constants_of(trace, workload, changed, device.kind)))
+
+    if not options.cached_teacher:
+        for dtype in ("bfloat16", "int8"):
+            consider(f"train.teacher.dtype: {dtype}", teacher=TeacherSpec(dtype))
+    if train.optimizer == "adamw":
+        consider("train.optimizer: adamw_8bit", optimizer="adamw_8bit")
+    if train.optimizer_device == "same" and device.kind is DeviceKind.GPU:
+        consider("train.optimizer_device: host", optimizer_device="host")
+    if train.activation_checkpointing == "none" and repeated_blocks(workload.student):
+        lean = dataclasses.replace(lean, activation_checkpointing="blocks")
+        changed = dataclasses.replace(train, activation_checkpointing="blocks")
+        name = "train.activation_checkpointing: blocks"
+        alternatives.append(Alternative(name, _trace(workload, changed, plan.micro_batch, device, options)))
+    if plan.micro_batch > 1:
+        single = _trace(workload, train, 1, device, options)
+        alternatives.append(Alternative("a micro-batch of one sample (raise train.accumulation)", single))
+    together = _trace(workload, lean, 1, device, options)
+    return memory_advice(trace, alternatives, together, device, options)
 
 
 def _check_student(workload: Workload) -> None:
@@ -184,7 +215,6 @@ def _trace(workload: Workload, train: TrainSpec, micro_batch: int, device: Devic
         device.kind,
         validation_batch=train.batch_size // options.num_devices,
         cached_teacher=options.cached_teacher,
-        checkpoint_blocks=options.activation_checkpointing,
     )
 
 

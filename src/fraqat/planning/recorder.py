@@ -15,8 +15,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from fraqat import kernels
+
+
+def _integer_product_flops(codes: Any, token_scale: Any, weight_codes: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * codes.shape[0] * weight_codes.shape[0] * weight_codes.shape[1]
+
+
+assert kernels.scaled_product is not None  # imported for its operator
+_INTEGER_PRODUCT: Any = torch.ops.fraqat.scaled_product
 _FLOP_FORMULAS: dict[Any, Callable[..., int]] = {
     **flop_registry,
+    _INTEGER_PRODUCT: _integer_product_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
         torch.ops.aten._scaled_dot_product_flash_attention
     ],
@@ -29,12 +39,13 @@ _ROW_READS = frozenset({"embedding", "index_select", "gather", "index"})
 
 
 class Category(StrEnum):
-    """What memory is used for. The first four and the inputs stay the same during a step."""
+    """What memory is used for. The first five and the inputs stay the same during a step; `host` is not the device's."""
 
     WEIGHTS = "weights"
     TEACHER = "teacher"
     OPTIMIZER = "optimizer"
     AVERAGE = "average"
+    HOST = "host"
     INPUTS = "inputs"
     GRADIENTS = "gradients"
     CODES = "codes"
@@ -125,6 +136,8 @@ class StepRecorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+            return NotImplemented  # an 8-bit state: its own operations on plain tensors come here one by one
         output = func(*args, **(kwargs or {}))
         if func is torch.ops.prim.device.default:  # two of three calls
             return output
@@ -188,6 +201,8 @@ class StepRecorder(TorchDispatchMode):
         num_flops = formula(*args, **kwargs, out_val=output) if formula is not None else 0
         if num_bytes or num_flops:
             dtype = outputs[0].dtype if outputs else inputs[0].dtype
+            if func.overloadpacket is _INTEGER_PRODUCT:
+                dtype = torch.bfloat16  # integer units are at least as fast; devices state no rate for them
             self._work[self.phase, name, dtype, num_flops, num_bytes] += 1
 
 

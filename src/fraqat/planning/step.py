@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.utils.checkpoint import checkpoint
 
-from fraqat.distill import TrainSpec
-from fraqat.nn import quantized_layers, unquantize_
+from fraqat.distill import (
+    DeviceOptimizer,
+    TrainSpec,
+    checkpoint_blocks_,
+    keep_products,
+    repeated_blocks,
+    share_frozen_,
+    store_weights_,
+)
+from fraqat.kernels import EngineName
+from fraqat.nn import EngineSpec, IntegerLayers, quantized_layers, unquantize_
 from fraqat.planning.devices import DeviceKind
 from fraqat.planning.fake import TRACE_DEVICE, TraceRules, fake_batch, new_fake_mode, to_fake
 from fraqat.planning.recorder import Category, Moment, Phase, StepRecorder, Work
@@ -70,8 +79,7 @@ class StepTrace:
         work: Operations of one step with one part.
         num_trained: Parameters that the optimizer changes.
         largest_block_bytes: Parameters of the student's largest repeated block (of the whole model if none repeats).
-        checkpoint_saving_bytes: What activation checkpointing of the repeated blocks would save: what they keep, less the one
-            block that is computed again at a time and less the input of each.
+        host_bytes: What an optimizer on the host keeps there.
     """
 
     constant: Mapping[Category, int]
@@ -79,7 +87,7 @@ class StepTrace:
     work: tuple[Work, ...]
     num_trained: int
     largest_block_bytes: int
-    checkpoint_saving_bytes: int
+    host_bytes: int
 
 
 def trace_step(
@@ -90,44 +98,51 @@ def trace_step(
     *,
     validation_batch: int | None = None,
     cached_teacher: bool = False,
-    checkpoint_blocks: bool = False,
 ) -> StepTrace:
     """Runs one optimizer step of the trainer, and the validation after it, on fake tensors.
 
     Args:
         workload: Models and their call.
-        train: Accumulation, autocast, clipping, average.
+        train: Accumulation, autocast, clipping, average, engine, optimizer, teacher, checkpointing.
         micro_batch: Samples of one forward pass.
-        kind: Decides attention kernels and autocast rules.
+        kind: Decides attention kernels, autocast rules and the layout of weight codes.
         validation_batch: Samples of one forward pass of the validation; None is the batch size of `train`.
         cached_teacher: The teacher's outputs come with the batch.
-        checkpoint_blocks: Repeated blocks keep their input alone and run again in the backward pass.
     """
-    mode = new_fake_mode()
-    student = to_fake(workload.student, mode).train()
-    teacher = None if cached_teacher else to_fake(workload.make_teacher(), mode)
-    step = _Step(workload, train, student, teacher, StepRecorder())
-    blocks = repeated_blocks(student)
-    step.watch(blocks)
-    if checkpoint_blocks:
-        for block in blocks:
-            _checkpoint_(block, kind)
+    step = _Step(workload, train, kind, cached_teacher)
     inputs = workload.make_inputs(micro_batch)
     held_out = workload.make_inputs(validation_batch or train.batch_size)
-    with mode, step.recorder, TraceRules(kind):
+    with step.mode, step.recorder, TraceRules(kind):
         step.set_up()
-        step.run(fake_batch(inputs, mode))
+        step.run(fake_batch(inputs, step.mode))
         step.recorder.phase = Phase.VALIDATION
-        step.validate(fake_batch(held_out, mode))
+        step.validate(fake_batch(held_out, step.mode))
     recorder = step.recorder
     return StepTrace(
         constant=step.constant,
         moments=tuple(recorder.moments if train.accumulation == 1 else _of_later_part(recorder.moments)),
         work=recorder.work(),
         num_trained=sum(parameter.numel() for parameter in step.trained),
-        largest_block_bytes=_largest_block_bytes(student, blocks),
-        checkpoint_saving_bytes=step.checkpoint_saving_bytes(),
+        largest_block_bytes=_largest_block_bytes(step.student),
+        host_bytes=recorder.totals[Category.HOST],
     )
+
+
+def with_constants_of(trace: StepTrace, workload: Workload, train: TrainSpec, kind: DeviceKind) -> StepTrace:
+    """A trace with what stays during a step as other settings of optimizer and teacher have it, without tracing a step.
+
+    Args:
+        trace: Of the same workload and batch.
+        workload, train, kind: As in `trace_step`.
+    """
+    step = _Step(workload, train, kind, cached_teacher=not trace.constant[Category.TEACHER])
+    with step.mode, step.recorder, TraceRules(kind):
+        step.set_up()
+    totals = step.recorder.totals
+    constant = {category: totals[category] for category in _CONSTANT} | {
+        Category.INPUTS: trace.constant[Category.INPUTS]
+    }
+    return dataclasses.replace(trace, constant=constant, host_bytes=totals[Category.HOST])
 
 
 _CONSTANT = (Category.WEIGHTS, Category.TEACHER, Category.OPTIMIZER, Category.AVERAGE, Category.INPUTS)
@@ -136,38 +151,57 @@ _CONSTANT = (Category.WEIGHTS, Category.TEACHER, Category.OPTIMIZER, Category.AV
 class _Step:
     """The trainer's step in parts, with everything labelled."""
 
-    def __init__(
-        self,
-        workload: Workload,
-        train: TrainSpec,
-        student: nn.Module,
-        teacher: nn.Module | None,
-        recorder: StepRecorder,
-    ):
-        self.workload, self.train, self.student, self.teacher = workload, train, student, teacher
-        self.recorder = recorder
-        self.trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    def __init__(self, workload: Workload, train: TrainSpec, kind: DeviceKind, cached_teacher: bool):
+        self.workload, self.train, self.kind = workload, train, kind
+        self.mode, self.recorder = new_fake_mode(), StepRecorder()
+        self.student, self.integers = _fake_student(workload.student, train.engine, self.mode)
+        self.student.train()
+        self.teacher = None if cached_teacher else to_fake(workload.make_teacher(), self.mode)
+        self.trained = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
         self.constant: dict[Category, int] = {}
-        self._num_blocks = 0
-        self._block_start = 0
-        self._block_kept: list[int] = []
-        self._block_outputs: list[int] = []
+        self.optimizer = DeviceOptimizer(self.trained, dataclasses.replace(train, compile="none"))
+        self._layouts: list[Tensor] = []
+        self._watch()
+        if train.activation_checkpointing == "blocks":
+            checkpoint_blocks_(self.student, lambda: _contexts(kind), keeps_random_state=False)
 
     def set_up(self) -> None:
-        """Everything that is there before a step: weights, optimizer state, average."""
-        self.recorder.label(_tensors(self.student), Category.WEIGHTS)
+        """Everything that is there before a step: weights and their codes, teacher, optimizer state, average."""
+        label = self.recorder.label
+        self._hold_teacher()
         if self.teacher is not None:
-            self.recorder.label(_tensors(self.teacher), Category.TEACHER)
-        self.optimizer = torch.optim.AdamW(self.trained, fused=True)
-        for parameter in self.trained:
-            parameter.grad = torch.empty_like(parameter)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.recorder.label(_state_tensors(self.optimizer), Category.OPTIMIZER)
+            label(_tensors(self.teacher), Category.TEACHER)
+        label(_tensors(self.student), Category.WEIGHTS)
+        weights = [layer.integer for _, layer in quantized_layers(self.student) if layer.integer is not None]
+        if self.kind is DeviceKind.CPU:  # engines of a CPU keep the codes a second time, in their own order
+            self._layouts = [torch.empty_like(weight.codes) for weight in weights]
+        label((tensor for weight in weights for tensor in weight.buffers()), Category.CODES)
+        label(self._layouts, Category.CODES)
+        self._make_state()
         self.averages: list[Tensor] = []
         if self.train.ema_decay is not None:
             self.averages = [torch.empty_like(parameter, dtype=torch.float32) for parameter in self.trained]
-            self.recorder.label(self.averages, Category.AVERAGE)
+            label(self.averages, Category.AVERAGE)
+
+    def _hold_teacher(self) -> None:
+        """As `hold_teacher_`, where a teacher that is the student without quantization has equal values."""
+        if self.teacher is None:
+            return
+        shared: tuple[str, ...] = ()
+        if self.workload.teacher is None:
+            shared = share_frozen_(self.teacher, self.student, compares=False)
+        store_weights_(self.teacher, self.train.teacher.dtype, keep=shared)
+
+    def _make_state(self) -> None:
+        """Takes a first step, which makes the state."""
+        is_on_host = self.train.optimizer_device == "host"
+        for parameter in self.trained:
+            parameter.grad = torch.empty_like(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.recorder.label(self.optimizer.state_tensors(), Category.HOST if is_on_host else Category.OPTIMIZER)
+        self._host_copies = [torch.empty_like(p) for p in self.trained for _ in range(2)] if is_on_host else []
+        self.recorder.label(self._host_copies, Category.HOST)
 
     def run(self, inputs: dict[str, Any]) -> None:
         """A step with one part; see `_of_later_part` for more."""
@@ -176,11 +210,14 @@ class _Step:
         self.constant = {category: self.recorder.totals[category] for category in _CONSTANT}
         self._forward_and_backward(inputs, cached)
         self.recorder.phase = Phase.UPDATE
+        if self.integers is not None:
+            self.integers.finish_gradients_()
         gradients = [parameter.grad for parameter in self.trained if parameter.grad is not None]
         norm = get_total_norm(gradients)
         if self.train.clip_norm is not None:
             clip_grads_with_norm_(self.trained, self.train.clip_norm, norm)
-        self.optimizer.step()
+        if self.train.optimizer_device == "same":
+            self.optimizer.step()
         with torch.no_grad():
             for average, parameter in zip(self.averages, self.trained, strict=False):
                 average.lerp_(parameter.detach().float(), 0.1)
@@ -194,21 +231,13 @@ class _Step:
             self.workload.loss(self._predict(self.student, inputs), outputs, inputs)
             del kept
 
-    def watch(self, blocks: list[nn.Module]) -> None:
-        """Hooks that label gradients and codes and see what each block keeps."""
+    def _watch(self) -> None:
+        """Hooks that label gradients, and what fake quantization makes of weights."""
         for parameter in self.trained:
             parameter.register_post_accumulate_grad_hook(self._label_gradient)
         for _, layer in quantized_layers(self.student):
             layer.weight_quantizer.register_forward_pre_hook(lambda *_: self._set_in_quantizer(True))
             layer.weight_quantizer.register_forward_hook(lambda *_: self._set_in_quantizer(False))
-        self._num_blocks = len(blocks)
-        for block in blocks:
-            block.register_forward_pre_hook(self._enter_block)
-            block.register_forward_hook(self._leave_block)
-
-    def checkpoint_saving_bytes(self) -> int:
-        """See `StepTrace`."""
-        return max(0, sum(self._block_kept) - max(self._block_kept, default=0) - sum(self._block_outputs))
 
     def _forward_and_backward(self, inputs: dict[str, Any], cached: Outputs | None) -> None:
         self.recorder.phase = Phase.TEACHER
@@ -233,8 +262,6 @@ class _Step:
             outputs = {name: torch.empty_like(value) for name, value in self._predict(self.student, inputs).items()}
         self.recorder.label(outputs.values(), Category.INPUTS)
         self.recorder.phase = phase
-        self._block_kept.clear()
-        self._block_outputs.clear()
         return outputs
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -249,15 +276,6 @@ class _Step:
     def _set_in_quantizer(self, value: bool) -> None:
         self.recorder.in_quantizer = value
 
-    def _enter_block(self, *_: object) -> None:
-        self._block_start = self.recorder.num_bytes()
-
-    def _leave_block(self, block: nn.Module, args: object, output: object) -> None:
-        if self.recorder.phase is Phase.FORWARD and len(self._block_kept) < self._num_blocks:
-            self._block_kept.append(self.recorder.num_bytes() - self._block_start)
-            tensors = output if isinstance(output, tuple | list) else (output,)
-            self._block_outputs.append(sum(t.numel() * t.itemsize for t in tensors if isinstance(t, Tensor)))
-
 
 def _of_later_part(moments: list[Moment]) -> list[Moment]:
     """From the second part on, every gradient is there from the start, and a new one is added to it and freed."""
@@ -265,41 +283,30 @@ def _of_later_part(moments: list[Moment]) -> list[Moment]:
     return [dataclasses.replace(moment, gradients=gradients) for moment in moments]
 
 
-def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks that a network is made of: children of its outermost lists of two or more modules of one class."""
-    found: list[nn.Module] = []
-
-    def search(module: nn.Module) -> None:
-        children = list(module.children())
-        is_list = isinstance(module, nn.ModuleList) and len({type(child) for child in children}) == 1
-        if is_list and len(children) > 1 and any(True for _ in children[0].parameters()):
-            found.extend(children)
-            return
-        for child in children:
-            search(child)
-
-    search(model)
-    return found
+def _fake_student(
+    student: nn.Module, engine: EngineSpec, mode: FakeTensorMode
+) -> tuple[nn.Module, IntegerLayers | None]:
+    """A fake copy with its integer path, which is made while the weights have no memory: engines would read fake ones."""
+    if engine.name is EngineName.REFERENCE:
+        return to_fake(student, mode), None
+    on_meta = copy.deepcopy(student).to("meta")
+    return to_fake((on_meta, IntegerLayers(on_meta)), mode)
 
 
-def _checkpoint_(block: nn.Module, kind: DeviceKind) -> None:
-    """The block's forward pass keeps its inputs alone; the random state is not a matter of memory."""
-    forward = block.forward
-
-    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        return nullcontext(), TraceRules(kind)  # the backward pass is one call, in which a function mode is set aside
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": contexts}
-        return checkpoint(forward, *args, **options, **kwargs)
-
-    block.forward = run
+def _contexts(kind: DeviceKind) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """The backward pass is one call, in which a function mode is set aside: the second run of a block needs it again."""
+    first, again = keep_products()
+    return first, _together(TraceRules(kind), again)
 
 
-def _largest_block_bytes(model: nn.Module, blocks: list[nn.Module]) -> int:
-    return max(_parameter_bytes(block) for block in blocks or [model])
+@contextmanager
+def _together(*contexts: AbstractContextManager[Any]) -> Generator[None]:
+    with contexts[0], contexts[1]:
+        yield
+
+
+def _largest_block_bytes(model: nn.Module) -> int:
+    return max(_parameter_bytes(block) for block in repeated_blocks(model) or [model])
 
 
 def _parameter_bytes(module: nn.Module) -> int:
@@ -309,8 +316,3 @@ def _parameter_bytes(module: nn.Module) -> int:
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
     yield from model.parameters()
     yield from model.buffers()
-
-
-def _state_tensors(optimizer: torch.optim.Optimizer) -> Iterable[Tensor]:
-    states = cast("dict[Any, dict[str, Any]]", optimizer.state)
-    return [value for state in states.values() for value in state.values() if isinstance(value, Tensor)]

@@ -13,7 +13,7 @@ from torch import nn
 
 from fraqat.analysis import layer_errors
 from fraqat.config import Recipe, load_values
-from fraqat.distill import Batch, Distiller, DistillResult, validation_loss
+from fraqat.distill import Batch, Distiller, DistillResult, hold_teacher_, validation_loss
 from fraqat.files import atomic_file, folder_lock, save_tensors, write_json_atomic
 from fraqat.nn import QuantReport, calibrate_, describe
 from fraqat.schedules import Schedule, StageUnit
@@ -88,6 +88,8 @@ def train(
             baseline = recipe.baseline(name)
             _train_one(session, baseline, RunFolder.create(run.baseline(name).path, baseline), progress)
         _train_one(session, recipe, run, progress)
+    if recipe.train.teacher.dtype != "model":
+        session.forget_teacher()  # evaluation measures the original as it is
     return run
 
 
@@ -121,6 +123,7 @@ def _train_one(session: Session[Any], recipe: Recipe, run: RunFolder, progress: 
     ):
         progress.say(f"{label}: static activation ranges of {num_calibrated} layers calibrated")
     if schedule is None:
+        hold_teacher_(teacher, student, recipe.train.teacher.dtype)  # as a student that is trained has it
         result = DistillResult(0, 0.0, validation_loss(task, teacher, student, recipe.train))
     else:
         stages = ", ".join(f"{stage.bits:g} ({stage.num_steps})" for stage in schedule)

@@ -166,6 +166,13 @@ class Session(ABC, Generic[RecipeT]):
         """The frozen model in the teacher's own precision."""
         return self.load_model(self.recipe.model.dtype).eval().requires_grad_(False)
 
+    def forget_teacher(self) -> None:
+        """Lets a teacher that training has changed leave memory, with everything that was made of it."""
+        for name in ("teacher", "task"):
+            if name in self.__dict__:
+                delattr(self, name)
+        release_memory()
+
     def new_student(self, recipe: Recipe) -> tuple[nn.Module, QuantReport]:
         """A float32 model, quantized at its final width as `recipe` says, and the report."""
         student = self.load_model(torch.float32).requires_grad_(True)

@@ -1,0 +1,83 @@
+"""Low-rank training: a frozen weight plus a trained product of two thin matrices, quantized together.
+
+W_q = quantize(W + U D), so that the finished layer is a plain quantized layer with nothing beside it. The teacher is the same W
+without the product: one copy of the weights serves both.
+
+Shape suffixes: O output channels, K input channels, R rank.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fraqat.errors import config_error
+from fraqat.nn.spec import STRICT_KEYS
+
+if TYPE_CHECKING:
+    from fraqat.nn.layers import QuantizedLayer
+
+
+@dataclass(frozen=True)
+class LowRankSpec:
+    """What is trained instead of the weights.
+
+    Args:
+        rank: Columns of the thin matrices; a layer that is thinner gets its own width.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_KEYS
+
+    rank: int = 32
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise config_error("low_rank.rank", self.rank, allowed="1 or more", fix="choose a rank such as 32")
+
+
+class LowRankAdapter(nn.Module):
+    """U D: `up` [O, R] starts at zero, `down` [R, K] at random, both float32.
+
+    Args:
+        weight: The frozen weight, [O, K] or [O, K, 1, 1].
+        rank: R.
+    """
+
+    def __init__(self, weight: Tensor, rank: int):
+        super().__init__()
+        num_outputs, num_inputs = weight.flatten(1).shape
+        rank = min(rank, num_outputs, num_inputs)
+        self.up = nn.Parameter(torch.zeros(num_outputs, rank, device=weight.device))
+        self.down = nn.Parameter(torch.empty(rank, num_inputs, device=weight.device))
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """W + U D in float32, of the weight's shape."""
+        with torch.autocast(weight.device.type, enabled=False):
+            product = self.up.float() @ self.down.float()
+        return weight.float() + product.view(weight.shape)
+
+
+def add_adapter_(layer: QuantizedLayer, spec: LowRankSpec) -> LowRankAdapter:
+    """Freezes the layer's weight and trains a low-rank product added to it instead.
+
+    Args:
+        layer: A quantized layer without an adapter.
+        spec: The rank.
+    """
+    layer.weight.requires_grad_(False)
+    layer.adapter = LowRankAdapter(layer.weight, spec.rank)
+    return layer.adapter
+
+
+@torch.no_grad()
+def merge_adapter_(layer: QuantizedLayer) -> None:
+    """Adds the product to the weight for good; the weight is float32 then, so that its codes are those that were trained."""
+    if layer.adapter is None:
+        return
+    layer.weight = nn.Parameter(layer.adapter(layer.weight), requires_grad=False)
+    layer.adapter = None
