@@ -196,10 +196,12 @@ def _load_layer_(module: nn.Module, name: str, spec: QuantSpec, tensors: dict[st
     if f"{name}.activation.scale" in tensors:
         static = QParams(tensors[f"{name}.activation.scale"], tensors.get(f"{name}.activation.zero_point"))
     scale = tensors[f"{name}.weight.scale"]
+    groups = None
     if spec.weight.group_scale == "integer":
         scale = scale.to(torch.promote_types(scale.dtype, torch.float32))
-        scale = GroupScales(scale, tensors[f"{name}.weight.multiplier"].to(scale.dtype)).product
-    to_packed_(module, spec, stored.reshape(shape), QParams(scale, offset=offset), static)
+        groups = GroupScales(scale, tensors[f"{name}.weight.multiplier"].to(scale.dtype))
+        scale = groups.product
+    to_packed_(module, spec, stored.reshape(shape), QParams(scale, offset=offset), static, groups)
 
 
 def _layer_tensors(name: str, layer: QuantizedLayer) -> dict[str, Tensor]:
@@ -211,11 +213,11 @@ def _layer_tensors(name: str, layer: QuantizedLayer) -> dict[str, Tensor]:
             allowed=f"{quantizer.spec.bits:g}, the final width",
             fix="call set_bits_ first",
         )
-    codes, qparams = quantizer.codes(layer.weight)
+    codes, qparams = quantizer.codes(layer.master_weight())
     num_bits = quantizer.grid.storage_bits
     rows = codes.flatten(1)
     stored = pack_codes(rows, num_bits) if num_bits <= _MAX_PACKED_BITS else rows
-    groups = quantizer.group_scales(layer.weight)
+    groups = quantizer.group_scales(layer.master_weight())
     scale = qparams.scale if groups is None else groups.channel
     tensors = {
         f"{name}.weight.codes": stored,

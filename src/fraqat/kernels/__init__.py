@@ -9,6 +9,7 @@ from fraqat.kernels.engine import (
     engines_for,
     scaled_product,
 )
+from fraqat.kernels.gradients import centred_codes, input_gradient, weight_gradient
 from fraqat.kernels.product import Engine, Operands
 from fraqat.kernels.quantize import quantize_stochastic, quantize_tokens, quantize_weight
 
@@ -20,9 +21,12 @@ __all__ = [
     "Operands",
     "PreparedWeight",
     "ProductShape",
+    "centred_codes",
     "engines_for",
+    "input_gradient",
     "quantize_stochastic",
     "quantize_tokens",
     "quantize_weight",
     "scaled_product",
+    "weight_gradient",
 ]

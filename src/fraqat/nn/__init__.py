@@ -1,8 +1,10 @@
 """Quantized layers, and the functions that put them into any model."""
 
+from fraqat.nn.adapters import LowRankAdapter, LowRankSpec
 from fraqat.nn.families import ALL, LayerFamilies
 from fraqat.nn.integer_layers import EngineSpec, IntegerLayers
 from fraqat.nn.layers import QuantizedLayer, QuantLinear, QuantPointwiseConv
+from fraqat.nn.low_rank import add_adapters_, merge_adapters_
 from fraqat.nn.packed import PackedLayer, packed_codes, to_packed_
 from fraqat.nn.spec import STRICT_KEYS, ActivationSpec, LayerRule, QuantSpec, WeightSpec
 from fraqat.nn.swap import (
@@ -28,6 +30,8 @@ __all__ = [
     "LayerFamilies",
     "LayerRow",
     "LayerRule",
+    "LowRankAdapter",
+    "LowRankSpec",
     "PackedLayer",
     "QuantLinear",
     "QuantPointwiseConv",
@@ -35,9 +39,11 @@ __all__ = [
     "QuantSpec",
     "QuantizedLayer",
     "WeightSpec",
+    "add_adapters_",
     "calibrate_",
     "describe",
     "granularity_label",
+    "merge_adapters_",
     "packed_codes",
     "quantize_",
     "quantized_layers",

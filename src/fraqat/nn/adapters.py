@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fraqat.errors import config_error
 from fraqat.nn.spec import STRICT_KEYS
-
-if TYPE_CHECKING:
-    from fraqat.nn.layers import QuantizedLayer
 
 
 @dataclass(frozen=True)
@@ -60,24 +57,3 @@ class LowRankAdapter(nn.Module):
         with torch.autocast(weight.device.type, enabled=False):
             product = self.up.float() @ self.down.float()
         return weight.float() + product.view(weight.shape)
-
-
-def add_adapter_(layer: QuantizedLayer, spec: LowRankSpec) -> LowRankAdapter:
-    """Freezes the layer's weight and trains a low-rank product added to it instead.
-
-    Args:
-        layer: A quantized layer without an adapter.
-        spec: The rank.
-    """
-    layer.weight.requires_grad_(False)
-    layer.adapter = LowRankAdapter(layer.weight, spec.rank)
-    return layer.adapter
-
-
-@torch.no_grad()
-def merge_adapter_(layer: QuantizedLayer) -> None:
-    """Adds the product to the weight for good; the weight is float32 then, so that its codes are those that were trained."""
-    if layer.adapter is None:
-        return
-    layer.weight = nn.Parameter(layer.adapter(layer.weight), requires_grad=False)
-    layer.adapter = None

@@ -9,9 +9,20 @@ import weakref
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fraqat.kernels import EngineTable, PreparedWeight, quantize_tokens, quantize_weight, scaled_product
+from fraqat.kernels import (
+    EngineTable,
+    PreparedWeight,
+    centred_codes,
+    input_gradient,
+    quantize_stochastic,
+    quantize_tokens,
+    quantize_weight,
+    scaled_product,
+    weight_gradient,
+)
+from fraqat.nn.adapters import LowRankAdapter
 from fraqat.nn.quantizers import ActivationQuantizer, KeepsBufferDtype, WeightQuantizer
 from fraqat.nn.spec import QuantSpec
 from fraqat.numerics import Granularity, clamp_codes, round_to_codes
@@ -81,28 +92,46 @@ class IntegerWeight(KeepsBufferDtype):
     """The codes of a layer's weight, made once per change of the weight and used by every product until the next.
 
     Buffers, none of them saved: `codes` int8 [O, K] (code * multiplier where group scales are integers), `scale` float32 [O],
-    `row_sums` int32 [O], `handle` int64 0-dim.
+    `row_sums` int32 [O], `handle` int64 0-dim; `transposed_codes` [K, O] and `transposed_handle` for integer input gradients.
 
     Args:
         table: Chooses the engine.
         inputs: Shared by all layers of the model.
         weight: [O, K] or [O, K, 1, 1].
+        has_integer_gradient: Whether the gradient of the input is an integer product too.
+        codes: int8 [O, K] that are kept anyway (a packed layer's), to be used instead of a copy.
     """
 
     codes: Tensor
     scale: Tensor
     row_sums: Tensor
     handle: Tensor
+    transposed_codes: Tensor | None
+    transposed_handle: Tensor | None
 
-    def __init__(self, table: EngineTable, inputs: SharedInput, weight: Tensor):
+    def __init__(
+        self,
+        table: EngineTable,
+        inputs: SharedInput,
+        weight: Tensor,
+        *,
+        has_integer_gradient: bool = False,
+        codes: Tensor | None = None,
+    ):
         super().__init__()
         self.inputs = inputs
         self.prepared = PreparedWeight(table)
         shape, device = weight.flatten(1).shape, weight.device
-        self.register_buffer("codes", torch.zeros(shape, dtype=torch.int8, device=device), persistent=False)
+        codes = torch.zeros(shape, dtype=torch.int8, device=device) if codes is None else codes
+        self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("scale", torch.ones(shape[0], device=device), persistent=False)
         self.register_buffer("row_sums", torch.zeros(shape[0], dtype=torch.int32, device=device), persistent=False)
         self.register_buffer("handle", self.prepared.handle, persistent=False)
+        self.transposed = PreparedWeight(table) if has_integer_gradient else None
+        transposed = torch.zeros(shape[::-1], dtype=torch.int8, device=device) if has_integer_gradient else None
+        self.register_buffer("transposed_codes", transposed, persistent=False)
+        transposed_handle = None if self.transposed is None else self.transposed.handle
+        self.register_buffer("transposed_handle", transposed_handle, persistent=False)
 
     @torch.no_grad()
     def set_(self, codes: Tensor, scale: Tensor) -> None:
@@ -112,10 +141,17 @@ class IntegerWeight(KeepsBufferDtype):
             codes: Integers within int8, of the weight's shape.
             scale: One per output channel, or one for all.
         """
-        self.codes.copy_(codes.flatten(1))
+        if codes.data_ptr() != self.codes.data_ptr():
+            self.codes.copy_(codes.flatten(1))
         self.scale.copy_(scale.flatten())
         torch.sum(self.codes, 1, dtype=torch.int32, out=self.row_sums)
         self.prepared.renew()
+        self._transpose_()
+
+    def _transpose_(self) -> None:
+        if self.transposed_codes is not None and self.transposed is not None:
+            self.transposed_codes.copy_(self.codes.t())
+            self.transposed.renew()
 
     def refresh_(self, quantizer: WeightQuantizer, weight: Tensor) -> None:
         """Quantizes the weight anew, at its current width."""
@@ -124,8 +160,25 @@ class IntegerWeight(KeepsBufferDtype):
             grid = quantizer.grid
             master = weight.detach().flatten(1)
             if quantize_weight(master, self.scale, grid.qmin, grid.qmax, self.codes, self.row_sums, self.prepared):
+                self._transpose_()
                 return
         self.set_(*quantizer.unchecked_codes(weight))
+
+
+class HasIntegerPath(nn.Module):
+    """What layers with codes share, in training and in inference."""
+
+    activation_quantizer: ActivationQuantizer | None
+    integer: IntegerWeight | None
+
+    def integer_product(
+        self, x: Tensor, bias: Tensor | None, weight: Tensor | None = None, adapter: LowRankAdapter | None = None
+    ) -> Tensor | None:
+        """The layer's output by its integer codes, or None where the floating-point path must run; see `integer_linear`."""
+        dtype = integer_dtype(x, self.integer, self.activation_quantizer)
+        if dtype is None or self.integer is None or self.activation_quantizer is None:
+            return None
+        return integer_linear(x, weight, bias, self.activation_quantizer, self.integer, dtype, adapter)
 
 
 def integer_dtype(
@@ -149,6 +202,7 @@ def integer_linear(
     activation: ActivationQuantizer,
     integer: IntegerWeight,
     out_dtype: torch.dtype,
+    adapter: LowRankAdapter | None = None,
 ) -> Tensor:
     """y = (scales) * (codes of x) @ (codes of W)^T + bias, the sum exact.
 
@@ -160,6 +214,8 @@ def integer_linear(
         activation: Quantizer of x.
         integer: Codes of the weight.
         out_dtype: Of y: float32 or bfloat16.
+        adapter: Receives the gradient in place of the weight, without the mask of clipped weights and without a dense
+            gradient ever being formed.
 
     Returns:
         [..., O], or [N, O, H, W].
@@ -171,12 +227,30 @@ def integer_linear(
         and rounded once; the floating-point path rounds its operands to the compute dtype first.
     """
     if x.ndim == 1:
-        return integer_linear(x.unsqueeze(0), weight, bias, activation, integer, out_dtype).squeeze(0)
+        return integer_linear(x.unsqueeze(0), weight, bias, activation, integer, out_dtype, adapter).squeeze(0)
     axis = activation.layout.channel_axis % x.ndim
     codes = _quantize_shared(x, activation, integer.inputs)
     row_sums = None if codes.zero_point is None else integer.row_sums
+    up_OR, down_RK = (None, None) if adapter is None else (adapter.up, adapter.down)
+    seed = None
+    if integer.transposed_handle is not None and torch.is_grad_enabled():
+        seed = torch.randint(2**31, ())  # of the default generator, whose state a checkpoint holds
     y_MO = _IntegerLinear.apply(
-        x, weight, bias, *codes, integer.codes, integer.scale, row_sums, integer.handle, axis, out_dtype
+        x,
+        weight,
+        bias,
+        up_OR,
+        down_RK,
+        *codes,
+        integer.codes,
+        integer.scale,
+        row_sums,
+        integer.handle,
+        integer.transposed_codes,
+        integer.transposed_handle,
+        seed,
+        axis,
+        out_dtype,
     )
     lead = [size for index, size in enumerate(x.shape) if index != axis]
     return cast(Tensor, y_MO).view(*lead, -1).movedim(-1, axis)
@@ -231,6 +305,8 @@ class _IntegerLinear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        up_OR: Tensor | None,
+        down_RK: Tensor | None,
         codes_MK: Tensor,
         token_scale: Tensor,
         zero_point: Tensor | None,
@@ -239,12 +315,27 @@ class _IntegerLinear(torch.autograd.Function):
         scale_O: Tensor,
         row_sums_O: Tensor | None,
         handle: Tensor,
+        codes_KO: Tensor | None,
+        transposed_handle: Tensor | None,
+        seed: Tensor | None,
         axis: int,
         out_dtype: torch.dtype,
     ) -> Tensor:
         ctx.x_shape, ctx.x_dtype, ctx.axis, ctx.dtype = x.shape, x.dtype, axis, out_dtype
         ctx.weight_shape, ctx.weight_dtype = (None, None) if weight is None else (weight.shape, weight.dtype)
-        ctx.save_for_backward(codes_MK, token_scale, zero_point, inside, codes_OK, scale_O)
+        ctx.save_for_backward(
+            codes_MK,
+            token_scale,
+            zero_point,
+            inside,
+            codes_OK,
+            scale_O,
+            up_OR,
+            down_RK,
+            codes_KO,
+            transposed_handle,
+            seed,
+        )
         bias_O = None if bias is None else bias.float()
         return scaled_product(
             codes_MK, token_scale, codes_OK, scale_O, zero_point, row_sums_O, bias_O, handle, out_dtype
@@ -252,24 +343,37 @@ class _IntegerLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        codes_MK, token_scale, zero_point, inside, codes_OK, scale_O = ctx.saved_tensors
+        codes_MK, token_scale, zero_point, inside, codes_OK, scale_O, up_OR, down_RK, *transposed = ctx.saved_tensors
         (grad_MO,) = grad_outputs
-        grad_x = grad_weight = grad_bias = None
+        grad_x = grad_weight = grad_bias = grad_up = grad_down = None
         if ctx.needs_input_grad[0]:
-            grad_MK = (grad_MO * scale_O).to(ctx.dtype) @ codes_OK.to(ctx.dtype)
+            grad_MK = _input_gradient(grad_MO, scale_O, codes_OK, transposed, ctx.dtype)
             if inside is not None:
                 grad_MK = grad_MK * _unpack_bits(inside, grad_MK.shape[1])
             lead = [size for index, size in enumerate(ctx.x_shape) if index != ctx.axis]
             grad_x = grad_MK.view(*lead, -1).movedim(-1, ctx.axis).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
-            values_MK = codes_MK.to(ctx.dtype)
-            if zero_point is not None:
-                values_MK = values_MK - zero_point.to(ctx.dtype)  # at most 255: exact in bfloat16
-            scaled_MO = (grad_MO * token_scale.unsqueeze(-1)).to(ctx.dtype)
-            grad_weight = (scaled_MO.t() @ values_MK).to(ctx.weight_dtype).view(ctx.weight_shape)
+            grad_OK = weight_gradient(grad_MO, token_scale, codes_MK, zero_point, ctx.dtype)
+            grad_weight = grad_OK.to(ctx.weight_dtype).view(ctx.weight_shape)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_MO.sum(0, dtype=torch.float32)
-        return grad_x, grad_weight, grad_bias, *([None] * 10)
+        if up_OR is not None:
+            scaled_MO = (grad_MO * token_scale.unsqueeze(-1)).to(ctx.dtype)
+            values_MK = centred_codes(codes_MK, zero_point, ctx.dtype)
+            grad_up = (scaled_MO.t() @ (values_MK @ down_RK.to(ctx.dtype).t())).to(up_OR.dtype)
+            grad_down = ((scaled_MO @ up_OR.to(ctx.dtype)).t() @ values_MK).to(down_RK.dtype)
+        return grad_x, grad_weight, grad_bias, grad_up, grad_down, *([None] * 13)
+
+
+def _input_gradient(
+    grad_MO: Tensor, scale_O: Tensor, codes_OK: Tensor, transposed: list[Tensor | None], dtype: torch.dtype
+) -> Tensor:
+    codes_KO, transposed_handle, seed = transposed
+    if codes_KO is None or transposed_handle is None or seed is None:
+        return input_gradient(grad_MO, scale_O, codes_OK, dtype)
+    codes_MO, scale_M = quantize_stochastic((grad_MO * scale_O).contiguous(), seed)
+    ones_K = torch.ones_like(codes_KO[:, 0], dtype=torch.float32)
+    return scaled_product(codes_MO, scale_M, codes_KO, ones_K, None, None, None, transposed_handle, dtype)
 
 
 def _pack_bits(flags_MK: Tensor) -> Tensor:

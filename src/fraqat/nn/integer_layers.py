@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from fraqat.errors import config_error, parse_choice
 from fraqat.kernels import EngineName, EngineTable
 from fraqat.nn.integer import WIDEST_BITS, IntegerWeight, SharedInput, why_not_integer
 from fraqat.nn.layers import QuantizedLayer
+from fraqat.nn.packed import PackedLayer
 from fraqat.nn.spec import STRICT_KEYS
 from fraqat.nn.swap import quantized_layers
 from fraqat.table import Table
@@ -26,17 +27,26 @@ class EngineSpec:
         name: `auto` measures the engines that run here and takes the fastest per shape; `reference` computes with quantized
             values in floating point; another name asks for that engine.
         strict: Whether it is an error that the engine named cannot run here; if not, the others are measured.
+        input_gradient: `float`, or `integer`: gradients of inputs are integer products too, of gradients rounded to 8 bits per
+            token, stochastically so that they are right on average.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_KEYS
 
     name: EngineName = EngineName.AUTO
     strict: bool = False
+    input_gradient: Literal["float", "integer"] = "float"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", parse_choice("engine.name", self.name, EngineName))
         if self.strict and self.name == EngineName.AUTO:
             raise config_error("engine.strict", True, allowed="false with name: auto", fix="name the engine wanted")
+        if self.input_gradient not in ("float", "integer"):
+            raise config_error("engine.input_gradient", self.input_gradient, allowed="float, integer", fix="use one")
+        if self.input_gradient == "integer" and self.name == EngineName.REFERENCE:
+            raise config_error(
+                "engine.input_gradient", "integer", allowed="float with name: reference", fix="use name: auto"
+            )
 
 
 class IntegerLayers:
@@ -47,7 +57,7 @@ class IntegerLayers:
     since its forward pass.
 
     Args:
-        model: A quantized model, changed in place; `release_` undoes it.
+        model: A quantized or packed model, changed in place; `release_` undoes it for quantized layers.
         spec: Which engine.
         counts_preparation: Whether codes change often, as in training: see `EngineTable`.
 
@@ -58,7 +68,7 @@ class IntegerLayers:
     def __init__(self, model: nn.Module, spec: EngineSpec | None = None, *, counts_preparation: bool = True):
         spec = spec or EngineSpec()
         layers = dict(quantized_layers(model))
-        device = next(iter(layers.values())).weight.device if layers else torch.device("cpu")
+        device = next((p.device for p in (*model.parameters(), *model.buffers())), torch.device("cpu"))
         self.table = EngineTable(device, spec.name, strict=spec.strict, counts_preparation=counts_preparation)
         shared = _shared_parameters(model)
         self.reasons = {
@@ -66,18 +76,34 @@ class IntegerLayers:
             for name, layer in layers.items()
             if (reason := why_not_integer(layer.spec) or ("shared weights" if id(layer.weight) in shared else ""))
         }
-        inputs = SharedInput()
+        inputs, has_integer_gradient = SharedInput(), spec.input_gradient == "integer"
         self._layers: list[tuple[QuantizedLayer, IntegerWeight]] = [
-            (layer, IntegerWeight(self.table, inputs, layer.weight))
+            (layer, IntegerWeight(self.table, inputs, layer.weight, has_integer_gradient=has_integer_gradient))
             for name, layer in layers.items()
             if name not in self.reasons
         ]
+        self.num_packed = self._attach_packed_(model, inputs)
         self.refresh_()
 
     @property
     def num_layers(self) -> int:
         """How many layers have an integer path."""
-        return len(self._layers)
+        return len(self._layers) + self.num_packed
+
+    def _attach_packed_(self, model: nn.Module, inputs: SharedInput) -> int:
+        """Packed layers have their codes for good."""
+        count = 0
+        for name, layer in model.named_modules():
+            if not isinstance(layer, PackedLayer):
+                continue
+            if reason := why_not_integer(layer.spec):
+                self.reasons[name] = reason
+                continue
+            codes, scale = layer.effective_codes()
+            layer.integer = IntegerWeight(self.table, inputs, layer.codes, codes=codes)
+            layer.integer.set_(codes, scale)
+            count += 1
+        return count
 
     @torch.no_grad()
     def refresh_(self) -> None:
@@ -90,7 +116,7 @@ class IntegerLayers:
             quantizer = layer.weight_quantizer
             is_integer = quantizer.bits <= WIDEST_BITS and not _trains_scale_alone(layer)
             if is_integer:
-                integer.refresh_(quantizer, layer.weight)
+                integer.refresh_(quantizer, layer.master_weight())
             if (layer.integer is not None) != is_integer:
                 _set_integer_(layer, integer if is_integer else None)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fraqat.nn.adapters import LowRankAdapter
-from fraqat.nn.integer import IntegerWeight, integer_dtype, integer_linear
+from fraqat.nn.integer import HasIntegerPath
 from fraqat.nn.quantizers import ActivationQuantizer, WeightQuantizer
 from fraqat.nn.spec import QuantSpec
 
@@ -21,7 +21,7 @@ _ATTRIBUTES = ("weight_quantizer", "activation_quantizer", "adapter", "integer")
 _BATCHED = 4
 
 
-class QuantizedLayer(nn.Module):
+class QuantizedLayer(HasIntegerPath):
     """What `QuantLinear` and `QuantPointwiseConv` share."""
 
     float_type: ClassVar[type[nn.Module]]
@@ -30,9 +30,7 @@ class QuantizedLayer(nn.Module):
 
     weight: Tensor
     weight_quantizer: WeightQuantizer
-    activation_quantizer: ActivationQuantizer | None
     adapter: LowRankAdapter | None
-    integer: IntegerWeight | None
 
     @property
     def spec(self) -> QuantSpec:
@@ -55,13 +53,6 @@ class QuantizedLayer(nn.Module):
         """What is quantized: the weight, or in low-rank training its sum with the adapter, in float32."""
         return self.weight if self.adapter is None else self.adapter(self.weight)
 
-    def integer_product(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
-        """The layer's output by its integer codes, or None where the floating-point path must run."""
-        dtype = integer_dtype(x, self.integer, self.activation_quantizer)
-        if dtype is None or self.integer is None or self.activation_quantizer is None:
-            return None
-        return integer_linear(x, self.weight, bias, self.activation_quantizer, self.integer, dtype)
-
 
 class QuantLinear(QuantizedLayer, nn.Linear):
     """y = fake_quantize(x) @ fake_quantize(W)^T + bias; x [..., I], W [O, I], bias [O], y [..., O]."""
@@ -72,14 +63,18 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns y [..., O] for input [..., I]."""
-        y = self.integer_product(input, self.bias)
+        y = self.integer_product(input, self.bias, self.weight, self.adapter)
         if y is not None:
             return y
         x, weight = self.quantized_operands(input)
         return nn.functional.linear(x, weight, self.bias)
 
 
-class QuantPointwiseConv(QuantizedLayer, nn.Conv2d):
+class PointwiseLayer(HasIntegerPath, nn.Conv2d):
+    """A 1x1 convolution with codes."""
+
+
+class QuantPointwiseConv(QuantizedLayer, PointwiseLayer):
     """1x1 convolution: x [N, I, H, W], W [O, I, 1, 1], bias [O], y [N, O, H', W']. A token is one pixel."""
 
     float_type = nn.Conv2d
@@ -88,13 +83,21 @@ class QuantPointwiseConv(QuantizedLayer, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns y [N, O, H', W'] for input [N, I, H, W] or [I, H, W]."""
-        if input.ndim == _BATCHED:
-            vertical, horizontal = self.stride
-            x = input if self.stride == (1, 1) else input[:, :, ::vertical, ::horizontal]
-            y = self.integer_product(x, self.bias)
-            if y is not None:
-                return y
+        y = pointwise_product(self, input, self.weight, self.adapter)
+        if y is not None:
+            return y
         return pointwise_forward(self, self.quantized_operands, input)
+
+
+def pointwise_product(
+    conv: PointwiseLayer, x: Tensor, weight: Tensor | None = None, adapter: LowRankAdapter | None = None
+) -> Tensor | None:
+    """`integer_product` of a 1x1 convolution; None also for an unbatched input."""
+    if x.ndim != _BATCHED:
+        return None
+    vertical, horizontal = conv.stride
+    strided = x if conv.stride == (1, 1) else x[:, :, ::vertical, ::horizontal]
+    return conv.integer_product(strided, conv.bias, weight, adapter)
 
 
 def pointwise_forward(conv: nn.Conv2d, operands: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> Tensor:

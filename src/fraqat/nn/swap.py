@@ -184,7 +184,7 @@ def set_bits_(model: nn.Module, bits: float, *, where: str | None = None) -> int
     num_changed = 0
     for name, layer in chosen:
         if layer.weight_quantizer.bits != targets[name]:
-            layer.weight_quantizer.set_bits_(targets[name], layer.weight)
+            layer.weight_quantizer.set_bits_(targets[name], layer.master_weight())
             num_changed += 1
     return num_changed
 

@@ -19,7 +19,8 @@ from fraqat.config import Recipe
 from fraqat.distill import DistillTask
 from fraqat.errors import ModelError
 from fraqat.export import ModelDescription, load_packed_, read_packed
-from fraqat.nn import LayerFamilies, LayerRule, QuantReport, quantize_
+from fraqat.kernels import EngineName
+from fraqat.nn import EngineSpec, IntegerLayers, LayerFamilies, LayerRule, QuantReport, quantize_
 from fraqat.planning import Workload
 from fraqat.tasks import ModelSpec
 from fraqat.tasks.known import KnownModel, describe_model
@@ -199,7 +200,7 @@ class Session(ABC, Generic[RecipeT]):
             student.load_state_dict(load_file(path))
         except (OSError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"{path} cannot be loaded: {error}. Fix: train again in a new folder.") from error
-        return student.eval()
+        return self._with_integers(student.eval())
 
     def load_packed(self, folder: Path) -> nn.Module:
         """The student of a packed export, from codes.
@@ -209,7 +210,14 @@ class Session(ABC, Generic[RecipeT]):
         """
         packed = read_packed(folder)
         model = load_packed_(self.build_float(packed.description.class_name, packed.description.config), packed)
-        return model.to(self.recipe.model.torch_device).eval()
+        return self._with_integers(model.to(self.recipe.model.torch_device).eval())
+
+    def _with_integers(self, model: nn.Module) -> nn.Module:
+        """Students run in inference as they are trained, so that a packed one computes the same bits."""
+        name = self.recipe.train.engine.name
+        if name != EngineName.REFERENCE:
+            IntegerLayers(model, EngineSpec(name), counts_preparation=False)
+        return model
 
 
 def release_memory() -> None:
