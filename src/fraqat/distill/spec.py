@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from fraqat.distill.losses import LossSpec
 from fraqat.errors import check_seed, config_error
-from fraqat.nn import STRICT_KEYS, EngineSpec
+from fraqat.nn import STRICT_KEYS, EngineSpec, LowRankSpec
 from fraqat.schedules import LearningRateSpec
 
 CompileMode = Literal["none", "default", "cuda_graphs"]
@@ -54,6 +54,8 @@ class TrainSpec:
         clip_norm: Largest norm of the whole gradient, None to leave it.
         ema_decay: Averages the trained parameters; the student that is kept is then the average. None for none.
         autocast: Precision of matrix products in training: `bfloat16`, or `none` for the model's own.
+        low_rank: Train thin matrices that are added to the frozen weights before these are quantized, instead of the weights;
+            merged at the end. None trains the weights.
         teacher: How the teacher is held.
         activation_checkpointing: `blocks` keeps the results of matrix products in the student's repeated blocks and computes
             everything else again in the backward pass; `none` keeps what autograd keeps.
@@ -83,6 +85,7 @@ class TrainSpec:
     clip_norm: float | None = 1.0
     ema_decay: float | None = None
     autocast: Literal["bfloat16", "none"] = "bfloat16"
+    low_rank: LowRankSpec | None = None
     teacher: TeacherSpec = field(default_factory=TeacherSpec)
     activation_checkpointing: CheckpointedModules = "none"
     engine: EngineSpec = field(default_factory=EngineSpec)

@@ -9,6 +9,7 @@ Shape suffixes: O output channels, K input channels, R rank.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -54,6 +55,7 @@ class LowRankAdapter(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """W + U D in float32, of the weight's shape."""
-        with torch.autocast(weight.device.type, enabled=False):
+        device = weight.device.type
+        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
             product = self.up.float() @ self.down.float()
         return weight.float() + product.view(weight.shape)

@@ -174,7 +174,8 @@ class _Step:
         label(_tensors(self.student), Category.WEIGHTS)
         weights = [layer.integer for _, layer in quantized_layers(self.student) if layer.integer is not None]
         if self.kind is DeviceKind.CPU:  # engines of a CPU keep the codes a second time, in their own order
-            self._layouts = [torch.empty_like(weight.codes) for weight in weights]
+            codes = [buffer for weight in weights for buffer in weight.buffers() if buffer.dtype == torch.int8]
+            self._layouts = [torch.empty_like(buffer) for buffer in codes]
         label((tensor for weight in weights for tensor in weight.buffers()), Category.CODES)
         label(self._layouts, Category.CODES)
         self._make_state()
@@ -290,7 +291,8 @@ def _fake_student(
     if engine.name is EngineName.REFERENCE:
         return to_fake(student, mode), None
     on_meta = copy.deepcopy(student).to("meta")
-    return to_fake((on_meta, IntegerLayers(on_meta)), mode)
+    integers = IntegerLayers(on_meta, dataclasses.replace(engine, name=EngineName.AUTO, strict=False))
+    return to_fake((on_meta, integers), mode)
 
 
 def _contexts(kind: DeviceKind) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

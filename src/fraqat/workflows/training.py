@@ -15,7 +15,7 @@ from fraqat.analysis import layer_errors
 from fraqat.config import Recipe, load_values
 from fraqat.distill import Batch, Distiller, DistillResult, hold_teacher_, validation_loss
 from fraqat.files import atomic_file, folder_lock, save_tensors, write_json_atomic
-from fraqat.nn import QuantReport, calibrate_, describe
+from fraqat.nn import QuantReport, calibrate_, describe, merge_adapters_
 from fraqat.schedules import Schedule, StageUnit
 from fraqat.table import Table
 from fraqat.workflows.progress import Progress
@@ -141,6 +141,7 @@ def _train_one(session: Session[Any], recipe: Recipe, run: RunFolder, progress: 
             warn=progress.warn,
         )
         result = distiller.run()
+        merge_adapters_(student)
     _write_result(session, run, student, result)
     progress.say(f"{label}: held-out distillation loss {result.validation_loss:.5f}")
 

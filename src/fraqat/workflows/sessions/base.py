@@ -20,7 +20,7 @@ from fraqat.distill import DistillTask
 from fraqat.errors import ModelError
 from fraqat.export import ModelDescription, load_packed_, read_packed
 from fraqat.kernels import EngineName
-from fraqat.nn import EngineSpec, IntegerLayers, LayerFamilies, LayerRule, QuantReport, quantize_
+from fraqat.nn import EngineSpec, IntegerLayers, LayerFamilies, LayerRule, QuantReport, add_adapters_, quantize_
 from fraqat.planning import Workload
 from fraqat.tasks import ModelSpec
 from fraqat.tasks.known import KnownModel, describe_model
@@ -175,9 +175,30 @@ class Session(ABC, Generic[RecipeT]):
         release_memory()
 
     def new_student(self, recipe: Recipe) -> tuple[nn.Module, QuantReport]:
-        """A float32 model, quantized at its final width as `recipe` says, and the report."""
-        student = self.load_model(torch.float32).requires_grad_(True)
-        return student, self.quantize(student, recipe)
+        """A model quantized at its final width as `recipe` says, and the report.
+
+        float32, but in low-rank training, where the frozen weights have the teacher's precision and can be held once.
+        """
+        dtype = torch.float32 if recipe.train.low_rank is None else self.recipe.model.dtype
+        student = self.load_model(dtype).requires_grad_(True)
+        report = self.quantize(student, recipe)
+        self._add_adapters_(student, recipe)
+        return student, report
+
+    def planned_student(self, recipe: Recipe) -> nn.Module:
+        """The student of `new_student` without its weights."""
+        student = self.known.build()
+        if recipe.train.low_rank is not None:
+            student.to(recipe.model.dtype)
+        self.quantize(student, recipe)
+        self._add_adapters_(student, recipe)
+        return student
+
+    def _add_adapters_(self, student: nn.Module, recipe: Recipe) -> None:
+        if recipe.train.low_rank is not None:
+            with torch.random.fork_rng():
+                torch.manual_seed(recipe.train.seed)
+                add_adapters_(student, recipe.train.low_rank)
 
     def layers(self, recipe: Recipe) -> QuantReport:
         """The report of `new_student`, from the configuration alone."""
@@ -195,7 +216,8 @@ class Session(ABC, Generic[RecipeT]):
         Raises:
             ModelError: The file is missing or damaged, or does not fit the recipe.
         """
-        student, _ = self.new_student(recipe)
+        student = self.load_model(torch.float32)
+        self.quantize(student, recipe)
         try:
             student.load_state_dict(load_file(path))
         except (OSError, RuntimeError, SafetensorError) as error:

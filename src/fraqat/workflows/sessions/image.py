@@ -98,8 +98,7 @@ class ImageSession(Session[ImageRecipe]):
         from fraqat.tasks.diffusion import predict_output
         from fraqat.tasks.example_inputs import example_inputs
 
-        student = self.known.build()
-        self.quantize(student, recipe)
+        student = self.planned_student(recipe)
         sampler = self.recipe.sampler
         return Workload(
             student,

@@ -81,9 +81,8 @@ class LanguageSession(Session[LanguageRecipe]):
         """One step on token rows."""
         from fraqat.tasks.language import LanguageTask
 
-        student = self.known.build()
+        student = self.planned_student(recipe)
         task = LanguageTask(student, cast(Any, None), self.recipe.language)
-        self.quantize(student, recipe)
         length = self.recipe.data.sequence_length
         return Workload(
             student,

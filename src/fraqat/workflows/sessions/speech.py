@@ -129,9 +129,8 @@ class SpeechSession(Session[SpeechRecipe]):
         """One step on utterances of a usual length."""
         from fraqat.tasks.speech import SpeechTask, example_batch
 
-        student = self.known.build()
+        student = self.planned_student(recipe)
         task = SpeechTask(student, cast(Any, None))
-        self.quantize(student, recipe)
 
         def make_inputs(num: int) -> dict[str, Any]:
             batch = example_batch(student, num)
