@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fraqat.kernels import native
+from fraqat.kernels import native, native_build
 from fraqat.kernels.native import Native, quantize_and_pack, quantize_tokens
 from fraqat.kernels.product import Operands, scale_product
 
@@ -163,6 +163,28 @@ def check_quantized_weight(engine: Native, weight: Tensor, scale: Tensor, qmin: 
     assert torch.equal(row_sums, reference.sum(1, dtype=torch.int32))
 
 
+@given(SIZE, SIZE, st.floats(0.4, 200), FLOATS, st.integers(0, 2**31))
+def test_scales_from_the_largest_magnitude_equal_torch(engine, outputs, inputs, divisor, dtype, seed):
+    torch.manual_seed(seed)
+    weight = (torch.randn(outputs, inputs) * 10 ** torch.empty(outputs, 1).uniform_(-44, 36)).to(dtype)
+    weight[0] = 0
+    scale = torch.full((outputs,), float("nan"))
+    computed = quantize_and_pack(weight, scale, -128, 127, divisor=divisor)
+    reference = (weight.float().abs().amax(1) / divisor).clamp(min=torch.finfo(torch.float32).tiny)
+    assert torch.equal(scale, reference)
+    for ours, theirs in zip(computed, quantize_and_pack(weight, reference, -128, 127), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_scale_of_a_row_that_is_not_finite_is_not_either(engine, value, dtype):
+    weight, scale = torch.randn(5, 100, dtype=dtype), torch.empty(5)
+    weight[2, 50] = value
+    quantize_and_pack(weight, scale, -8, 7, divisor=7.5)
+    assert scale.isfinite().tolist() == [True, True, False, True, True]
+
+
 @given(SIZE, SIZE, FLOATS, st.integers(0, 2**31))
 def test_quantized_tokens_equal_torch(engine, tokens, inputs, dtype, seed):
     torch.manual_seed(seed)
@@ -193,11 +215,11 @@ def test_other_devices_are_refused():
 
 def test_the_library_is_built_once(engine, tmp_path, monkeypatch):
     monkeypatch.setenv("FRAQAT_CACHE", str(tmp_path))
-    folder = native._cache_folder()
+    folder = native_build.cache_folder()
     assert folder.stat().st_mode & 0o777 == 0o700
-    library = native._built_library(folder)
-    monkeypatch.setattr(native, "_compile", lambda command: pytest.fail("compiled again"))
-    assert native._built_library(folder) == library
+    library = native_build.built_library(folder)
+    monkeypatch.setattr(native_build, "_compile", lambda command: pytest.fail("compiled again"))
+    assert native_build.built_library(folder) == library
     assert list(folder.iterdir()) == [library]
 
 
@@ -222,7 +244,7 @@ def test_the_reason_of_a_failed_build_is_the_compilers(engine, tmp_path, monkeyp
     monkeypatch.setenv("FRAQAT_CACHE", str(tmp_path))
     script = "import sys; sys.exit('a note\\nnative.cpp:1: error: what is this?')"
     monkeypatch.setenv("CXX", shlex.join([sys.executable, "-c", script]))
-    assert why_not_built() == f"{sys.executable} could not build the kernel: native.cpp:1: error: what is this?"
+    assert why_not_built() == f"{sys.executable} could not build the kernels: native.cpp:1: error: what is this?"
     assert not list((tmp_path / "native").iterdir())
     monkeypatch.setenv("CXX", str(tmp_path / "absent"))
     assert "the C++ compiler cannot be run: " in why_not_built()
@@ -241,5 +263,15 @@ def why_not_built() -> str:
     return reason
 
 
-def test_the_source_comes_with_the_package():
-    assert Path(native.__file__).with_name("native.cpp").is_file()
+@pytest.mark.parametrize("name", ["native.cpp", "native_backward.cpp", "native_tiles.h"])
+def test_the_sources_come_with_the_package(name):
+    assert Path(native.__file__).with_name(name).is_file()
+
+
+def test_every_source_decides_which_library_it_is(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(native_build, "_compile", lambda command: Path(command[-1]).touch())
+    before = native_build.built_library(tmp_path)
+    changed = tmp_path / "native_tiles.h"
+    changed.write_text("// another one")
+    monkeypatch.setattr(native_build, "_HEADERS", (changed,))
+    assert native_build.built_library(tmp_path) != before

@@ -8,6 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fraqat.kernels import native
+
+_DTYPES = (torch.float32, torch.bfloat16)
+_NATIVE = native.Native()
+
 
 def input_gradient(grad_MO: Tensor, scale_O: Tensor, codes_OK: Tensor, dtype: torch.dtype) -> Tensor:
     """dX = (dY * scale) @ codes.
@@ -21,13 +26,20 @@ def input_gradient(grad_MO: Tensor, scale_O: Tensor, codes_OK: Tensor, dtype: to
     Returns:
         [M, K] in `dtype`.
 
-    Numerics: dY * scale is computed in float32 and rounded once; sums are float32.
+    Numerics: dY * scale is computed in float32 and rounded once to `dtype`; sums are float32.
     """
+    if dtype == torch.bfloat16 and grad_MO.dtype in _DTYPES and _has_native(grad_MO.device.type):
+        return _native_input_gradient(grad_MO.contiguous(), scale_O, codes_OK)
     return (grad_MO * scale_O).to(dtype) @ codes_OK.to(dtype)
 
 
 def weight_gradient(
-    grad_MO: Tensor, token_scale: Tensor, codes_MK: Tensor, zero_point: Tensor | None, dtype: torch.dtype
+    grad_MO: Tensor,
+    token_scale: Tensor,
+    codes_MK: Tensor,
+    zero_point: Tensor | None,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     """dW = (dY * token_scale)^T @ (codes - zero_point).
 
@@ -37,17 +49,52 @@ def weight_gradient(
         codes_MK: int8 or uint8, the input's.
         zero_point: int32, 0-dim, or None.
         dtype: Of the operands.
+        out_dtype: Of the result.
 
     Returns:
-        [O, K] in `dtype`.
+        [O, K] in `out_dtype`.
 
-    Numerics: as `input_gradient`; codes less zero point, at most 255, are exact in bfloat16.
+    Numerics: as `input_gradient`; codes less zero point, at most 255, are exact in bfloat16. The native kernel rounds sums to
+        `out_dtype` alone, the other path to `dtype` before.
     """
+    is_native_dtype = dtype == torch.bfloat16 and grad_MO.dtype in _DTYPES and out_dtype in _DTYPES
+    if is_native_dtype and _has_native(grad_MO.device.type):
+        return _native_weight_gradient(grad_MO.contiguous(), token_scale, codes_MK, zero_point, out_dtype)
     scaled_MO = (grad_MO * token_scale.unsqueeze(-1)).to(dtype)
-    return scaled_MO.t() @ centred_codes(codes_MK, zero_point, dtype)
+    return (scaled_MO.t() @ centred_codes(codes_MK, zero_point, dtype)).to(out_dtype)
 
 
 def centred_codes(codes_MK: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
     """codes - zero_point in `dtype`, exact."""
     values = codes_MK.to(dtype)
     return values if zero_point is None else values - zero_point.to(dtype)
+
+
+@torch.compiler.assume_constant_result
+def _has_native(device_type: str) -> bool:
+    return not _NATIVE.why_unavailable(torch.device(device_type))
+
+
+@torch.library.custom_op("fraqat::native_input_gradient", mutates_args=())
+def _native_input_gradient(grad_MO: Tensor, scale_O: Tensor, codes_OK: Tensor) -> Tensor:
+    return native.input_gradient(grad_MO, scale_O, codes_OK, torch.bfloat16)
+
+
+@_native_input_gradient.register_fake
+def _(grad_MO: Tensor, scale_O: Tensor, codes_OK: Tensor) -> Tensor:
+    return grad_MO.new_empty((grad_MO.shape[0], codes_OK.shape[1]), dtype=torch.bfloat16)
+
+
+@torch.library.custom_op("fraqat::native_weight_gradient", mutates_args=())
+def _native_weight_gradient(
+    grad_MO: Tensor, token_scale: Tensor, codes_MK: Tensor, zero_point: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    number = 0 if zero_point is None else int(zero_point)
+    return native.weight_gradient(grad_MO, token_scale, codes_MK, number, out_dtype)
+
+
+@_native_weight_gradient.register_fake
+def _(
+    grad_MO: Tensor, token_scale: Tensor, codes_MK: Tensor, zero_point: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    return grad_MO.new_empty((grad_MO.shape[1], codes_MK.shape[1]), dtype=out_dtype)

@@ -4,30 +4,19 @@
 // channels: [ceil(O/16), ceil(K/64), 16, 16, 4], where the last three are four consecutive input channels (last) of each
 // of 16 output channels, for 16 groups of input channels: one tile of 1 KiB. What is missing to full tiles is zero.
 
-#include <immintrin.h>
+#include "native_tiles.h"
+
 #include <omp.h>
 
-#include <algorithm>
-#include <cstdint>
 #include <cstdlib>
 #include <memory>
 
+using namespace fraqat;
+
 namespace {
 
-constexpr int64_t kLanes = 16;               // output channels of a panel, tokens of a tile
 constexpr int64_t kDepth = 64;               // input channels of a tile
-constexpr int64_t kTile = kLanes * kDepth;   // bytes
-constexpr int64_t kBlock = 2 * kLanes;       // tokens and output channels summed at once
 constexpr int64_t kRowsBytes = 1000 * 1024;  // activation codes that stay in the second-level cache
-constexpr int64_t kStreamBytes = 1 << 20;    // results that would not stay there pass it by
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-__mmask16 lanes_below(int64_t count) {
-  return count >= kLanes ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
-}
-
-__mmask64 bytes_below(int64_t count) { return count >= kDepth ? ~0ull : (1ull << count) - 1; }
 
 }  // namespace
 
@@ -47,37 +36,6 @@ extern "C" struct Product {
 namespace {
 
 // --- Everything after the sum -------------------------------------------------------------------------------------
-
-// `streams`: past the caches, which spares reading what is overwritten; for whole aligned lines only.
-void store(float* out, __mmask32 lanes, bool streams, __m512 low, __m512 high) {
-  if (streams) {
-    _mm512_stream_ps(out, low);
-    _mm512_stream_ps(out + kLanes, high);
-  } else {
-    _mm512_mask_storeu_ps(out, static_cast<__mmask16>(lanes), low);
-    _mm512_mask_storeu_ps(out + kLanes, static_cast<__mmask16>(lanes >> kLanes), high);
-  }
-}
-
-// bfloat16, to nearest even. The CPU's own conversion flushes denormals: where there are some, integers do it.
-void store(uint16_t* out, __mmask32 lanes, bool streams, __m512 low, __m512 high) {
-  constexpr int kDenormal = 0x20;
-  __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-  const __mmask16 low_denormal = _mm512_fpclass_ps_mask(low, kDenormal);
-  const __mmask16 high_denormal = _mm512_fpclass_ps_mask(high, kDenormal);
-  if (__builtin_expect(low_denormal | high_denormal, 0)) {
-    const auto round = [](__m512 y) {
-      const __m512i bits = _mm512_castps_si512(y);
-      const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-      const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-      return _mm512_cvtepi32_epi16(_mm512_srli_epi32(sum, 16));
-    };
-    const __m512i exact = _mm512_inserti64x4(_mm512_castsi256_si512(round(low)), round(high), 1);
-    halves = _mm512_mask_mov_epi16(halves, low_denormal | static_cast<__mmask32>(high_denormal) << kLanes, exact);
-  }
-  if (streams) _mm512_stream_si512(reinterpret_cast<__m512i*>(out), halves);
-  else _mm512_mask_storeu_epi16(out, lanes, halves);
-}
 
 // Sums of a block that wait to be scaled and stored; this is done a few rows at a time beside the sums of the next block.
 template <typename Out>
@@ -137,20 +95,6 @@ class Waiting {
 };
 
 // --- Sums ---------------------------------------------------------------------------------------------------------
-
-// The tile intrinsics do not tell the compiler what memory they read: everything written to it must be there by now.
-void finish_writing(const void* memory) { asm volatile("" : : "r"(memory) : "memory"); }
-
-// Tiles 0 to 3 hold sums, 4 and 5 activations, 6 and 7 weights.
-void configure_tiles() {
-  alignas(64) uint8_t config[64] = {1};
-  for (int tile = 0; tile < 8; ++tile) {
-    config[16 + 2 * tile] = 64;  // bytes of a row
-    config[48 + tile] = 16;      // rows
-  }
-  finish_writing(config);
-  _tile_loadconfig(config);
-}
 
 // Sums of kRowTiles x kPanels tiles. Activations pass by the nearest cache, where the weights are to stay.
 template <bool kUnsigned, int kRowTiles, int kPanels, typename Out>
@@ -262,32 +206,6 @@ extern "C" void fraqat_product(const Product* product) {
 
 namespace {
 
-// Transposes 16 x 16 groups of four codes: rows of output channels to rows of input channels.
-void transpose_tile(__m512i rows[16], int8_t* tile) {
-  __m512i a[16], b[16];
-  for (int i = 0; i < 16; i += 2) {
-    a[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-    a[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
-    b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
-    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
-    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    const __m512i even_low = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x88);
-    const __m512i odd_low = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xdd);
-    const __m512i even_high = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x88);
-    const __m512i odd_high = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0xdd);
-    int8_t* out = tile + 64 * i;
-    _mm512_storeu_si512(out, _mm512_shuffle_i32x4(even_low, even_high, 0x88));
-    _mm512_storeu_si512(out + 512, _mm512_shuffle_i32x4(even_low, even_high, 0xdd));
-    _mm512_storeu_si512(out + 256, _mm512_shuffle_i32x4(odd_low, odd_high, 0x88));
-    _mm512_storeu_si512(out + 768, _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd));
-  }
-}
-
 // One panel from up to 16 rows of codes.
 void pack_panel(const int8_t* codes, int64_t rows, int64_t num_inputs, int8_t* panel) {
   for (int64_t k = 0; k < num_inputs; k += kDepth, panel += kTile) {
@@ -314,12 +232,6 @@ extern "C" void fraqat_pack(const int8_t* codes_OK, int64_t num_outputs, int64_t
 // --- Quantizing ---------------------------------------------------------------------------------------------------
 
 namespace {
-
-__m512 load(const float* x, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, x); }
-
-__m512 load(const uint16_t* x, __mmask16 lanes) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, x)), 16));
-}
 
 // x / scale, rounded as a division is but at a fifth of its cost: two Newton steps from the product with the rounded
 // reciprocal, the second of them exact by Markstein's theorem (the first estimate is off by less than two units in the
@@ -388,15 +300,23 @@ float max_abs(const In* x, int64_t size) {
   return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(_mm512_reduce_max_epi32(most))));
 }
 
+// max(max|x| / divisor, least normal number); NaN stays.
 template <typename In>
-void quantize_weight(const In* weight, const float* scale, int64_t num_outputs, int64_t num_inputs, float qmin, float qmax,
-                     int8_t* codes, int8_t* packed, int32_t* row_sums, int32_t num_threads) {
+float scale_of(const In* x, int64_t size, float divisor) {
+  const float scale = max_abs(x, size) / divisor;
+  return scale < 0x1p-126f ? 0x1p-126f : scale;
+}
+
+template <typename In>
+void quantize_weight(const In* weight, float* scale, float divisor, int64_t num_outputs, int64_t num_inputs, float qmin,
+                     float qmax, int8_t* codes, int8_t* packed, int32_t* row_sums, int32_t num_threads) {
   const int64_t panel_bytes = ceil_div(num_inputs, kDepth) * kTile;
 #pragma omp parallel for num_threads(num_threads)
   for (int64_t panel = 0; panel < ceil_div(num_outputs, kLanes); ++panel) {
     const int64_t row = panel * kLanes, end_row = std::min(row + kLanes, num_outputs);
     for (int64_t i = row; i < end_row; ++i) {
       const int64_t start = i * num_inputs;
+      if (divisor > 0) scale[i] = scale_of(weight + start, num_inputs, divisor);
       row_sums[i] = quantize_row(weight + start, num_inputs, scale[i], qmin, qmax, codes + start);
     }
     pack_panel(codes + row * num_inputs, end_row - row, num_inputs, packed + panel * panel_bytes);
@@ -409,23 +329,23 @@ void quantize_tokens(const In* x, int64_t num_tokens, int64_t num_inputs, int8_t
 #pragma omp parallel for num_threads(num_threads)
   for (int64_t i = 0; i < num_tokens; ++i) {
     const In* row = x + i * num_inputs;
-    const float step = max_abs(row, num_inputs) / 127.0f;
-    scale[i] = step < 0x1p-126f ? 0x1p-126f : step;  // NaN stays
+    scale[i] = scale_of(row, num_inputs, 127.0f);
     quantize_bounded_row(row, num_inputs, scale[i], codes + i * num_inputs);
   }
 }
 
 }  // namespace
 
-extern "C" void fraqat_quantize_weight(const void* weight_OK, int32_t is_bfloat16, const float* scale_O,
+// `divisor`: positive where the scales are to be computed and written, else 0.
+extern "C" void fraqat_quantize_weight(const void* weight_OK, int32_t is_bfloat16, float* scale_O, float divisor,
                                        int64_t num_outputs, int64_t num_inputs, float qmin, float qmax, int8_t* codes_OK,
                                        int8_t* packed, int32_t* row_sums_O, int32_t num_threads) {
   if (is_bfloat16)
-    quantize_weight(static_cast<const uint16_t*>(weight_OK), scale_O, num_outputs, num_inputs, qmin, qmax, codes_OK, packed,
-                    row_sums_O, num_threads);
+    quantize_weight(static_cast<const uint16_t*>(weight_OK), scale_O, divisor, num_outputs, num_inputs, qmin, qmax, codes_OK,
+                    packed, row_sums_O, num_threads);
   else
-    quantize_weight(static_cast<const float*>(weight_OK), scale_O, num_outputs, num_inputs, qmin, qmax, codes_OK, packed,
-                    row_sums_O, num_threads);
+    quantize_weight(static_cast<const float*>(weight_OK), scale_O, divisor, num_outputs, num_inputs, qmin, qmax, codes_OK,
+                    packed, row_sums_O, num_threads);
 }
 
 extern "C" void fraqat_quantize_tokens(const void* x_MK, int32_t is_bfloat16, int64_t num_tokens, int64_t num_inputs,

@@ -1,4 +1,4 @@
-"""The engine that this package brings along: a C++ kernel for CPUs with AMX, built at first use and kept on disk.
+"""The engine that this package brings along: C++ kernels for CPUs with AMX, for the product, its quantizers and its gradients.
 
 Shape suffixes: M tokens, K input channels, O output channels.
 """
@@ -6,35 +6,18 @@ Shape suffixes: M tokens, K input channels, O output channels.
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shlex
-import shutil
-import stat
-import subprocess
-import tempfile
-from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from threading import Lock
 
 import torch
 from torch import Tensor
 
+from fraqat.kernels.native_build import UnavailableError, built_library, cache_folder, check_cpu
 from fraqat.kernels.product import Operands
 
-_SOURCE = Path(__file__).with_name("native.cpp")
-_INSTRUCTIONS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "fma", "amx-tile", "amx-int8")
-# A product and a sum contracted into one rounding would differ from the other engines.
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=off", *(f"-m{i}" for i in _INSTRUCTIONS))
-_COMPILERS = ("c++", "g++", "clang++")
+_FLOATS = (torch.float32, torch.bfloat16)
 _LANES, _DEPTH = 16, 64
 _BUILD_LOCK = Lock()
-
-
-class UnavailableError(RuntimeError):
-    """The kernel cannot be built or run here; the text says why."""
 
 
 class _Product(ctypes.Structure):
@@ -47,6 +30,17 @@ class _Product(ctypes.Structure):
         ),
         *((name, ctypes.c_int64) for name in ("num_tokens", "num_inputs", "num_outputs", "token_scale_stride")),
         *((name, ctypes.c_int32) for name in ("zero_point", "is_unsigned", "is_bfloat16", "num_threads")),
+    )
+
+
+class _GradientProduct(ctypes.Structure):
+    """`GradientProduct` of the C++ source."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("grad", "scale", "codes", "out", "bias")),
+        *((name, ctypes.c_int64) for name in ("num_tokens", "num_inputs", "num_outputs", "scale_stride")),
+        *((name, ctypes.c_int32) for name in ("zero_point", "is_unsigned", "is_weight_gradient", "accumulates")),
+        *((name, ctypes.c_int32) for name in ("grad_is_bfloat16", "out_is_bfloat16", "num_threads")),
     )
 
 
@@ -84,7 +78,7 @@ class Native:
             token_scale=_address(operands.token_scale, torch.float32),
             row_sums=_address(operands.row_sums_O, torch.int32) if has_offset else None,
             bias=None if operands.bias_O is None else _address(operands.bias_O, torch.float32),
-            y=_address(y_MO, torch.float32, torch.bfloat16),
+            y=_address(y_MO, *_FLOATS),
             num_tokens=codes_MK.shape[0],
             num_inputs=codes_MK.shape[1],
             num_outputs=num_outputs,
@@ -104,19 +98,21 @@ def quantize_and_pack(
     qmin: int,
     qmax: int,
     *,
+    divisor: float | None = None,
     codes_OK: Tensor | None = None,
     row_sums_O: Tensor | None = None,
     packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes of a weight, as `Native.prepare` wants them too, in one pass over memory.
 
-    codes = clamp(round(weight / scale), qmin, qmax)
+    codes = clamp(round(weight / scale), qmin, qmax); with a divisor, scale = max(max|row| / divisor, least normal float32)
 
     Args:
         weight_OK: float32 or bfloat16, contiguous.
-        scale_O: float32, positive, contiguous.
+        scale_O: float32, positive, contiguous; receives the scales where there is a divisor.
         qmin: Least code, at least -128.
         qmax: Greatest code, at most 127.
+        divisor: Positive; None where the scales are given.
         codes_OK, row_sums_O, packed: Where the results go, as an earlier call returned them; new tensors where None.
 
     Returns:
@@ -124,15 +120,18 @@ def quantize_and_pack(
 
     Numerics:
         The quotient is rounded as float32's division is, then to the nearest integer, ties to even: the codes are those
-        of `torch.round(weight / scale)`.
+        of `torch.round(weight / scale)`. The scales are bit for bit those of torch's own operators in float32; where a row
+        holds NaN or infinity its scale is not finite, and its codes mean nothing.
     """
+    assert divisor is None or divisor > 0
     codes_OK = torch.empty(weight_OK.shape, dtype=torch.int8) if codes_OK is None else codes_OK
     packed = _empty_tiles(codes_OK) if packed is None else packed
     row_sums_O = torch.empty(weight_OK.shape[0], dtype=torch.int32) if row_sums_O is None else row_sums_O
     _library().fraqat_quantize_weight(
-        _address(weight_OK, torch.float32, torch.bfloat16),
+        _address(weight_OK, *_FLOATS),
         int(weight_OK.dtype == torch.bfloat16),
         _address(scale_O, torch.float32),
+        ctypes.c_float(divisor or 0),
         *_sizes(weight_OK),
         ctypes.c_float(qmin),
         ctypes.c_float(qmax),
@@ -162,7 +161,7 @@ def quantize_tokens(x_MK: Tensor) -> tuple[Tensor, Tensor]:
     codes_MK = torch.empty(x_MK.shape, dtype=torch.int8)
     scale_M = torch.empty(x_MK.shape[0], dtype=torch.float32)
     _library().fraqat_quantize_tokens(
-        _address(x_MK, torch.float32, torch.bfloat16),
+        _address(x_MK, *_FLOATS),
         int(x_MK.dtype == torch.bfloat16),
         *_sizes(x_MK),
         _address(codes_MK, torch.int8),
@@ -170,6 +169,111 @@ def quantize_tokens(x_MK: Tensor) -> tuple[Tensor, Tensor]:
         torch.get_num_threads(),
     )
     return codes_MK, scale_M
+
+
+def input_gradient(grad_MO: Tensor, scale_O: Tensor, codes_OK: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """Gradient of the quantized input: (grad * scale) @ codes.
+
+    Args:
+        grad_MO: Gradient of the output, float32 or bfloat16, contiguous.
+        scale_O: float32 scale of each output channel, contiguous.
+        codes_OK: int8 codes of the weight, contiguous.
+        out_dtype: float32 or bfloat16.
+
+    Returns:
+        [M, K], in `out_dtype`.
+
+    Numerics:
+        grad * scale is rounded to float32, then to bfloat16, which holds the codes exactly; the sum is float32, in an order
+        that depends on nothing but O; the result is rounded once more to bfloat16 if that is asked for. As all bfloat16
+        products of AMX do, it flushes denormals. The same bits for every number of threads.
+    """
+    (num_tokens, num_outputs), num_inputs = grad_MO.shape, codes_OK.shape[1]
+    assert codes_OK.shape[0] == num_outputs and scale_O.shape == (num_outputs,)
+    out_MK = torch.empty(num_tokens, num_inputs, dtype=out_dtype)
+    if num_outputs == 0:
+        return out_MK.zero_()
+    _run(
+        _GradientProduct(
+            grad=_address(grad_MO, *_FLOATS),
+            scale=_address(scale_O, torch.float32),
+            codes=_address(codes_OK, torch.int8),
+        ),
+        grad_MO,
+        out_MK,
+    )
+    return out_MK
+
+
+def weight_gradient(
+    grad_MO: Tensor,
+    token_scale: Tensor,
+    codes_MK: Tensor,
+    zero_point: int = 0,
+    out_dtype: torch.dtype = torch.float32,
+    *,
+    accumulate_into: Tensor | None = None,
+    bias_gradient_O: Tensor | None = None,
+) -> Tensor:
+    """Gradient of the quantized weight: (grad * token scale)^T @ (codes - zero point).
+
+    Args:
+        grad_MO: Gradient of the output, float32 or bfloat16, contiguous.
+        token_scale: float32, [M], or [1] where all tokens share it.
+        codes_MK: int8 or uint8 codes of the input, contiguous.
+        zero_point: Code of the value zero, within the dtype of the codes.
+        out_dtype: float32 or bfloat16.
+        accumulate_into: Contiguous tensor [O, K] that the gradient is added to, and that is returned; its dtype is the
+            result's. None makes a new one.
+        bias_gradient_O: float32; receives the sum of the gradient over the tokens, which costs next to nothing here.
+
+    Returns:
+        [O, K].
+
+    Numerics:
+        grad * scale is rounded to float32, then to bfloat16, which holds codes - zero point exactly; the sum over all tokens
+        is float32, in their order, and is added to `accumulate_into` last. As all bfloat16 products of AMX do, it flushes
+        denormals. The same bits for every number of threads.
+    """
+    (num_tokens, num_outputs), num_inputs = grad_MO.shape, codes_MK.shape[1]
+    is_unsigned = codes_MK.dtype == torch.uint8
+    assert codes_MK.shape[0] == num_tokens and token_scale.shape in ((1,), (num_tokens,))
+    assert torch.iinfo(codes_MK.dtype).min <= zero_point <= torch.iinfo(codes_MK.dtype).max
+    assert bias_gradient_O is None or bias_gradient_O.shape == (num_outputs,)
+    if accumulate_into is None:
+        out_OK = torch.empty(num_outputs, num_inputs, dtype=out_dtype)
+    else:
+        out_OK = accumulate_into
+        assert out_OK.shape == (num_outputs, num_inputs)
+    if num_tokens == 0 or out_OK.numel() == 0:
+        if bias_gradient_O is not None:
+            torch.sum(grad_MO, 0, dtype=torch.float32, out=bias_gradient_O)
+        return out_OK if accumulate_into is not None else out_OK.zero_()
+    product = _GradientProduct(
+        grad=_address(grad_MO, *_FLOATS),
+        scale=_address(token_scale, torch.float32),
+        codes=_address(codes_MK, torch.uint8 if is_unsigned else torch.int8),
+        bias=None if bias_gradient_O is None else _address(bias_gradient_O, torch.float32),
+        scale_stride=int(token_scale.numel() > 1),
+        zero_point=zero_point,
+        is_unsigned=is_unsigned,
+        is_weight_gradient=True,
+        accumulates=accumulate_into is not None,
+    )
+    _run(product, grad_MO, out_OK)
+    return out_OK
+
+
+def _run(product: _GradientProduct, grad_MO: Tensor, out: Tensor) -> None:
+    if out.numel() == 0:
+        return
+    product.out = _address(out, *_FLOATS)
+    product.num_tokens, product.num_outputs = grad_MO.shape
+    product.num_inputs = out.shape[1]
+    product.grad_is_bfloat16 = grad_MO.dtype == torch.bfloat16
+    product.out_is_bfloat16 = out.dtype == torch.bfloat16
+    product.num_threads = torch.get_num_threads()
+    _library().fraqat_gradient_product(ctypes.byref(product))
 
 
 def _address(tensor: Tensor | None, *dtypes: torch.dtype) -> ctypes.c_void_p:
@@ -192,10 +296,10 @@ def _empty_tiles(codes_OK: Tensor) -> Tensor:
 
 
 def _library() -> ctypes.CDLL:
-    library, reason = _library_or_reason()
-    if library is None:
+    found, reason = _library_or_reason()
+    if found is None:
         raise UnavailableError(reason)
-    return library
+    return found
 
 
 def _library_or_reason() -> tuple[ctypes.CDLL | None, str]:
@@ -206,30 +310,22 @@ def _library_or_reason() -> tuple[ctypes.CDLL | None, str]:
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
     try:
-        _check_cpu()
-        library = ctypes.CDLL(str(_built_library(_cache_folder())))
-        _check_results(library)
+        check_cpu()
+        found = ctypes.CDLL(str(built_library(cache_folder())))
+        _check_results(found)
     except (UnavailableError, OSError) as error:
         return None, str(error)
-    return library, ""
+    return found, ""
 
 
-def _check_cpu() -> None:
-    if platform.system() != "Linux":
-        raise UnavailableError(f"runs under Linux, not under {platform.system()}")
-    has_amx = torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
-    if not (has_amx and torch.cpu._is_avx512_bf16_supported()):  # pyright: ignore[reportPrivateUsage]
-        raise UnavailableError("the CPU has no AMX")
-    if not torch.cpu._init_amx():  # pyright: ignore[reportPrivateUsage]
-        raise UnavailableError("the operating system does not let this process use AMX")
-
-
-def _check_results(library: ctypes.CDLL) -> None:
+def _check_results(kernels: ctypes.CDLL) -> None:
     """One sum that float32 cannot hold, less all but its last one."""
+    if not kernels.fraqat_has_bfloat16_tiles():
+        raise UnavailableError("the CPU's AMX has no bfloat16")
     codes = torch.tensor([[127] * 1100 + [1]], dtype=torch.int8)
     row_sums = torch.tensor([127 * 127 * 1100], dtype=torch.int32)
     packed, y, one = _empty_tiles(codes), torch.zeros(1), torch.ones(1)
-    library.fraqat_pack(_address(codes, torch.int8), *_sizes(codes), _address(packed, torch.int8), 1)
+    kernels.fraqat_pack(_address(codes, torch.int8), *_sizes(codes), _address(packed, torch.int8), 1)
     product = _Product(
         codes=_address(codes, torch.int8),
         packed=_address(packed, torch.int8),
@@ -243,64 +339,6 @@ def _check_results(library: ctypes.CDLL) -> None:
         zero_point=1,
         num_threads=1,
     )
-    library.fraqat_product(ctypes.byref(product))
+    kernels.fraqat_product(ctypes.byref(product))
     if y.item() != 1:
         raise UnavailableError("the kernel computes wrong sums on this CPU")
-
-
-# --- Building -----------------------------------------------------------------------------------------------------
-
-
-def _cache_folder() -> Path:
-    """`native` in `$FRAQAT_CACHE`, else in `fraqat` in the user's cache folder; nobody else may write there."""
-    if root := os.environ.get("FRAQAT_CACHE"):
-        folder = Path(root) / "native"
-    else:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache") / "fraqat" / "native"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(mode=0o700, exist_ok=True)
-    status = folder.lstat()
-    others_write = stat.S_IWGRP | stat.S_IWOTH
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & others_write:
-        raise UnavailableError(f"{folder} is not a folder that only this user can write to")
-    return folder
-
-
-def _home() -> Path:
-    try:
-        return Path.home()
-    except RuntimeError as error:
-        raise UnavailableError("this user has no home folder: set FRAQAT_CACHE to a folder for the kernel") from error
-
-
-def _built_library(folder: Path) -> Path:
-    """The library of this source, made by this compiler; two processes may build it at once."""
-    compiler = _find_compiler()
-    key = "\n".join((_SOURCE.read_text(encoding="utf-8"), *compiler, *_FLAGS, platform.machine(), torch.__version__))
-    library = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            built = Path(temporary) / library.name
-            _compile((*compiler, *_FLAGS, str(_SOURCE), "-o", str(built)))
-            os.replace(built, library)
-    return library
-
-
-def _find_compiler() -> tuple[str, ...]:
-    """`$CXX` with its arguments, else the first that is installed."""
-    if chosen := os.environ.get("CXX"):
-        return tuple(shlex.split(chosen))
-    for name in _COMPILERS:
-        if path := shutil.which(name):
-            return (path,)
-    raise UnavailableError(f"no C++ compiler was found ({', '.join(_COMPILERS)}; set CXX to name one)")
-
-
-def _compile(command: Sequence[str]) -> None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-    except OSError as error:
-        raise UnavailableError(f"the C++ compiler cannot be run: {error}") from error
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or [""]
-        raise UnavailableError(f"{command[0]} could not build the kernel: {lines[0]}")

@@ -87,6 +87,8 @@ def quantize_weight(
     codes_OK: Tensor,
     row_sums_O: Tensor,
     prepared: PreparedWeight,
+    *,
+    divisor: float | None = None,
 ) -> bool:
     """Codes of a weight in one pass, in the layout of the engine that has one: clamp(round(weight / scale), qmin, qmax).
 
@@ -97,6 +99,7 @@ def quantize_weight(
         codes_OK: int8, receives the codes.
         row_sums_O: int32, receives their sums.
         prepared: Receives the layout; the others are forgotten.
+        divisor: With one the scales are made here, in the same pass: max|row| / divisor, and `scale_O` receives them.
 
     Returns:
         False where no engine has such a pass; nothing is changed then.
@@ -105,9 +108,10 @@ def quantize_weight(
         return False
     *_, packed = native.quantize_and_pack(
         weight_OK,
-        scale_O.contiguous(),
+        scale_O,
         qmin,
         qmax,
+        divisor=divisor,
         codes_OK=codes_OK,
         row_sums_O=row_sums_O,
         packed=prepared.layout(_NATIVE.name),

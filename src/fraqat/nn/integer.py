@@ -153,15 +153,27 @@ class IntegerWeight(KeepsBufferDtype):
             self.transposed_codes.copy_(self.codes.t())
             self.transposed.renew()
 
+    def _refresh_in_one_pass_(self, quantizer: WeightQuantizer, weight: Tensor) -> bool:
+        weight_OK = weight.detach().flatten(1)
+        grid, divisor = quantizer.grid, quantizer.max_abs_divisor
+        if divisor is None:
+            self.scale.copy_(quantizer.qparams(weight).scale.flatten())
+        return quantize_weight(
+            weight_OK,
+            self.scale,
+            grid.qmin,
+            grid.qmax,
+            self.codes,
+            self.row_sums,
+            self.prepared,
+            divisor=divisor,
+        )
+
     def refresh_(self, quantizer: WeightQuantizer, weight: Tensor) -> None:
         """Quantizes the weight anew, at its current width."""
-        if quantizer.layout.group_size is None:
-            self.scale.copy_(quantizer.qparams(weight).scale.flatten())
-            grid = quantizer.grid
-            master = weight.detach().flatten(1)
-            if quantize_weight(master, self.scale, grid.qmin, grid.qmax, self.codes, self.row_sums, self.prepared):
-                self._transpose_()
-                return
+        if quantizer.layout.group_size is None and self._refresh_in_one_pass_(quantizer, weight):
+            self._transpose_()
+            return
         self.set_(*quantizer.unchecked_codes(weight))
 
 
@@ -353,8 +365,8 @@ class _IntegerLinear(torch.autograd.Function):
             lead = [size for index, size in enumerate(ctx.x_shape) if index != ctx.axis]
             grad_x = grad_MK.view(*lead, -1).movedim(-1, ctx.axis).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
-            grad_OK = weight_gradient(grad_MO, token_scale, codes_MK, zero_point, ctx.dtype)
-            grad_weight = grad_OK.to(ctx.weight_dtype).view(ctx.weight_shape)
+            grad_OK = weight_gradient(grad_MO, token_scale, codes_MK, zero_point, ctx.dtype, ctx.weight_dtype)
+            grad_weight = grad_OK.view(ctx.weight_shape)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_MO.sum(0, dtype=torch.float32)
         if up_OR is not None:

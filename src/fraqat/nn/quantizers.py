@@ -143,6 +143,13 @@ class WeightQuantizer(KeepsBufferDtype):
         qparams = self.qparams(weight)
         return quantize(weight.detach(), qparams, self.grid, self.layout), qparams
 
+    @property
+    def max_abs_divisor(self) -> float | None:
+        """What a row's largest magnitude is divided by to give its scale, where that is all there is to it; else None."""
+        spec = self.spec
+        is_plain = spec.range_method is RangeMethod.MAX_ABS and spec.granularity is Granularity.CHANNEL
+        return self.grid.range_divisor if is_plain and spec.symmetric and spec.rounding_dtype is None else None
+
     def unchecked_codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Integers as floats, of the weight's shape, and the scale that makes values of them.
 
