@@ -67,7 +67,9 @@ def _torchao(config_name: str) -> Callable[[nn.Linear], Call]:
 
         configs: dict[str, Callable[[], Any]] = {
             "int8": ao.Int8DynamicActivationInt8WeightConfig,
-            "w4a8": lambda: ao.Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4),
+            "w4a8": lambda: ao.Int8DynamicActivationIntxWeightConfig(
+                weight_dtype=torch.int4  # pyright: ignore[reportAttributeAccessIssue]
+            ),
         }
         model = nn.Sequential(layer.bfloat16())
         ao.quantize_(model, configs[config_name]())

@@ -107,22 +107,24 @@ def _plain(model: nn.Module) -> Arm:
 
 
 def _ours(model: nn.Module, engine: str) -> Arm:
+    from fraqat.kernels import EngineName
     from fraqat.nn import EngineSpec, IntegerLayers, quantize_
 
     quantize_(model)
     if engine == "reference":
         return Arm(model)
-    layers = IntegerLayers(model, EngineSpec(engine))
+    layers = IntegerLayers(model, EngineSpec(EngineName(engine)))
     return Arm(model, layers.finish_gradients_, layers.refresh_)
 
 
 def _torchao(model: nn.Module) -> Arm:
     from torchao.quantization import quantize_
     from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
+    from torchao.quantization.qat.api import QATStep
 
     activation = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)
-    weight = IntxFakeQuantizeConfig(torch.int4, "per_channel")
-    quantize_(model, QATConfig(activation_config=activation, weight_config=weight, step="prepare"))
+    weight = IntxFakeQuantizeConfig(torch.int4, "per_channel")  # pyright: ignore[reportAttributeAccessIssue]
+    quantize_(model, QATConfig(activation_config=activation, weight_config=weight, step=QATStep.PREPARE))
     return Arm(model)
 
 

@@ -190,12 +190,14 @@ class Waiting {
     streams_ = is_aligned && size >= kStreamBytes && !accumulates_;
     const __mmask32 high = lanes_below(p.num_inputs - column - kLanes);
     lanes_ = lanes_below(p.num_inputs - column) | high << kLanes;
+    for (int64_t i = 0; accumulates_ && i < kAhead; ++i) fetch(i);
   }
 
   void finish(int64_t rows) {
     for (const int64_t end = std::min(done_ + rows, rows_); done_ < end; ++done_, sums_ += kBlock, out_ += stride_) {
       __m512 low = _mm512_load_ps(sums_), high = _mm512_load_ps(sums_ + kLanes);
       if (accumulates_) {
+        fetch(kAhead);
         low = _mm512_add_ps(low, load(out_, static_cast<__mmask16>(lanes_)));
         high = _mm512_add_ps(high, load(out_ + kLanes, static_cast<__mmask16>(lanes_ >> kLanes)));
       }
@@ -204,6 +206,13 @@ class Waiting {
   }
 
  private:
+  static constexpr int64_t kAhead = 8;  // rows
+
+  void fetch(int64_t row) const {
+    _mm_prefetch(out_ + row * stride_, _MM_HINT_T0);
+    _mm_prefetch(out_ + row * stride_ + kLanes, _MM_HINT_T0);
+  }
+
   const float* sums_ = nullptr;
   Out* out_ = nullptr;
   int64_t done_ = 0, rows_ = 0, stride_ = 0;
