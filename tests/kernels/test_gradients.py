@@ -33,13 +33,13 @@ def test_gradients_are_those_of_the_rounded_operands(size_M, size_K, size_O, see
     grad, weight_codes, codes, scale, token_scale, zero_point = random_case(
         size_M, size_K, size_O, seed, dtype, is_static
     )
-    found = input_gradient(grad, scale, weight_codes, torch.bfloat16)
+    found = input_gradient(grad, scale, weight_codes, torch.bfloat16, is_native=HAS_NATIVE)
     expected = (grad * scale).bfloat16().double() @ weight_codes.double()
     assert found.dtype == torch.bfloat16 and relative_error(found, expected) < 4e-3
     centred = codes.double() - (0 if zero_point is None else int(zero_point))
     expected = (grad * token_scale[:, None]).bfloat16().double().t() @ centred
     for out_dtype, bound in ((torch.float32, 1e-5 if HAS_NATIVE else 4e-3), (torch.bfloat16, 4e-3)):
-        found = weight_gradient(grad, token_scale, codes, zero_point, torch.bfloat16, out_dtype)
+        found = weight_gradient(grad, token_scale, codes, zero_point, torch.bfloat16, out_dtype, is_native=HAS_NATIVE)
         assert found.dtype == out_dtype and relative_error(found, expected) < bound
 
 
@@ -62,8 +62,10 @@ def test_the_number_of_threads_changes_no_bit(sizes: tuple[int, int, int]):
             torch.set_num_threads(num_threads)
             results.append(
                 (
-                    input_gradient(grad, scale, weight_codes, torch.bfloat16),
-                    weight_gradient(grad, token_scale, codes, None, torch.bfloat16, torch.float32),
+                    input_gradient(grad, scale, weight_codes, torch.bfloat16, is_native=HAS_NATIVE),
+                    weight_gradient(
+                        grad, token_scale, codes, None, torch.bfloat16, torch.float32, is_native=HAS_NATIVE
+                    ),
                 )
             )
     finally:
@@ -73,6 +75,8 @@ def test_the_number_of_threads_changes_no_bit(sizes: tuple[int, int, int]):
 
 def test_a_batch_without_tokens_gives_zeros():
     grad, weight_codes, codes, scale, token_scale, _ = random_case(3, 8, 5, 0, torch.bfloat16, False)
-    assert input_gradient(grad[:0], scale, weight_codes, torch.bfloat16).shape == (0, 8)
-    found = weight_gradient(grad[:0], token_scale[:0], codes[:0], None, torch.bfloat16, torch.float32)
+    assert input_gradient(grad[:0], scale, weight_codes, torch.bfloat16, is_native=HAS_NATIVE).shape == (0, 8)
+    found = weight_gradient(
+        grad[:0], token_scale[:0], codes[:0], None, torch.bfloat16, torch.float32, is_native=HAS_NATIVE
+    )
     assert torch.equal(found, torch.zeros(5, 8))

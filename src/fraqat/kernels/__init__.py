@@ -9,7 +9,7 @@ from fraqat.kernels.engine import (
     engines_for,
     scaled_product,
 )
-from fraqat.kernels.gradients import centred_codes, input_gradient, weight_gradient
+from fraqat.kernels.gradients import centred_codes, has_native_gradients, input_gradient, weight_gradient
 from fraqat.kernels.product import Engine, Operands
 from fraqat.kernels.quantize import quantize_stochastic, quantize_tokens, quantize_weight
 
@@ -23,6 +23,7 @@ __all__ = [
     "ProductShape",
     "centred_codes",
     "engines_for",
+    "has_native_gradients",
     "input_gradient",
     "quantize_stochastic",
     "quantize_tokens",

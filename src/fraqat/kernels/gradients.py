@@ -14,7 +14,14 @@ _DTYPES = (torch.float32, torch.bfloat16)
 _NATIVE = native.Native()
 
 
-def input_gradient(grad_MO: Tensor, scale_O: Tensor, codes_OK: Tensor, dtype: torch.dtype) -> Tensor:
+def has_native_gradients(device: torch.device) -> bool:
+    """Whether the products of bfloat16 have a kernel of our own on a device; fixed, so that results never depend on timing."""
+    return not _NATIVE.why_unavailable(device)
+
+
+def input_gradient(
+    grad_MO: Tensor, scale_O: Tensor, codes_OK: Tensor, dtype: torch.dtype, *, is_native: bool = False
+) -> Tensor:
     """dX = (dY * scale) @ codes.
 
     Args:
@@ -22,13 +29,14 @@ def input_gradient(grad_MO: Tensor, scale_O: Tensor, codes_OK: Tensor, dtype: to
         scale_O: float32, the weight's.
         codes_OK: int8, the weight's.
         dtype: Of the operands and of the result; every code is exact in bfloat16.
+        is_native: What `has_native_gradients` says.
 
     Returns:
         [M, K] in `dtype`.
 
     Numerics: dY * scale is computed in float32 and rounded once to `dtype`; sums are float32.
     """
-    if dtype == torch.bfloat16 and grad_MO.dtype in _DTYPES and _has_native(grad_MO.device.type):
+    if is_native and dtype == torch.bfloat16 and grad_MO.dtype in _DTYPES:
         return _native_input_gradient(grad_MO.contiguous(), scale_O, codes_OK)
     return (grad_MO * scale_O).to(dtype) @ codes_OK.to(dtype)
 
@@ -40,6 +48,8 @@ def weight_gradient(
     zero_point: Tensor | None,
     dtype: torch.dtype,
     out_dtype: torch.dtype,
+    *,
+    is_native: bool = False,
 ) -> Tensor:
     """dW = (dY * token_scale)^T @ (codes - zero_point).
 
@@ -50,6 +60,7 @@ def weight_gradient(
         zero_point: int32, 0-dim, or None.
         dtype: Of the operands.
         out_dtype: Of the result.
+        is_native: What `has_native_gradients` says.
 
     Returns:
         [O, K] in `out_dtype`.
@@ -57,8 +68,7 @@ def weight_gradient(
     Numerics: as `input_gradient`; codes less zero point, at most 255, are exact in bfloat16. The native kernel rounds sums to
         `out_dtype` alone, the other path to `dtype` before.
     """
-    is_native_dtype = dtype == torch.bfloat16 and grad_MO.dtype in _DTYPES and out_dtype in _DTYPES
-    if is_native_dtype and _has_native(grad_MO.device.type):
+    if is_native and dtype == torch.bfloat16 and grad_MO.dtype in _DTYPES and out_dtype in _DTYPES:
         return _native_weight_gradient(grad_MO.contiguous(), token_scale, codes_MK, zero_point, out_dtype)
     scaled_MO = (grad_MO * token_scale.unsqueeze(-1)).to(dtype)
     return (scaled_MO.t() @ centred_codes(codes_MK, zero_point, dtype)).to(out_dtype)
@@ -68,11 +78,6 @@ def centred_codes(codes_MK: Tensor, zero_point: Tensor | None, dtype: torch.dtyp
     """codes - zero_point in `dtype`, exact."""
     values = codes_MK.to(dtype)
     return values if zero_point is None else values - zero_point.to(dtype)
-
-
-@torch.compiler.assume_constant_result
-def _has_native(device_type: str) -> bool:
-    return not _NATIVE.why_unavailable(torch.device(device_type))
 
 
 @torch.library.custom_op("fraqat::native_input_gradient", mutates_args=())

@@ -15,6 +15,7 @@ from fraqat.kernels import (
     EngineTable,
     PreparedWeight,
     centred_codes,
+    has_native_gradients,
     input_gradient,
     quantize_stochastic,
     quantize_tokens,
@@ -121,6 +122,7 @@ class IntegerWeight(KeepsBufferDtype):
         super().__init__()
         self.inputs = inputs
         self.prepared = PreparedWeight(table)
+        self.has_native_gradients = has_native_gradients(weight.device)
         shape, device = weight.flatten(1).shape, weight.device
         codes = torch.zeros(shape, dtype=torch.int8, device=device) if codes is None else codes
         self.register_buffer("codes", codes, persistent=False)
@@ -263,6 +265,7 @@ def integer_linear(
         seed,
         axis,
         out_dtype,
+        integer.has_native_gradients,
     )
     lead = [size for index, size in enumerate(x.shape) if index != axis]
     return cast(Tensor, y_MO).view(*lead, -1).movedim(-1, axis)
@@ -332,7 +335,9 @@ class _IntegerLinear(torch.autograd.Function):
         seed: Tensor | None,
         axis: int,
         out_dtype: torch.dtype,
+        is_native: bool,
     ) -> Tensor:
+        ctx.is_native = is_native
         ctx.x_shape, ctx.x_dtype, ctx.axis, ctx.dtype = x.shape, x.dtype, axis, out_dtype
         ctx.weight_shape, ctx.weight_dtype = (None, None) if weight is None else (weight.shape, weight.dtype)
         ctx.save_for_backward(
@@ -359,13 +364,15 @@ class _IntegerLinear(torch.autograd.Function):
         (grad_MO,) = grad_outputs
         grad_x = grad_weight = grad_bias = grad_up = grad_down = None
         if ctx.needs_input_grad[0]:
-            grad_MK = _input_gradient(grad_MO, scale_O, codes_OK, transposed, ctx.dtype)
+            grad_MK = _input_gradient(grad_MO, scale_O, codes_OK, transposed, ctx.dtype, ctx.is_native)
             if inside is not None:
                 grad_MK = grad_MK * _unpack_bits(inside, grad_MK.shape[1])
             lead = [size for index, size in enumerate(ctx.x_shape) if index != ctx.axis]
             grad_x = grad_MK.view(*lead, -1).movedim(-1, ctx.axis).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
-            grad_OK = weight_gradient(grad_MO, token_scale, codes_MK, zero_point, ctx.dtype, ctx.weight_dtype)
+            grad_OK = weight_gradient(
+                grad_MO, token_scale, codes_MK, zero_point, ctx.dtype, ctx.weight_dtype, is_native=ctx.is_native
+            )
             grad_weight = grad_OK.view(ctx.weight_shape)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_MO.sum(0, dtype=torch.float32)
@@ -374,15 +381,20 @@ class _IntegerLinear(torch.autograd.Function):
             values_MK = centred_codes(codes_MK, zero_point, ctx.dtype)
             grad_up = (scaled_MO.t() @ (values_MK @ down_RK.to(ctx.dtype).t())).to(up_OR.dtype)
             grad_down = ((scaled_MO @ up_OR.to(ctx.dtype)).t() @ values_MK).to(down_RK.dtype)
-        return grad_x, grad_weight, grad_bias, grad_up, grad_down, *([None] * 13)
+        return grad_x, grad_weight, grad_bias, grad_up, grad_down, *([None] * 14)
 
 
 def _input_gradient(
-    grad_MO: Tensor, scale_O: Tensor, codes_OK: Tensor, transposed: list[Tensor | None], dtype: torch.dtype
+    grad_MO: Tensor,
+    scale_O: Tensor,
+    codes_OK: Tensor,
+    transposed: list[Tensor | None],
+    dtype: torch.dtype,
+    is_native: bool,
 ) -> Tensor:
     codes_KO, transposed_handle, seed = transposed
     if codes_KO is None or transposed_handle is None or seed is None:
-        return input_gradient(grad_MO, scale_O, codes_OK, dtype)
+        return input_gradient(grad_MO, scale_O, codes_OK, dtype, is_native=is_native)
     codes_MO, scale_M = quantize_stochastic((grad_MO * scale_O).contiguous(), seed)
     ones_K = torch.ones_like(codes_KO[:, 0], dtype=torch.float32)
     return scaled_product(codes_MO, scale_M, codes_KO, ones_K, None, None, None, transposed_handle, dtype)
