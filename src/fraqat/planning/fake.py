@@ -6,8 +6,7 @@ A fake tensor has shape, dtype and device but no values; every operation on it c
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from fraqat.kernels import gradients
 from fraqat.nn import quantized_layers
 from fraqat.planning.devices import DeviceKind
 
@@ -96,17 +94,6 @@ def fake_batch(batch: Mapping[str, Any], mode: FakeTensorMode) -> dict[str, Any]
     """A batch of fake tensors of the same shapes; other values stay."""
     with mode:
         return {name: _fake_like(value) if isinstance(value, Tensor) else value for name, value in batch.items()}
-
-
-@contextmanager
-def portable_gradients() -> Generator[None]:
-    """Backward products by torch's own operations: a plan is the same on every machine, and native kernels read real memory."""
-    kept = gradients._has_native  # pyright: ignore[reportPrivateUsage]
-    gradients._has_native = lambda device_type: False  # pyright: ignore[reportPrivateUsage]
-    try:
-        yield
-    finally:
-        gradients._has_native = kept  # pyright: ignore[reportPrivateUsage]
 
 
 class TraceRules(TorchFunctionMode):

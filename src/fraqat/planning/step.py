@@ -26,7 +26,7 @@ from fraqat.distill import (
 from fraqat.kernels import EngineName
 from fraqat.nn import EngineSpec, IntegerLayers, quantized_layers, unquantize_
 from fraqat.planning.devices import DeviceKind
-from fraqat.planning.fake import TRACE_DEVICE, TraceRules, fake_batch, new_fake_mode, portable_gradients, to_fake
+from fraqat.planning.fake import TRACE_DEVICE, TraceRules, fake_batch, new_fake_mode, to_fake
 from fraqat.planning.recorder import Category, Moment, Phase, StepRecorder, Work
 
 Outputs = Mapping[str, Tensor]
@@ -112,7 +112,7 @@ def trace_step(
     step = _Step(workload, train, kind, cached_teacher)
     inputs = workload.make_inputs(micro_batch)
     held_out = workload.make_inputs(validation_batch or train.batch_size)
-    with step.mode, step.recorder, TraceRules(kind), portable_gradients():
+    with step.mode, step.recorder, TraceRules(kind):
         step.set_up()
         step.run(fake_batch(inputs, step.mode))
         step.recorder.phase = Phase.VALIDATION
@@ -136,7 +136,7 @@ def with_constants_of(trace: StepTrace, workload: Workload, train: TrainSpec, ki
         workload, train, kind: As in `trace_step`.
     """
     step = _Step(workload, train, kind, cached_teacher=not trace.constant[Category.TEACHER])
-    with step.mode, step.recorder, TraceRules(kind), portable_gradients():
+    with step.mode, step.recorder, TraceRules(kind):
         step.set_up()
     totals = step.recorder.totals
     constant = {category: totals[category] for category in _CONSTANT} | {
