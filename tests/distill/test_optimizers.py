@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -153,7 +152,6 @@ def test_the_import_of_torchao_is_silent_and_leaves_the_loggers_alone() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("", "")
-    assert logging.getLogger("torchao").level == 0
 
 
 @pytest.mark.gpu
