@@ -97,7 +97,8 @@ def write_table(records: list[dict[str, Any]], path: Path) -> None:
         rows = [r for r in records if r["grown"] == grown]
         parts.append(
             f"## {grown}\n\n| {grown} | million weights | quantize_ | integer layers | new codes | step | bf16 step | ratio |\n"
-            + "| --- |" * 8
+            + "| --- " * 8
+            + "|"
         )
         for r in rows:
             cells = [f"{r[c] / rows[0][c]:.2f}" for c in columns]
@@ -107,7 +108,7 @@ def write_table(records: list[dict[str, Any]], path: Path) -> None:
         steps = math.log(sizes[-1] / sizes[-2])
         exponents = [f"{math.log(rows[-1][c] / rows[-2][c]) / steps:.2f}" for c in columns]
         parts[-1] += "\n| exponent | | " + " | ".join(exponents) + " | |"
-    path.write_text("\n\n".join(parts).replace("| --- || --- |", "| --- | --- |").replace("|| --- |", "| --- |") + "\n")
+    path.write_text("\n\n".join(parts) + "\n")
 
 
 def main() -> None:

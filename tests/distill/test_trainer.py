@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy import ToyTask, toy_spec
+from toy import ToyTask, toy_spec, toy_teacher
 
-from fraqat.distill import StepRecord, TeacherSpec, read_log
+from fraqat.distill import Distiller, StepRecord, TeacherSpec, read_log
 from fraqat.errors import CheckpointError, ConfigError, InterruptedRunError, NonFiniteLossError
-from fraqat.nn import quantized_layers
+from fraqat.nn import QuantSpec, WeightSpec, quantize_, quantized_layers
 from fraqat.schedules import LearningRateSpec, ScheduleSpec
 
 
@@ -248,3 +248,11 @@ def test_frozen_parameters_do_not_move(make_distiller) -> None:
 def test_impossible_settings_are_refused(changes, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         toy_spec(**changes)
+
+
+def test_an_average_of_learned_scales_is_refused(tmp_path: Path) -> None:
+    teacher, student = toy_teacher(0.0, 16), toy_teacher(0.0, 16).requires_grad_(True)
+    quantize_(student, QuantSpec(WeightSpec(range_method="learned")))
+    schedule = ScheduleSpec("fractional").resolve(4.0, 18)
+    with pytest.raises(ConfigError, match=r"train.ema_decay = 0.9 .* null with learned scales"):
+        Distiller(ToyTask(), teacher, student, schedule, toy_spec(ema_decay=0.9), tmp_path / "run")

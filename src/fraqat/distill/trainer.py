@@ -27,7 +27,7 @@ from fraqat.distill.teacher import hold_teacher_
 from fraqat.distill.validation import to_device, validation_loss
 from fraqat.errors import InterruptedRunError, NonFiniteLossError, config_error
 from fraqat.kernels import EngineName
-from fraqat.nn import IntegerLayers, set_bits_
+from fraqat.nn import IntegerLayers, scale_parameters, set_bits_
 from fraqat.schedules import Schedule, Stage
 
 _STEP_TIMES_AVERAGED = 20
@@ -86,6 +86,11 @@ class Distiller:
             )
         self.trained = trained
         self.optimizer = make_optimizer(trained, spec)
+        if spec.ema_decay is not None and any(scale.requires_grad for scale in scale_parameters(student)):
+            # A learned scale jumps with the width; its average would still be that of wider stages at the end.
+            raise config_error(
+                "train.ema_decay", spec.ema_decay, allowed="null with learned scales", fix="use range_method: mse"
+            )
         self.average = ParameterAverage(student, spec.ema_decay) if spec.ema_decay is not None else None
         self.integers = IntegerLayers(student, spec.engine) if spec.engine.name != EngineName.REFERENCE else None
         self._called_teacher = compiled(self.teacher, spec.compile)
