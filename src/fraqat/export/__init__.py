@@ -1,21 +1,54 @@
 """From a trained student to files for a target."""
 
+from fraqat.export.codes import LayerCodes, layer_codes
+from fraqat.export.manifest import MANIFEST_FILE, read_manifest, write_manifest
 from fraqat.export.packed import (
-    FloatDtype,
-    ModelDescription,
     PackedModel,
     PackedSize,
     load_packed_,
     read_packed,
     write_packed,
 )
+from fraqat.export.packed_target import run_module
+from fraqat.export.target import (
+    Bound,
+    ExportJob,
+    FloatDtype,
+    Inputs,
+    LayerPlace,
+    ModelDescription,
+    OpenedExport,
+    Outputs,
+    Part,
+    Target,
+)
+from fraqat.export.targets import TARGETS, Mismatch, first_difference, mismatches, target_named
 
 __all__ = [
+    "MANIFEST_FILE",
+    "TARGETS",
+    "Bound",
+    "ExportJob",
     "FloatDtype",
+    "Inputs",
+    "LayerCodes",
+    "LayerPlace",
+    "Mismatch",
     "ModelDescription",
+    "OpenedExport",
+    "Outputs",
     "PackedModel",
     "PackedSize",
+    "Part",
+    "Target",
+    "first_difference",
+    "layer_codes",
     "load_packed_",
+    "mismatches",
+    "read_manifest",
     "read_packed",
+    "run_module",
+    "target_named",
+    "write_manifest",
     "write_packed",
 ]

@@ -15,13 +15,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fraqat.errors import ModelError, config_error
+from fraqat.errors import ModelError
+from fraqat.export.codes import codes_of
+from fraqat.export.manifest import MANIFEST_FILE
+from fraqat.export.target import FLOAT_DTYPES, FloatDtype, ModelDescription
 from fraqat.files import atomic_folder, save_tensors, sha256_of, write_json_atomic, write_text_atomic
 from fraqat.nn import ActivationSpec, QuantizedLayer, QuantSpec, WeightSpec, quantized_layers, to_packed_
 from fraqat.numerics import GroupScales, QParams, pack_codes, unpack_codes
@@ -29,7 +32,6 @@ from fraqat.numerics import GroupScales, QParams, pack_codes, unpack_codes
 FORMAT_VERSION = 2
 """2 added `multiplier` and the field `group_scale` of a weight's specification; files of format 1 are read too."""
 WEIGHTS_FILE = "model.safetensors"
-MANIFEST_FILE = "manifest.json"
 _METADATA_KEY = "fraqat"
 _LAYER_SUFFIXES = (
     ".weight.codes",
@@ -40,20 +42,6 @@ _LAYER_SUFFIXES = (
     ".activation.zero_point",
 )
 _MAX_PACKED_BITS = 8
-_FLOAT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-FloatDtype = Literal["float32", "bfloat16"]
-
-
-@dataclass(frozen=True)
-class ModelDescription:
-    """What is needed to build the model again: its class, the class's configuration, and the pipeline it belongs to."""
-
-    class_name: str
-    config: dict[str, Any]
-    base_pipeline: str
-    base_revision: str | None = None
-    base_variant: str | None = None
 
 
 @dataclass(frozen=True)
@@ -97,29 +85,36 @@ def write_packed(
     Raises:
         OutputError: The folder exists, the disk is full, or it is not writable.
     """
+    with atomic_folder(folder, replace=overwrite) as temporary:
+        size = write_packed_files(model, description, temporary, float_dtype=float_dtype)
+        for name, text in (extra_files or {}).items():
+            write_text_atomic(temporary / name, text)
+    return size
+
+
+def write_packed_files(
+    model: nn.Module, description: ModelDescription, folder: Path, *, float_dtype: FloatDtype = "float32"
+) -> PackedSize:
+    """Writes `model.safetensors` and `manifest.json` into an existing folder; see `write_packed`."""
     layers = dict(quantized_layers(model))
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         tensors |= _layer_tensors(name, layer)
     quantized_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
-    others = _other_tensors(model, layers, _FLOAT_DTYPES[float_dtype])
+    others = _other_tensors(model, layers, FLOAT_DTYPES[float_dtype])
     tied = tied_names(model)
     others = {name: tensor for name, tensor in others.items() if name not in tied}
     metadata = json.dumps(_metadata(description, layers) | {"tied": tied}, separators=(",", ":"))
-    with atomic_folder(folder, replace=overwrite) as temporary:
-        path = temporary / WEIGHTS_FILE
-        save_tensors(tensors | others, path, {_METADATA_KEY: metadata})
-        num_weights = sum(layer.weight.numel() for layer in layers.values())
-        num_other_bytes = sum(t.numel() * t.element_size() for t in others.values())
-        num_file_bytes = path.stat().st_size
-        assert num_file_bytes >= quantized_bytes + num_other_bytes
-        size = PackedSize(
-            num_file_bytes, num_weights, num_other_bytes, 8 * (num_file_bytes - num_other_bytes) / num_weights
-        )
-        manifest = {"format_version": FORMAT_VERSION, "sha256": sha256_of(path), **dataclasses.asdict(size)}
-        write_json_atomic(temporary / MANIFEST_FILE, manifest)
-        for name, text in (extra_files or {}).items():
-            write_text_atomic(temporary / name, text)
+    path = folder / WEIGHTS_FILE
+    save_tensors(tensors | others, path, {_METADATA_KEY: metadata})
+    num_weights = sum(layer.weight.numel() for layer in layers.values())
+    num_other_bytes = sum(t.numel() * t.element_size() for t in others.values())
+    num_file_bytes = path.stat().st_size
+    assert num_file_bytes >= quantized_bytes + num_other_bytes
+    bits_per_weight = 8 * (num_file_bytes - num_other_bytes) / num_weights
+    size = PackedSize(num_file_bytes, num_weights, num_other_bytes, bits_per_weight)
+    manifest = {"format_version": FORMAT_VERSION, "sha256": sha256_of(path), **dataclasses.asdict(size)}
+    write_json_atomic(folder / MANIFEST_FILE, manifest)
     return size
 
 
@@ -205,30 +200,20 @@ def _load_layer_(module: nn.Module, name: str, spec: QuantSpec, tensors: dict[st
 
 
 def _layer_tensors(name: str, layer: QuantizedLayer) -> dict[str, Tensor]:
-    quantizer = layer.weight_quantizer
-    if quantizer.bits != quantizer.spec.bits:
-        raise config_error(
-            f"{name}.bits",
-            quantizer.bits,
-            allowed=f"{quantizer.spec.bits:g}, the final width",
-            fix="call set_bits_ first",
-        )
-    codes, qparams = quantizer.codes(layer.master_weight())
-    num_bits = quantizer.grid.storage_bits
-    rows = codes.flatten(1)
-    stored = pack_codes(rows, num_bits) if num_bits <= _MAX_PACKED_BITS else rows
-    groups = quantizer.group_scales(layer.master_weight())
+    layer_codes = codes_of(name, layer)
+    num_bits = layer_codes.grid.storage_bits
+    rows, qparams, groups = layer_codes.codes_OK, layer_codes.qparams, layer_codes.groups
     scale = qparams.scale if groups is None else groups.channel
     tensors = {
-        f"{name}.weight.codes": stored,
-        f"{name}.weight.scale": scale.to(quantizer.spec.rounding_dtype or scale.dtype),
+        f"{name}.weight.codes": pack_codes(rows, num_bits) if num_bits <= _MAX_PACKED_BITS else rows,
+        f"{name}.weight.scale": scale.to(layer_codes.spec.weight.rounding_dtype or scale.dtype),
     }
     if groups is not None:
         tensors[f"{name}.weight.multiplier"] = groups.multiplier.to(torch.uint8)
     if qparams.offset is not None:
         tensors[f"{name}.weight.offset"] = qparams.offset
-    activation = layer.activation_quantizer
-    if activation is not None and activation.scale is not None:
+    activation = layer_codes.activation
+    if activation is not None:
         tensors[f"{name}.activation.scale"] = activation.scale
         if activation.zero_point is not None:
             tensors[f"{name}.activation.zero_point"] = activation.zero_point

@@ -1,0 +1,202 @@
+"""What every target has in common: what it computes, how it is written, how what was written is run again.
+
+A target is one module of `fraqat.export` with one final subclass of `Target`; `fraqat.export.targets` lists them. Importing such
+a module costs nothing: the target's own library is imported inside the methods that need it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fraqat.nn import ActivationSpec, QuantSpec, WeightSpec
+from fraqat.numerics import Granularity
+
+FloatDtype = Literal["float32", "bfloat16"]
+FLOAT_DTYPES: Mapping[str, torch.dtype] = MappingProxyType({"float32": torch.float32, "bfloat16": torch.bfloat16})
+
+Inputs = Mapping[str, Tensor]
+"""Arguments of one call by name, the batch on the first axis."""
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What is needed to build the model again: its class, the class's configuration, and the pipeline it belongs to."""
+
+    class_name: str
+    config: dict[str, Any]
+    base_pipeline: str
+    base_revision: str | None = None
+    base_variant: str | None = None
+
+
+@dataclass(frozen=True)
+class LayerPlace:
+    """Where a layer stands, for a target that does not take every layer.
+
+    Args:
+        name: Qualified name in the student.
+        type_name: `Linear` or `PointwiseConv`.
+        shape: Of its weight, [O, I] or [O, I, 1, 1].
+    """
+
+    name: str
+    type_name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of the model that is exported as a graph of its own, such as a transformer or a decoder.
+
+    Args:
+        name: Of its file.
+        module: Called with keyword arguments alone; gives a tensor or a tuple of tensors.
+        outputs: Names of what it gives.
+        batches: Makes real inputs, several batches spread as the inputs at run time are; all have the same shapes but for the
+            dynamic axes. The first one is what the graph is traced with.
+        dynamic_axes: Input -> axis -> name of its size; axes of the same name have the same size.
+        module_prefix: The student's layer `NAME` is the module's `module_prefix + NAME`.
+        constants: What a program around the part needs to know, as plain JSON values.
+    """
+
+    name: str
+    module: nn.Module
+    outputs: tuple[str, ...]
+    batches: Callable[[], Sequence[Inputs]]
+    dynamic_axes: Mapping[str, Mapping[int, str]]
+    module_prefix: str = ""
+    constants: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    """What a target gets to write.
+
+    Args:
+        student: Changed by `quantize_`, at its final width, float32, in evaluation mode, on the CPU, without integer engines.
+        parts: Makes the pieces to be exported as graphs; the first holds the quantized layers.
+        description: How to build the float model again.
+        origin: Folder of the original in its own library's format, for configuration and tokenizer; None where it is a hub id
+            that is not on this machine.
+        folder: Exists and is empty.
+        float_dtype: Precision of what is not quantized.
+        say: Told what happens.
+    """
+
+    student: nn.Module
+    parts: Callable[[], tuple[Part, ...]]
+    description: ModelDescription
+    origin: Path | None
+    folder: Path
+    float_dtype: FloatDtype = "float32"
+    say: Callable[[str], None] = print
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a part gave.
+
+    Args:
+        outputs: By the names of `Part.outputs`.
+        layers: Outputs of the quantized layers by the student's names; empty where the runtime cannot show them.
+    """
+
+    outputs: Mapping[str, Tensor]
+    layers: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+
+class OpenedExport(Protocol):
+    """An export in its target's own runtime."""
+
+    def codes(self) -> Mapping[str, Tensor]:
+        """The integers of every quantized weight as they lie in the file, by the student's layer names, in the weight's shape."""
+        ...
+
+    def run(self, part: Part, inputs: Inputs) -> Outputs:
+        """Runs one part."""
+        ...
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What an export may differ by from the student.
+
+    Args:
+        sqnr_db: Least ratio of the student's output to the difference, of every output.
+        reason: Where the difference comes from.
+        layer_sqnr_db: The same for every layer that the runtime shows; None: as for the outputs.
+    """
+
+    sqnr_db: float
+    reason: str
+    layer_sqnr_db: float | None = None
+
+
+class Target(ABC):
+    """A file format and the arithmetic of what runs it.
+
+    Attributes:
+        name: As in `target:` of a recipe and `--format`.
+        summary: One line.
+        extra: The package's extra that brings what it needs; empty if nothing.
+        tasks: Tasks of the recipes that it takes.
+        defaults: Of the recipe's `quantization` section, for what the user does not set.
+        bound: What an export may differ by from the student.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    extra: ClassVar[str] = ""
+    tasks: ClassVar[tuple[str, ...]] = ("text-to-image", "language", "text-to-speech")
+    defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    bound: ClassVar[Bound]
+
+    @abstractmethod
+    def nearest(self, place: LayerPlace, spec: QuantSpec) -> QuantSpec | None:
+        """The specification nearest to `spec` that the target computes exactly; None: the layer stays in floating point."""
+
+    @abstractmethod
+    def write(self, job: ExportJob) -> None:
+        """Writes the files into the job's folder.
+
+        Raises:
+            ConfigError: The model has something that the target has no place for.
+            ModelError: The original's folder lacks what the target needs.
+        """
+
+    @abstractmethod
+    def open(self, folder: Path, student: nn.Module) -> OpenedExport:
+        """What was written, in the target's own runtime.
+
+        Args:
+            folder: Of `write`; its checksums were compared.
+            student: The model that it was made from, for names and shapes only.
+        """
+
+
+def fitted_weight(weight: WeightSpec, **changes: Any) -> WeightSpec:
+    """`weight` with some fields changed, and those that depend on them made possible.
+
+    Args:
+        weight: Any specification.
+        changes: Fields of `WeightSpec`.
+    """
+    if changes.get("granularity", weight.granularity) is not Granularity.GROUP:
+        changes = {"group_size": None, "group_scale": "float"} | changes
+    return dataclasses.replace(weight, **changes)
+
+
+def fitted_activation(activation: ActivationSpec, **changes: Any) -> ActivationSpec:
+    """`activation` with some fields changed; a static one is made per tensor."""
+    if changes.get("static", activation.static):
+        changes = {"granularity": Granularity.TENSOR} | changes
+    return dataclasses.replace(activation, **changes)

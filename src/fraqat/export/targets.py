@@ -1,0 +1,74 @@
+"""The list of targets, and whether a trained model is on a target's grid."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+
+from torch import nn
+
+from fraqat.errors import config_error
+from fraqat.export.packed_target import PackedTarget
+from fraqat.export.target import LayerPlace, Target
+from fraqat.nn import QuantSpec, quantized_layers
+
+TARGETS: Mapping[str, Target] = MappingProxyType({target.name: target for target in (PackedTarget(),)})
+"""Name -> target."""
+
+
+def target_named(name: str) -> Target:
+    """The target of a name.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if name not in TARGETS:
+        raise config_error("target", name, allowed=", ".join(TARGETS), fix="choose one of these")
+    return TARGETS[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mismatch:
+    """A layer that is not what a target computes.
+
+    Args:
+        layer: Its name.
+        field: First field that differs, by dotted name; `layer` where the target leaves the whole layer in floating point.
+        found, wanted: Its value in the model, and the target's.
+    """
+
+    layer: str
+    field: str
+    found: object
+    wanted: object
+
+    def to_text(self) -> str:
+        """One line."""
+        return f"{self.layer}: {self.field} = {self.found}, the target computes {self.wanted}"
+
+
+def first_difference(spec: QuantSpec, wanted: QuantSpec | None) -> tuple[str, object, object] | None:
+    """Field, value in `spec`, value in `wanted` of the first field that differs; None if there is none."""
+    if wanted is None:
+        return "layer", "quantized", "it in floating point"
+    for name in ("weight", "activation"):
+        ours, theirs = getattr(spec, name), getattr(wanted, name)
+        if ours == theirs:
+            continue
+        if ours is None or theirs is None:
+            return name, "in floating point" if ours is None else "quantized", "float" if theirs is None else "integers"
+        for field in dataclasses.fields(ours):
+            found, expected = getattr(ours, field.name), getattr(theirs, field.name)
+            if found != expected:
+                return f"{name}.{field.name}", getattr(found, "value", found), getattr(expected, "value", expected)
+    return None
+
+
+def mismatches(student: nn.Module, target: Target) -> Iterator[Mismatch]:
+    """The quantized layers of a student that are not on the target's grid."""
+    for name, layer in quantized_layers(student):
+        place = LayerPlace(name, layer.type_name, tuple(layer.weight.shape))
+        difference = first_difference(layer.spec, target.nearest(place, layer.spec))
+        if difference is not None:
+            yield Mismatch(name, *difference)
