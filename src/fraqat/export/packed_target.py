@@ -21,7 +21,7 @@ class PackedTarget(Target):
 
     name = "packed"
     summary = "fraqat's own safetensors file, for PyTorch on CPU and GPU; the source of every other format"
-    bound = Bound(float("inf"), "the same scales times the same codes")
+    bound = Bound(float("inf"), float("inf"), "the same scales times the same codes")
 
     def nearest(self, place: LayerPlace, spec: QuantSpec) -> QuantSpec | None:
         """Everything."""
@@ -80,12 +80,13 @@ def replaced(module: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
 def run_module(module: nn.Module, model: nn.Module, names: list[str], part: Part, inputs: Inputs) -> Outputs:
     """Calls a part in PyTorch and keeps the outputs of the named layers of `model`."""
     layers: dict[str, Tensor] = {}
+    layer_inputs: dict[str, Tensor] = {}
 
-    def keep(name: str, output: Tensor) -> None:
-        layers[name] = output
+    def keep(name: str, given: tuple[Tensor, ...], output: Tensor) -> None:
+        layers[name], layer_inputs[name] = output, given[0]
 
     handles = [
-        model.get_submodule(name).register_forward_hook(lambda _m, _i, output, name=name: keep(name, output))
+        model.get_submodule(name).register_forward_hook(lambda _m, given, output, name=name: keep(name, given, output))
         for name in names
     ]
     try:
@@ -94,4 +95,4 @@ def run_module(module: nn.Module, model: nn.Module, names: list[str], part: Part
         for handle in handles:
             handle.remove()
     outputs = found if isinstance(found, tuple) else (found,)
-    return Outputs(dict(zip(part.outputs, outputs, strict=True)), layers)
+    return Outputs(dict(zip(part.outputs, outputs, strict=True)), layers, layer_inputs)

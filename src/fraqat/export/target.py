@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fraqat.nn import ActivationSpec, QuantSpec, WeightSpec
-from fraqat.numerics import Granularity
+from fraqat.numerics import Granularity, ZeroPoint
 
 FloatDtype = Literal["float32", "bfloat16"]
 FLOAT_DTYPES: Mapping[str, torch.dtype] = MappingProxyType({"float32": torch.float32, "bfloat16": torch.bfloat16})
@@ -108,10 +108,13 @@ class Outputs:
     Args:
         outputs: By the names of `Part.outputs`.
         layers: Outputs of the quantized layers by the student's names; empty where the runtime cannot show them.
+        layer_inputs: What each of these layers was given, so that a layer can be compared by itself: an error that a layer was
+            handed down is not its own.
     """
 
     outputs: Mapping[str, Tensor]
     layers: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    layer_inputs: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
 class OpenedExport(Protocol):
@@ -131,14 +134,14 @@ class Bound:
     """What an export may differ by from the student.
 
     Args:
-        sqnr_db: Least ratio of the student's output to the difference, of every output.
+        sqnr_db: Least ratio of the student's output to the difference, over all inputs compared, of every output.
+        layer_sqnr_db: The same for every layer that the runtime shows, given the same input.
         reason: Where the difference comes from.
-        layer_sqnr_db: The same for every layer that the runtime shows; None: as for the outputs.
     """
 
     sqnr_db: float
+    layer_sqnr_db: float
     reason: str
-    layer_sqnr_db: float | None = None
 
 
 class Target(ABC):
@@ -196,7 +199,11 @@ def fitted_weight(weight: WeightSpec, **changes: Any) -> WeightSpec:
 
 
 def fitted_activation(activation: ActivationSpec, **changes: Any) -> ActivationSpec:
-    """`activation` with some fields changed; a static one is made per tensor."""
-    if changes.get("static", activation.static):
+    """`activation` with some fields changed; a static one is made per tensor, and only an asymmetric dynamic one has a
+    `zero_point` of its own."""
+    is_static = changes.get("static", activation.static)
+    if is_static:
         changes = {"granularity": Granularity.TENSOR} | changes
+    if is_static or changes.get("symmetric", activation.symmetric):
+        changes = {"zero_point": ZeroPoint.FLOAT} | changes
     return dataclasses.replace(activation, **changes)

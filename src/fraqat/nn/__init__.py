@@ -2,6 +2,7 @@
 
 from fraqat.nn.adapters import LowRankAdapter, LowRankSpec
 from fraqat.nn.families import ALL, LayerFamilies
+from fraqat.nn.integer import why_not_integer
 from fraqat.nn.integer_layers import EngineSpec, IntegerLayers
 from fraqat.nn.layers import QuantizedLayer, QuantLinear, QuantPointwiseConv
 from fraqat.nn.low_rank import add_adapters_, merge_adapters_
@@ -52,4 +53,5 @@ __all__ = [
     "spec_label",
     "to_packed_",
     "unquantize_",
+    "why_not_integer",
 ]

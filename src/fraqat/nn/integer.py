@@ -26,7 +26,7 @@ from fraqat.kernels import (
 from fraqat.nn.adapters import LowRankAdapter
 from fraqat.nn.quantizers import ActivationQuantizer, KeepsBufferDtype, WeightQuantizer
 from fraqat.nn.spec import QuantSpec
-from fraqat.numerics import Granularity, clamp_codes, round_to_codes
+from fraqat.numerics import Granularity, ZeroPoint, clamp_codes, round_to_codes
 
 WIDEST_BITS = 8.0
 """Above it codes do not fit in int8."""
@@ -47,7 +47,8 @@ def why_not_integer(spec: QuantSpec) -> str:
     if weight.granularity is Granularity.GROUP and weight.group_scale == "float":
         return "float scales per group"
     if not activation.symmetric and not activation.static:
-        return "dynamic inputs with an offset (Eq. 2)"
+        is_real = activation.zero_point is ZeroPoint.FLOAT
+        return "dynamic inputs with an offset (Eq. 2)" if is_real else "dynamic inputs with a zero point per token"
     return ""
 
 

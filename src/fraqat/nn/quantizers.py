@@ -18,10 +18,12 @@ from fraqat.numerics import (
     QParams,
     RangeMethod,
     RunningStatistics,
+    ZeroPoint,
     choose_qparams,
     clamp_codes,
     covers_every_value,
     encode,
+    estimate_range,
     fake_quantize,
     fake_quantize_learned,
     finish_scale,
@@ -31,6 +33,7 @@ from fraqat.numerics import (
     qparams_from_range,
     quantize,
     round_to_codes,
+    zero_point_qparams,
 )
 
 
@@ -327,6 +330,9 @@ class ActivationQuantizer(KeepsBufferDtype):
         Raises:
             ConfigError: Static and not calibrated yet.
         """
+        if self.scale is None and self.spec.zero_point is not ZeroPoint.FLOAT:
+            low, high = estimate_range(x.detach(), self.layout, self.spec.range_method)
+            return zero_point_qparams(low, high, self.grid, self.spec.zero_point)
         if self.scale is None:
             return choose_qparams(
                 x.detach(), self.grid, self.layout, self.spec.range_method, scale_dtype=self.spec.rounding_dtype

@@ -16,6 +16,7 @@ from fraqat.numerics import (
     Granularity,
     Grid,
     RangeMethod,
+    ZeroPoint,
 )
 
 STRICT_KEYS: dict[str, Any] = {"extra": "forbid"}
@@ -112,6 +113,8 @@ class ActivationSpec:
         symmetric: Eq. 1 if true. If false: Eq. 2 when dynamic, an integer zero point when static (accelerators' uint8).
         range_method: `max_abs`, `min_max` or `three_sigma` (the paper's inlier rule for static scales).
         scale_dtype: As for weights.
+        zero_point: Of an asymmetric dynamic input: `float` (Eq. 2), or an integer as the target computes it, `integer` (PyTorch's
+            torchao) or `xnnpack`; see `fraqat.numerics.ZeroPoint`. Their scales are float32.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_KEYS
@@ -122,6 +125,7 @@ class ActivationSpec:
     symmetric: bool = True
     range_method: RangeMethod = RangeMethod.MAX_ABS
     scale_dtype: ScaleDtype = "float32"
+    zero_point: ZeroPoint = ZeroPoint.FLOAT
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "granularity", parse_choice("granularity", self.granularity, Granularity))
@@ -142,7 +146,20 @@ class ActivationSpec:
                 allowed="max_abs, min_max, three_sigma",
                 fix="use three_sigma",
             )
+        self._check_zero_point()
         self.grid()
+
+    def _check_zero_point(self) -> None:
+        object.__setattr__(self, "zero_point", parse_choice("activation.zero_point", self.zero_point, ZeroPoint))
+        if self.zero_point is ZeroPoint.FLOAT:
+            return
+        if self.symmetric or self.static or self.scale_dtype != "float32":
+            raise config_error(
+                "activation.zero_point",
+                self.zero_point.value,
+                allowed="symmetric: false, static: false, scale_dtype: float32",
+                fix="set these, or leave zero_point out (a static asymmetric input has an integer zero point anyway)",
+            )
 
     def grid(self) -> Grid:
         """The grid of the activations."""

@@ -22,6 +22,7 @@ from fraqat.numerics.qparams import (
     qparams_from_range,
     round_to_codes,
 )
+from fraqat.numerics.zero_point import ZeroPoint, zero_point_qparams
 
 __all__ = [
     "ACTIVATION_GRANULARITIES",
@@ -36,6 +37,7 @@ __all__ = [
     "QParams",
     "RangeMethod",
     "RunningStatistics",
+    "ZeroPoint",
     "choose_qparams",
     "clamp_codes",
     "code_dtype",
@@ -55,4 +57,5 @@ __all__ = [
     "quantize",
     "round_to_codes",
     "unpack_codes",
+    "zero_point_qparams",
 ]

@@ -129,4 +129,4 @@ def _cast(qparams: QParams, dtype: torch.dtype) -> QParams:
     def cast(value: Tensor | None) -> Tensor | None:
         return None if value is None else value.to(dtype)
 
-    return QParams(qparams.scale.to(dtype), cast(qparams.zero_point), cast(qparams.offset))
+    return QParams(qparams.scale.to(dtype), cast(qparams.zero_point), cast(qparams.offset), cast(qparams.multiplier))

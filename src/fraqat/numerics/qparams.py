@@ -57,11 +57,13 @@ class QParams:
         scale: Positive step size; broadcasts against the block view.
         zero_point: Integer code of the value zero (accelerators' asymmetric form), or None for 0.
         offset: Real value of code zero (w_min of Eq. 2), or None for 0.
+        multiplier: What values are multiplied by on their way to codes, for runtimes that do not divide by the scale; or None.
     """
 
     scale: Tensor
     zero_point: Tensor | None = None
     offset: Tensor | None = None
+    multiplier: Tensor | None = None
 
 
 def estimate_range(tensor: Tensor, layout: BlockLayout, method: RangeMethod) -> tuple[Tensor, Tensor]:
@@ -205,9 +207,13 @@ def encode(blocks: Tensor, qparams: QParams, levels: Levels) -> Tensor:
 
 
 def round_to_codes(blocks: Tensor, qparams: QParams) -> Tensor:
-    """round((x - offset) / scale) + zero_point before the clamp. Division, not a product with 1 / scale, as ONNX defines."""
+    """round((x - offset) / scale) + zero_point before the clamp.
+
+    Division, not a product with 1 / scale, as ONNX defines; a product where a runtime's `multiplier` is given.
+    """
     shifted = blocks if qparams.offset is None else blocks - qparams.offset
-    codes = torch.round(shifted / qparams.scale)
+    scaled = shifted / qparams.scale if qparams.multiplier is None else shifted * qparams.multiplier
+    codes = torch.round(scaled)
     return codes if qparams.zero_point is None else codes + qparams.zero_point
 
 

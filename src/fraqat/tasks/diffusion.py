@@ -77,6 +77,11 @@ class DiffusionTask:
         """Weighted distances of the outputs."""
         return distillation_loss(student[OUTPUT], teacher[OUTPUT], terms)
 
+    @property
+    def shared_arguments(self) -> frozenset[str]:
+        """Arguments of the transformer that do not grow with the batch."""
+        return frozenset(self._constants[0])
+
     @cached_property
     def _constants(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
         return split_constants(self._samples.constants)
@@ -99,6 +104,18 @@ def predict_output(model: nn.Module, inputs: Batch) -> Prediction:
     if inputs[LATENTS].ndim == 4 and output.shape[1] == 2 * inputs[LATENTS].shape[1]:
         output = output.chunk(2, dim=1)[0]  # the second half is a learned variance, which samplers leave out
     return {OUTPUT: output}
+
+
+class TransformerCall(nn.Module):
+    """A transformer called by dotted argument names, for graphs: gives what samplers take, in the shape of the latents."""
+
+    def __init__(self, transformer: nn.Module):
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """The prediction for inputs as `DiffusionTask.make_inputs` gives them."""
+        return predict_output(self.transformer, inputs)[OUTPUT]
 
 
 def _attention_kernel(device: torch.device) -> AbstractContextManager[Any]:

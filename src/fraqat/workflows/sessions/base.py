@@ -18,7 +18,7 @@ from torch import nn
 from fraqat.config import Recipe
 from fraqat.distill import DistillTask
 from fraqat.errors import ModelError
-from fraqat.export import ModelDescription, load_packed_, read_packed
+from fraqat.export import ModelDescription, Part, load_packed_, read_packed
 from fraqat.kernels import EngineName
 from fraqat.nn import EngineSpec, IntegerLayers, LayerFamilies, LayerRule, QuantReport, add_adapters_, quantize_
 from fraqat.planning import Workload
@@ -159,6 +159,10 @@ class Session(ABC, Generic[RecipeT]):
         """How to build the model again, for exports."""
 
     @abstractmethod
+    def export_parts(self, student: nn.Module) -> tuple[Part, ...]:
+        """What is exported as graphs; the first one holds the student's quantized layers."""
+
+    @abstractmethod
     def original_files(self) -> list[Path]:
         """Weight files of the original, empty where they lie on the hub."""
 
@@ -210,8 +214,13 @@ class Session(ABC, Generic[RecipeT]):
         rules = (*(self.family_rules if quantization.family_rules else ()), *quantization.rules)
         return quantize_(student, quantization.spec, rules=rules, families=self.families, train=quantization.train)
 
-    def load_student(self, recipe: Recipe, path: Path) -> nn.Module:
+    def load_student(self, recipe: Recipe, path: Path, *, with_engine: bool = True) -> nn.Module:
         """The student that a run left.
+
+        Args:
+            recipe: Of the run.
+            path: `student.safetensors`.
+            with_engine: False leaves the layers on the floating-point path, for exports.
 
         Raises:
             ModelError: The file is missing or damaged, or does not fit the recipe.
@@ -222,7 +231,8 @@ class Session(ABC, Generic[RecipeT]):
             student.load_state_dict(load_file(path))
         except (OSError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"{path} cannot be loaded: {error}. Fix: train again in a new folder.") from error
-        return self._with_integers(student.eval())
+        student.eval()
+        return self._with_integers(student) if with_engine else student
 
     def load_packed(self, folder: Path) -> nn.Module:
         """The student of a packed export, from codes.

@@ -16,7 +16,7 @@ from fraqat.data.captioned import held_out_prompts
 from fraqat.data.prompts import choose_prompts
 from fraqat.errors import ModelError
 from fraqat.evaluation import ColorDigitsJudge, image_quality, median_psnr_db
-from fraqat.export import ModelDescription
+from fraqat.export import Inputs, ModelDescription, Part
 from fraqat.nn import LayerFamilies, LayerRule
 from fraqat.planning import Workload
 from fraqat.tasks import SamplerSpec, architecture_named
@@ -26,6 +26,7 @@ from fraqat.workflows.sessions.base import Measurement, QualityColumn, Session, 
 from fraqat.zoo import zoo_path
 
 NUM_SHOWN = 8
+_GRAPH_BATCH = 4
 
 
 def encoded_root() -> Path:
@@ -128,6 +129,19 @@ class ImageSession(Session[ImageRecipe]):
         from fraqat.tasks.pipelines import transformer_description
 
         return description_of(self.recipe.model, *transformer_description(self.teacher))
+
+    def export_parts(self, student: nn.Module) -> tuple[Part, ...]:
+        """The transformer."""
+        from fraqat.tasks.diffusion import OUTPUT, TransformerCall
+
+        num_samples = self.recipe.train.calibration_samples
+
+        def batches() -> list[Inputs]:
+            return [dict(batch) for batch in self.task.calibration_batches(num_samples, _GRAPH_BATCH)]
+
+        names = [name for name in batches()[0] if name not in self.task.shared_arguments]
+        axes = {name: {0: "batch"} for name in names}
+        return (Part("transformer", TransformerCall(student), (OUTPUT,), batches, axes),)
 
     def original_files(self) -> list[Path]:
         """The transformer's weight files."""

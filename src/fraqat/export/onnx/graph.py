@@ -1,0 +1,190 @@
+"""The neutral graph: a part of the model as ONNX, with every quantized layer as one node `fraqat::Layer`.
+
+Tracing knows nothing of quantization, and lowering nothing of PyTorch: each format replaces the `Layer` nodes by what its
+runtime computes. A `Layer` takes x [..., I] (`kind` Linear) or [N, I, H, W] (`kind` PointwiseConv) and carries the student's
+layer name as its attribute `name`; its output is called `NAME.output`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fraqat.errors import ModelError
+from fraqat.export.target import Inputs, Part
+from fraqat.nn import QuantizedLayer, quantized_layers
+
+OPSET = 21
+"""The first with INT4 and blocked DequantizeLinear."""
+DOMAIN, LAYER = "fraqat", "Layer"
+LAYER_INPUTS = "fraqat.layer_inputs"
+"""Metadata of a lowered graph: layer -> name of the tensor that it is given, as JSON."""
+_INLINE_BYTES = 1 << 30
+_SMALL_TENSOR = 1 << 10
+
+
+class _Positional(nn.Module):
+    """Takes the inputs in order, so that torch.export sees one name for each."""
+
+    def __init__(self, module: nn.Module, names: tuple[str, ...]):
+        super().__init__()
+        self.module, self.names = module, names
+
+    def forward(self, *args: Tensor) -> Any:
+        """Calls the module by name."""
+        return self.module(**dict(zip(self.names, args, strict=True)))
+
+
+def output_name(layer: str) -> str:
+    """The name of a layer's output in the graph."""
+    return f"{layer}.output"
+
+
+def trace(part: Part, student: nn.Module) -> Any:
+    """The neutral graph of a part, an `onnx_ir.Model`.
+
+    Args:
+        part: Holds `student`, or is it.
+        student: Changed by `quantize_`; its layers are changed while the part is traced.
+
+    Raises:
+        ModelError: PyTorch cannot trace the part.
+    """
+    example = dict(part.batches()[0])
+    with _as_nodes(student), _quiet():
+        program = _export(_Positional(part.module, tuple(example)), part, example)
+        model = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=True, verbose=False)
+    assert model is not None
+    graph: Any = model.model.graph
+    for value, name in zip(graph.inputs, example, strict=True):
+        value.name = name
+    _name_sizes_(graph, part)
+    for value, name in zip(graph.outputs, part.outputs, strict=True):
+        value.name = name
+    for node in graph:
+        if node.op_type == LAYER and node.outputs[0] not in graph.outputs:
+            node.outputs[0].name = output_name(node.attributes["name"].as_string())
+    return model.model
+
+
+def _export(module: nn.Module, part: Part, example: Inputs) -> torch.export.ExportedProgram:
+    sizes: dict[str, Any] = {}
+    for axes in part.dynamic_axes.values():
+        for name in axes.values():
+            sizes.setdefault(name, torch.export.Dim(name, min=1, max=1 << 20))
+    shapes = tuple({i: sizes[n] for i, n in part.dynamic_axes.get(name, {}).items()} or None for name in example)
+    try:
+        with torch.no_grad():
+            return torch.export.export(
+                module.eval(), tuple(example.values()), dynamic_shapes={"args": shapes}, strict=False
+            )
+    except (RuntimeError, ValueError, TypeError, torch._dynamo.exc.UserError) as error:  # pyright: ignore[reportPrivateUsage]
+        raise ModelError(
+            f"{part.name} ({type(part.module).__name__}) cannot be traced for ONNX: {error}. Fix: make its forward free of "
+            "branches on values, or export with --format packed."
+        ) from error
+
+
+@contextmanager
+def _as_nodes(student: nn.Module) -> Generator[None]:
+    """Lets every quantized layer stand for one node while it is traced."""
+    layers = [layer for _, layer in quantized_layers(student)]
+    try:
+        for name, layer in quantized_layers(student):
+            layer.__dict__["forward"] = _node(name, layer)
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+
+
+def _node(name: str, layer: QuantizedLayer) -> Callable[[Tensor], Tensor]:
+    num_outputs, is_linear = layer.weight.shape[0], layer.type_name == "Linear"
+    strides = (1, 1) if is_linear else cast(tuple[int, int], layer.stride)
+
+    def forward(input: Tensor) -> Tensor:
+        shape: tuple[Any, ...] = (*input.shape[:-1], num_outputs)
+        if not is_linear:
+            places = [(size - 1) // step + 1 for size, step in zip(input.shape[2:], strides, strict=True)]
+            shape = (input.shape[0], num_outputs, *places)
+        attributes = {"name": name, "kind": layer.type_name, "strides": list(strides)}
+        return torch.onnx.ops.symbolic(
+            f"{DOMAIN}::{LAYER}", (input,), attributes, dtype=input.dtype, shape=shape, version=1
+        )
+
+    return forward
+
+
+def _name_sizes_(graph: Any, part: Part) -> None:
+    """Gives dynamic axes the names of the part, in inputs and outputs."""
+    names: dict[str, str] = {}
+    for value in graph.inputs:
+        for axis, name in part.dynamic_axes.get(value.name, {}).items():
+            names[str(value.shape[axis])] = name
+            value.shape[axis] = name
+    for value in graph.outputs:
+        for axis, size in enumerate(value.shape):
+            if str(size) in names:
+                value.shape[axis] = names[str(size)]
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """The exporter speaks of libraries that are not needed, and of its own internals."""
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = registration.level
+    registration.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        registration.setLevel(level)
+
+
+def layer_nodes(model: Any) -> dict[str, Any]:
+    """The `Layer` nodes of a neutral graph by layer name."""
+    return {n.attributes["name"].as_string(): n for n in model.graph if n.domain == DOMAIN and n.op_type == LAYER}
+
+
+def replace_layers_(model: Any, lower: Mapping[str, Callable[[Any, Any], Any]]) -> None:
+    """Replaces every `Layer` node.
+
+    Args:
+        model: A neutral graph, changed in place.
+        lower: Layer name -> function of a tape and the layer's input that gives its output.
+    """
+    from onnx_ir import convenience
+    from onnx_ir.tape import Tape
+
+    nodes = layer_nodes(model)
+    model.metadata_props[LAYER_INPUTS] = json.dumps({name: node.inputs[0].name for name, node in nodes.items()})
+    for name, node in nodes.items():
+        old, tape = node.outputs[0], Tape()
+        new = lower[name](tape, node.inputs[0])
+        label = old.name
+        for initializer in tape.initializers:
+            model.graph.register_initializer(initializer)
+        convenience.replace_nodes_and_values(model.graph, node, [node], list(tape.nodes), [old], [new])
+        new.name = label
+    model.graph.sort()
+
+
+def save(model: Any, path: Path) -> None:
+    """Writes a graph; weights of more than a gigabyte go into a file beside it."""
+    import onnx_ir
+
+    num_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    if num_bytes > _INLINE_BYTES:
+        onnx_ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=_SMALL_TENSOR)
+    else:
+        onnx_ir.save(model, path)

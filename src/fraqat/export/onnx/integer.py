@@ -1,0 +1,80 @@
+"""ONNX for ONNX Runtime on CPUs and in browsers: the integer products that were trained, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, final
+
+from torch import nn
+
+from fraqat.errors import config_error
+from fraqat.export.codes import LayerCodes, layer_codes
+from fraqat.export.target import Bound, ExportJob, LayerPlace, OpenedExport, Part, Target
+from fraqat.nn import QuantSpec
+
+PARTS_FILE = "parts.json"
+
+
+@final
+class IntegerTarget(Target):
+    """`PART.onnx` for every part of the model; quantized layers are MatMulInteger with INT4 weights."""
+
+    name = "onnx"
+    summary = "ONNX with integer products for ONNX Runtime on CPUs and in browsers"
+    extra = "onnx"
+    bound = Bound(
+        30.0, 100.0, "the same integers; floats are added in another order, which turns a few roundings of later inputs"
+    )
+
+    def nearest(self, place: LayerPlace, spec: QuantSpec) -> QuantSpec | None:
+        """Everything: layers that no integer product can compute are floating-point products on the same grids."""
+        return spec
+
+    def write(self, job: ExportJob) -> None:
+        """Writes the graphs and `parts.json`, which names their inputs and outputs."""
+        from fraqat.export.onnx.graph import save, trace
+
+        codes = layer_codes(job.student)
+        written: dict[str, Any] = {}
+        for part in job.parts():
+            model = trace(part, job.student)
+            lower_(model, codes)
+            save(model, job.folder / f"{part.name}.onnx")
+            written[part.name] = describe_part(part)
+            job.say(f"{part.name}.onnx: {len(model.graph)} operators")
+        (job.folder / PARTS_FILE).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+
+    def open(self, folder: Path, student: nn.Module) -> OpenedExport:
+        """The graphs in ONNX Runtime."""
+        from fraqat.export.onnx.runtime import OnnxExport
+
+        return OnnxExport(folder, student)
+
+
+def lower_(model: Any, codes: dict[str, LayerCodes]) -> None:
+    """Replaces the `Layer` nodes of a neutral graph by integer products."""
+    from fraqat.export.onnx.graph import layer_nodes, replace_layers_
+    from fraqat.export.onnx.layers import Ops, around_rows, product
+
+    nodes = layer_nodes(model)
+    unknown = sorted(set(nodes) - set(codes))
+    if unknown:
+        raise config_error("layer", unknown[:3], allowed="layers of the student", fix="trace the part with its student")
+
+    def lower(name: str) -> Any:
+        layer, node = codes[name], nodes[name]
+        return lambda tape, x: around_rows(Ops(tape, name), layer, node, lambda ops, y: product(ops, layer, y), x)
+
+    replace_layers_(model, {name: lower(name) for name in nodes})
+
+
+def describe_part(part: Part) -> dict[str, Any]:
+    """What a program needs to call a part: shapes with names for dynamic sizes, and constants."""
+    example = part.batches()[0]
+    inputs: dict[str, Any] = {}
+    for name, value in example.items():
+        axes = part.dynamic_axes.get(name, {})
+        shape = [axes.get(axis, size) for axis, size in enumerate(value.shape)]
+        inputs[name] = {"shape": shape, "dtype": str(value.dtype).removeprefix("torch.")}
+    return {"inputs": inputs, "outputs": list(part.outputs), "constants": dict(part.constants)}

@@ -1,0 +1,240 @@
+"""What a quantized layer computes, as ONNX operators: the exact integer product, and a floating-point one for the rest.
+
+Shape suffixes: K input channels, O output channels, G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir.tape import Tape
+from torch import Tensor
+
+from fraqat.export.codes import LayerCodes
+from fraqat.nn import ActivationSpec, why_not_integer
+from fraqat.numerics import MIN_SCALE, Granularity, Grid, QParams, RangeMethod
+
+Value = ir.Value
+_CHANNELS_LAST, _CHANNELS_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
+_SIGMAS = 3.0
+
+
+@dataclass(frozen=True)
+class Ops:
+    """Builds operators on a tape, with constants named after a layer.
+
+    Args:
+        tape: Takes the nodes.
+        layer: Its name.
+    """
+
+    tape: Tape
+    layer: str
+
+    def __call__(self, op_type: str, *inputs: Value | None, **attributes: Any) -> Value:
+        """One operator with one output."""
+        return self.tape.op(op_type, inputs, attributes)
+
+    def constant(self, name: str, value: np.ndarray[Any, Any] | Tensor, dtype: ir.DataType | None = None) -> Value:
+        """An initializer called `LAYER.name`."""
+        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+        tensor = ir.tensor(array) if dtype is None else ir.tensor(array.astype(dtype.numpy()), dtype=dtype)
+        return self.tape.initializer(tensor, f"{self.layer}.{name}")
+
+    def scalar(self, name: str, value: float) -> Value:
+        """A float32 constant."""
+        return self.constant(name, np.array(value, np.float32))
+
+    def axes(self, name: str, *values: int) -> Value:
+        """An int64 vector."""
+        return self.constant(name, np.array(values, np.int64))
+
+    def cast(self, x: Value, to: ir.DataType) -> Value:
+        """`Cast`."""
+        return self("Cast", x, to=int(to))
+
+
+def around_rows(ops: Ops, layer: LayerCodes, node: Any, rows: Callable[[Ops, Value], Value], x: Value) -> Value:
+    """Runs `rows`, which takes features on the last axis, on the input of a layer of either kind.
+
+    Args:
+        ops: Takes the nodes.
+        layer: Gives the kind.
+        node: The `Layer` node, for its strides.
+        rows: x [..., K] -> y [..., O].
+        x: [..., K], or [N, K, H, W] of a pointwise convolution.
+    """
+    if layer.type_name == "Linear":
+        return rows(ops, x)
+    vertical, horizontal = node.attributes["strides"].as_ints()
+    if (vertical, horizontal) != (1, 1):
+        ends = ops.axes("ends", np.iinfo(np.int64).max, np.iinfo(np.int64).max)
+        steps = ops.axes("steps", vertical, horizontal)
+        x = ops("Slice", x, ops.axes("starts", 0, 0), ends, ops.axes("places", 2, 3), steps)
+    return ops("Transpose", rows(ops, ops("Transpose", x, perm=_CHANNELS_LAST)), perm=_CHANNELS_FIRST)
+
+
+def product(ops: Ops, layer: LayerCodes, x: Value) -> Value:
+    """The layer's output [..., O] for x [..., K], with its bias: an integer product where the specification allows one."""
+    is_integer = not why_not_integer(layer.spec) and layer.grid.storage_bits <= 8  # noqa: PLR2004
+    y = _integer_product(ops, layer, x) if is_integer else _float_product(ops, layer, x)
+    return y if layer.bias is None else ops("Add", y, ops.constant("bias", layer.bias))
+
+
+def _integer_product(ops: Ops, layer: LayerCodes, x: Value) -> Value:
+    activation = layer.spec.activation
+    assert activation is not None
+    zero_point: Value | None = None
+    if layer.activation is not None:
+        codes, scale, zero_point = _static_codes(ops, activation, layer.activation, x)
+    else:
+        floats, scale, _ = _dynamic_codes(ops, activation, x)
+        codes = ops.cast(floats, ir.DataType.INT8)
+    sums = ops("MatMulInteger", codes, _integer_weight(ops, layer), zero_point)
+    groups = layer.groups
+    weight_scale = layer.qparams.scale if groups is None else groups.channel
+    scaled = ops("Mul", ops.cast(sums, ir.DataType.FLOAT), scale)
+    return ops("Mul", scaled, ops.constant("weight_scale", weight_scale.flatten().float()))
+
+
+def _integer_weight(ops: Ops, layer: LayerCodes) -> Value:
+    """Integers within int8, [K, O]: the codes, times the multipliers of their groups where these are integers."""
+    codes = stored_codes(ops, layer)
+    if layer.groups is None:
+        return codes if layer.grid.storage_bits > 4 else ops.cast(codes, ir.DataType.INT8)  # noqa: PLR2004
+    num_rows, num_columns = layer.codes_OK.shape
+    num_groups = layer.groups.multiplier.shape[1]
+    blocks = ops("Reshape", ops.cast(codes, ir.DataType.INT32), ops.axes("blocks", num_groups, -1, num_rows))
+    multiplier = layer.groups.multiplier.reshape(num_rows, num_groups, 1).permute(1, 2, 0).to(torch.int32)
+    multiplied = ops("Mul", blocks, ops.constant("multiplier", multiplier.contiguous()))
+    return ops.cast(ops("Reshape", multiplied, ops.axes("whole", num_columns, num_rows)), ir.DataType.INT8)
+
+
+def stored_codes(ops: Ops, layer: LayerCodes) -> Value:
+    """The codes as they lie in the file, [K, O]: INT4 where they fit, else INT8 (UINT4, UINT8 on grids from 0)."""
+    is_signed, is_small = layer.grid.qmin < 0, layer.grid.storage_bits <= 4  # noqa: PLR2004
+    dtype = {
+        (True, True): ir.DataType.INT4,
+        (True, False): ir.DataType.INT8,
+        (False, True): ir.DataType.UINT4,
+        (False, False): ir.DataType.UINT8,
+    }[is_signed, is_small]
+    return ops.constant("codes", layer.codes_OK.t().contiguous(), dtype)
+
+
+def _float_product(ops: Ops, layer: LayerCodes, x: Value) -> Value:
+    weight = dequantized_weight(ops, layer)
+    return ops("MatMul", x if layer.spec.activation is None else _fake_quantized(ops, layer, x), weight)
+
+
+def dequantized_weight(ops: Ops, layer: LayerCodes) -> Value:
+    """scale * code (+ offset), float32 [K, O]."""
+    num_rows, num_columns = layer.codes_OK.shape
+    scale = layer.qparams.scale.float()
+    codes = stored_codes(ops, layer)
+    if layer.spec.weight.granularity is Granularity.GROUP:
+        group_size = layer.spec.weight.group_size
+        stored = ops.constant("weight_scale", scale.reshape(num_rows, -1).t().contiguous())
+        weight = ops("DequantizeLinear", codes, stored, axis=0, block_size=group_size)
+    else:
+        stored = ops.constant("weight_scale", scale.flatten().expand(num_rows).contiguous())
+        weight = ops("DequantizeLinear", codes, stored, axis=1)
+    if layer.qparams.offset is None:
+        return weight
+    offset = layer.qparams.offset.float().expand(*scale.shape)
+    blocks = offset.reshape(offset.shape[0], -1, 1).expand(-1, -1, num_columns // max(1, offset.numel() // offset.shape[0]))
+    whole = blocks.reshape(offset.shape[0], -1).expand(num_rows, num_columns)
+    return ops("Add", weight, ops.constant("offset", whole.t().contiguous()))
+
+
+def _static_codes(
+    ops: Ops, activation: ActivationSpec, qparams: QParams, x: Value
+) -> tuple[Value, Value, Value | None]:
+    """Integer codes, scale and zero point of an input whose scale is fixed."""
+    grid = activation.grid()
+    scale = ops.scalar("input_scale", float(qparams.scale))
+    if grid.qmin < 0:
+        codes = _rounded(ops, grid, ops("Div", x, scale))
+        return ops.cast(codes, ir.DataType.INT8), scale, None
+    assert qparams.zero_point is not None
+    zero_point = ops.constant("input_zero_point", np.array(int(qparams.zero_point), np.uint8))
+    return ops("QuantizeLinear", x, scale, zero_point), scale, zero_point
+
+
+def _dynamic_codes(ops: Ops, activation: ActivationSpec, x: Value) -> tuple[Value, Value, Value | None]:
+    """Codes as floats, scale and offset (Eq. 2) of an input whose range is measured; see `fraqat.numerics.qparams`."""
+    grid = activation.grid()
+    low, high = _range(ops, activation, x)
+    smallest = ops.scalar("min_scale", MIN_SCALE)
+    divisor = ops.scalar("range_divisor", grid.range_divisor)
+    if activation.symmetric:
+        offset, width = None, high
+    else:
+        offset, width = low, ops("Sub", high, low)
+    scale = ops("Div", width, divisor)
+    if activation.rounding_dtype is not None:
+        scale = ops.cast(ops.cast(scale, ir.DataType.BFLOAT16), ir.DataType.FLOAT)
+    scale = ops("Max", scale, smallest)
+    shifted = x if offset is None else ops("Sub", x, offset)
+    return _rounded(ops, grid, ops("Div", shifted, scale)), scale, offset
+
+
+def _range(ops: Ops, activation: ActivationSpec, x: Value) -> tuple[Value, Value]:
+    """The range [low, high] of every block; of a symmetric grid [-high, high]."""
+    method = activation.range_method
+    axes = {
+        Granularity.TOKEN: lambda: ops.axes("token", -1),
+        Granularity.SAMPLE: lambda: _axes_after_first(ops, x),
+        Granularity.TENSOR: lambda: None,
+    }[activation.granularity]()
+
+    def over(op_type: str, value: Value) -> Value:
+        return ops(op_type, value, axes, keepdims=1)
+
+    if method is RangeMethod.MAX_ABS:
+        high = over("ReduceMax", ops("Abs", x))
+        return ops("Neg", high), high
+    low, high = over("ReduceMin", x), over("ReduceMax", x)
+    if method is RangeMethod.THREE_SIGMA:
+        mean = over("ReduceMean", x)
+        deviation = ops("Sub", x, mean)
+        variance = over("ReduceMean", ops("Mul", deviation, deviation))
+        margin = ops("Mul", ops("Sqrt", variance), ops.scalar("sigmas", _SIGMAS))
+        low, high = ops("Max", low, ops("Sub", mean, margin)), ops("Min", high, ops("Add", mean, margin))
+    if activation.symmetric:
+        high = ops("Max", ops("Neg", low), high)
+    return low, high
+
+
+def _axes_after_first(ops: Ops, x: Value) -> Value:
+    rank = None if x.shape is None else len(x.shape)
+    assert rank is not None, f"the rank of {x.name} is not known"
+    return ops.axes("sample", *range(1, rank))
+
+
+def _rounded(ops: Ops, grid: Grid, x: Value) -> Value:
+    return ops("Clip", ops("Round", x), ops.scalar("qmin", float(grid.qmin)), ops.scalar("qmax", float(grid.qmax)))
+
+
+def _fake_quantized(ops: Ops, layer: LayerCodes, x: Value) -> Value:
+    """The input on its grid, float32: for widths that no integer product takes."""
+    activation = layer.spec.activation
+    assert activation is not None
+    if layer.activation is None:
+        codes, scale, offset = _dynamic_codes(ops, activation, x)
+        values = ops("Mul", codes, scale)
+        return values if offset is None else ops("Add", values, offset)
+    grid = activation.grid()
+    scale = ops.scalar("input_scale", float(layer.activation.scale))
+    codes = ops("Div", x, scale)
+    if layer.activation.zero_point is None:
+        return ops("Mul", _rounded(ops, grid, codes), scale)
+    zero_point = ops.scalar("input_zero_point", float(layer.activation.zero_point))
+    shifted = ops("Add", ops("Round", codes), zero_point)
+    clipped = ops("Clip", shifted, ops.scalar("qmin", float(grid.qmin)), ops.scalar("qmax", float(grid.qmax)))
+    return ops("Mul", ops("Sub", clipped, zero_point), scale)
