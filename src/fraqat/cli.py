@@ -1,8 +1,8 @@
 """The command line: one subcommand per verb, no logic.
 
 Exit codes: 0 done; 1 an error of ours; 2 impossible recipe or argument; 3 model, run or export missing, damaged or unsafe;
-4 checkpoint damaged or of another run; 5 loss or gradient not finite; 6 a place that cannot be written; 130 Ctrl-C and
-143 SIGTERM, after a checkpoint.
+4 checkpoint damaged or of another run; 5 loss or gradient not finite; 6 a place that cannot be written; 7 an export that is
+not what was trained; 130 Ctrl-C and 143 SIGTERM, after a checkpoint.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from fraqat import __version__, workflows
 from fraqat.config import Recipe, load_recipe, recipe_names
 from fraqat.data.bad_samples import SkippedSamplesWarning
 from fraqat.distill import StepRecord
-from fraqat.errors import FraqatError
+from fraqat.errors import FraqatError, VerificationError
+from fraqat.export import TARGETS
 from fraqat.planning import DEVICES, THIS_MACHINE, PlanOptions, Sharding
 from fraqat.table import Table
 from fraqat.workflows import RunFolder
+from fraqat.workflows.verifying import NUM_BATCHES
 
 app = typer.Typer(
     name="fraqat",
@@ -39,8 +41,8 @@ app = typer.Typer(
     help="Quantization-aware training of generative models by fractional bit widths, down to 4-bit weights and 8-bit "
     "activations. Start with [bold]fraqat demo[/bold].",
     epilog="Exit codes: 0 done, 1 our own error, 2 impossible recipe or argument, 3 model, run or export missing, damaged "
-    "or unsafe, 4 checkpoint damaged or of another run, 5 loss not finite, 6 place not writable or taken, 130 Ctrl-C, "
-    "143 SIGTERM.",
+    "or unsafe, 4 checkpoint damaged or of another run, 5 loss not finite, 6 place not writable or taken, 7 export "
+    "not within its bound, 130 Ctrl-C, 143 SIGTERM.",
 )
 _errors = Console(stderr=True, highlight=False, soft_wrap=True)
 _output = Console(highlight=False)
@@ -224,21 +226,63 @@ def generate(
 @app.command()
 def export(
     run: RunArgument,
-    export_format: Annotated[str, typer.Option("--format", help="One of: " + ", ".join(workflows.FORMATS))] = "packed",
+    target: Annotated[str, typer.Option("--format", help="Target, one of: " + ", ".join(TARGETS))] = "packed",
     float_dtype: Annotated[FloatPrecision, typer.Option(help="Precision of what is not quantized")] = (
         FloatPrecision.FLOAT32
     ),
+    accept_loss: Annotated[
+        bool, typer.Option("--accept-loss", help="Quantize the trained weights anew where the target has another grid")
+    ] = False,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Write the trained student as a file for a target, in RUN/export/FORMAT."""
-    folder, size = workflows.export(
-        RunFolder.open(run), export_format, ConsoleProgress(quiet), float_dtype=float_dtype.value, overwrite=overwrite
+    """Write the trained student as files for a target, in RUN/export/TARGET."""
+    done = workflows.export(
+        RunFolder.open(run),
+        target,
+        ConsoleProgress(quiet),
+        float_dtype=float_dtype.value,
+        accept_loss=accept_loss,
+        overwrite=overwrite,
     )
-    row = (str(folder), size.num_file_bytes, size.num_quantized_weights, size.bits_per_weight)
-    table = Table("Export", ("folder", "file, bytes", "quantized weights", "bits per quantized weight"), (row,))
+    row = (str(done.folder), done.num_bytes, done.num_quantized_weights, done.bits_per_weight)
+    table = Table("Export", ("folder", "files, bytes", "quantized weights", "bits per quantized weight"), (row,))
     _print_tables([table], as_json)
+
+
+@app.command()
+def verify(
+    exported: Annotated[Path, typer.Argument(metavar="EXPORT", help="Folder of `fraqat export`")],
+    against: Annotated[Path, typer.Option(help="The run that it was made from")],
+    num_batches: Annotated[int, typer.Option(min=1, help="Batches of inputs that are compared")] = NUM_BATCHES,
+    prompt: Annotated[
+        str | None, typer.Option(help="Sample this too, with original, student and export, into RUN/verify/TARGET")
+    ] = None,
+    show_layers: Annotated[bool, typer.Option("--layers", help="Print a row for every layer")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Run an export in its target's own runtime beside the trained student. Exit code 7 if a bound does not hold."""
+    found = workflows.verify(
+        exported, RunFolder.open(against), ConsoleProgress(quiet), num_batches=num_batches, prompt=prompt
+    )
+    tables = [found.summary, found.layers] if show_layers or as_json else [found.summary]
+    _print_tables(tables, as_json, holds=found.holds, samples=[str(path) for path in found.samples])
+    for path in () if as_json else found.samples:
+        _output.print(str(path), markup=False)
+    if not found.holds:
+        raise VerificationError(
+            f"{exported} does not compute what was trained within the bounds of its target; the first layer that parts is "
+            f"{found.first_difference or 'none by itself'}. Fix: export again; `--layers` shows every layer."
+        )
+
+
+@app.command()
+def targets(as_json: JsonOption = False) -> None:
+    """List the targets of `fraqat export` and of a recipe's `target:`."""
+    rows = tuple((t.name, t.summary, ", ".join(t.tasks), t.extra or None) for t in TARGETS.values())
+    _print_tables([Table("Targets", ("name", "what it is", "models", "extra to install"), rows)], as_json)
 
 
 @app.command()

@@ -44,6 +44,12 @@ class OutputError(FraqatError):
     exit_code = 6
 
 
+class VerificationError(FraqatError):
+    """An export that does not compute what was trained, within its bound."""
+
+    exit_code = 7
+
+
 class InterruptedRunError(FraqatError):
     """Training was stopped by SIGINT or SIGTERM after writing a checkpoint; exit code 128 + the signal's number."""
 

@@ -70,8 +70,8 @@ def test_mse_is_refused_for_activations() -> None:
 
 def test_unknown_scale_dtype_is_refused() -> None:
     for spec_type in (WeightSpec, ActivationSpec):
-        with pytest.raises(ConfigError, match=r"scale_dtype = 'float16' .* float32, bfloat16"):
-            spec_type(scale_dtype="float16")
+        with pytest.raises(ConfigError, match=r"scale_dtype = 'float8' .* float32, bfloat16, float16"):
+            spec_type(scale_dtype="float8")
 
 
 def test_group_size_and_group_go_together() -> None:

@@ -25,6 +25,7 @@ from fraqat.export.gguf_gemma2 import (
 from fraqat.export.gguf_names import NAME_TABLES, FileTensor, diffusion_tensors
 from fraqat.export.packed import tied_names
 from fraqat.export.packed_target import OpenedModel
+from fraqat.export.rounded import round_inputs_
 from fraqat.export.target import (
     FLOAT_DTYPES,
     Bound,
@@ -53,19 +54,19 @@ class GgufTarget(Target):
     tasks = ("text-to-image", "language")
     defaults = MappingProxyType(
         {
-            "weight": {"bits": 4, "granularity": "group", "group_size": BLOCK, "scale_dtype": "bfloat16"},
+            "weight": {"bits": 4, "granularity": "group", "group_size": BLOCK, "scale_dtype": "float16"},
             "activation": {"bits": 8, "granularity": "token"},
         }
     )
     bound = Bound(
         20.0,
+        25.0,
         "the weights are equal; llama.cpp rounds inputs to 8 bits per block of 32 (Q8_0), training did per token, and small "
         "differences grow through the layers",
-        layer_sqnr_db=20.0,
     )
 
     def nearest(self, place: LayerPlace, spec: QuantSpec) -> QuantSpec | None:
-        """Symmetric codes of 4 bits or fewer whose scales are constant over blocks of 32 and exact in float16.
+        """Symmetric codes of 4 bits or fewer whose scales are constant over blocks of 32 and rounded to float16 or bfloat16.
 
         Linear layers whose inputs are a multiple of 32; the head of a language model is the embeddings, which stay float.
         Inputs of more than 8 bits, or none, are trained in floating point; the others are 8 bits per token, the nearest to the
@@ -125,8 +126,7 @@ class GgufTarget(Target):
                     codes[quantized[source]] = _checked_codes(found, source).reshape(state[source].shape)
                 values[source] = (_weights(found) - entry.shift).reshape(state[source].shape)
         model.load_state_dict(values, strict=False)
-        for name in codes:
-            model.get_submodule(name).register_forward_pre_hook(_round_inputs)
+        round_inputs_(model, codes, round_to_q8_0)
         ordered = {name: codes[name] for name in quantized.values()}
         return OpenedModel(model.eval(), student, ordered)
 
@@ -155,8 +155,8 @@ def _nearest_weight(weight: WeightSpec) -> WeightSpec:
     changes: dict[str, Any] = {"symmetric": True, "group_scale": "float"}
     if weight.bits > _WEIGHT_BITS:
         changes["bits"] = float(_WEIGHT_BITS)
-    if weight.scale_dtype != "bfloat16":
-        changes["scale_dtype"] = "bfloat16"
+    if weight.scale_dtype == "float32":
+        changes["scale_dtype"] = "float16"
     if weight.granularity is Granularity.GROUP and (weight.group_size or 0) % BLOCK:
         changes["group_size"] = BLOCK
     changes.setdefault("granularity", weight.granularity)
@@ -286,7 +286,3 @@ def _checked_codes(stored: Tensor, source: str) -> Tensor:
 
 def _weights(stored: Tensor) -> Tensor:
     return dequantize_q4_0(*unpack_q4_0(stored)) if stored.dtype is torch.uint8 else stored.to(torch.float32)
-
-
-def _round_inputs(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (round_to_q8_0(inputs[0]), *inputs[1:])

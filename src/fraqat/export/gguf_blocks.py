@@ -45,7 +45,7 @@ def pack_q4_0(codes_OI: Tensor, scale_OB: Tensor, name: str) -> Tensor:
             f"{name}.weight.scale",
             float(used_OB[wrong][0]),
             allowed="numbers that float16 holds exactly",
-            fix="train with scale_dtype: bfloat16; bfloat16 scales from 2^-17 to 65504 fit",
+            fix="train with scale_dtype: float16 (scales in bfloat16 fit from 2^-17 to 65504 only)",
         )
     stored = (blocks_OBK + 8).to(torch.uint8)
     nibbles = stored[..., :_HALF] | (stored[..., _HALF:] << 4)

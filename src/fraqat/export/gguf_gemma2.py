@@ -6,7 +6,6 @@ Reference: conversion/gemma.py and src/models/gemma2.cpp of https://github.com/g
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,15 +79,14 @@ def _check_settings(config: Mapping[str, Any]) -> None:
     layer_types = config.get("layer_types") or []
     pattern = ["full_attention" if i % 2 else "sliding_attention" for i in range(len(layer_types))]
     checks: tuple[tuple[str, Any, Any], ...] = (
-        ("query_pre_attn_scalar", config["query_pre_attn_scalar"], scalar),
+        ("query_pre_attn_scalar", float(config["query_pre_attn_scalar"]), float(scalar)),
         ("hidden_activation", config["hidden_activation"], "gelu_pytorch_tanh"),
         ("attention_bias", bool(config.get("attention_bias")), False),
         ("tie_word_embeddings", bool(config.get("tie_word_embeddings", True)), True),
         ("layer_types", list(layer_types), pattern),
     )
     for name, found, wanted in checks:
-        is_same = math.isclose(found, wanted) if isinstance(found, float) else found == wanted
-        if not is_same:
+        if found != wanted:
             raise config_error(f"config.{name}", found, allowed=f"{wanted!r} in llama.cpp", fix="use another target")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -85,10 +85,10 @@ def run_module(module: nn.Module, model: nn.Module, names: list[str], part: Part
     def keep(name: str, given: tuple[Tensor, ...], output: Tensor) -> None:
         layers[name], layer_inputs[name] = output, given[0]
 
-    handles = [
-        model.get_submodule(name).register_forward_hook(lambda _m, given, output, name=name: keep(name, given, output))
-        for name in names
-    ]
+    def hook(name: str) -> Any:
+        return lambda _module, given, output: keep(name, given, output)
+
+    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
     try:
         found = module(**inputs)
     finally:

@@ -66,6 +66,7 @@ class Part:
         dynamic_axes: Input -> axis -> name of its size; axes of the same name have the same size.
         module_prefix: The student's layer `NAME` is the module's `module_prefix + NAME`.
         constants: What a program around the part needs to know, as plain JSON values.
+        files: Path in the export's folder -> contents, for files that such a program reads, such as a tokenizer's.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Part:
     dynamic_axes: Mapping[str, Mapping[int, str]]
     module_prefix: str = ""
     constants: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    files: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,7 @@ class Target(ABC):
         name: As in `target:` of a recipe and `--format`.
         summary: One line.
         extra: The package's extra that brings what it needs; empty if nothing.
+        requires: Modules that it imports when it is used.
         tasks: Tasks of the recipes that it takes.
         defaults: Of the recipe's `quantization` section, for what the user does not set.
         bound: What an export may differ by from the student.
@@ -159,6 +162,7 @@ class Target(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     extra: ClassVar[str] = ""
+    requires: ClassVar[tuple[str, ...]] = ()
     tasks: ClassVar[tuple[str, ...]] = ("text-to-image", "language", "text-to-speech")
     defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     bound: ClassVar[Bound]

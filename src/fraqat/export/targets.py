@@ -9,12 +9,16 @@ from types import MappingProxyType
 from torch import nn
 
 from fraqat.errors import config_error
+from fraqat.export.compressed_tensors import CompressedTensorsTarget
+from fraqat.export.gguf import GgufTarget
 from fraqat.export.onnx.integer import IntegerTarget
 from fraqat.export.packed_target import PackedTarget
 from fraqat.export.target import LayerPlace, Target
 from fraqat.nn import QuantSpec, quantized_layers
 
-TARGETS: Mapping[str, Target] = MappingProxyType({target.name: target for target in (PackedTarget(), IntegerTarget(),)})
+TARGETS: Mapping[str, Target] = MappingProxyType(
+    {target.name: target for target in (PackedTarget(), IntegerTarget(), GgufTarget(), CompressedTensorsTarget())}
+)
 """Name -> target."""
 
 

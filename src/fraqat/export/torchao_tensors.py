@@ -6,6 +6,7 @@ The only home of torchao in exports: its own format and ExecuTorch's lowering st
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import warnings
 from collections.abc import Generator, Mapping
@@ -23,25 +24,34 @@ _INPUTS = "int8_asym_per_token"
 """A plain string: as a member of torchao's enumeration it cannot be read back from safetensors."""
 
 
-def with_torchao_weights(student: nn.Module, names: frozenset[str] | None = None) -> nn.Module:
+def with_torchao_weights(
+    student: nn.Module, dtype: torch.dtype = torch.float32, *, bits: Mapping[str, int] | None = None
+) -> nn.Module:
     """A copy of a student with float layers, whose quantized weights are torchao's `IntxUnpackedToInt8Tensor`.
 
     Args:
         student: At its final width.
-        names: Layers to give such a weight; the others get scale * code in float32. None: all of them.
+        dtype: Of everything that is not integers or scales.
+        bits: Width to name by layer; see `intx_tensor`.
     """
     layers = layer_codes(student)
     model = copy.deepcopy(student)
     unquantize_(model)
+    nn.Module.to(model, dtype)  # diffusers' own `to` warns
     for name, layer in layers.items():
-        is_chosen = names is None or name in names
-        weight = intx_tensor(layer) if is_chosen else intx_tensor(layer).dequantize().reshape(layer.codes.shape)
+        weight = intx_tensor(layer, dtype, bits=None if bits is None else bits[name])
         model.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
     return model.eval()
 
 
-def intx_tensor(layer: LayerCodes) -> Any:
-    """The weight of one layer as torchao's tensor [O, K]: our codes, our scales, zero points 0."""
+def intx_tensor(layer: LayerCodes, dtype: torch.dtype = torch.float32, *, bits: int | None = None) -> Any:
+    """The weight of one layer as torchao's tensor [O, K]: our codes, our scales, zero points 0.
+
+    Args:
+        layer: A linear layer of at most 8 bits, symmetric.
+        dtype: What the tensor passes itself off as; it must be that of the inputs.
+        bits: Width to name, if not the smallest that holds the codes.
+    """
     with quiet_torchao():
         from torchao.quantization import IntxUnpackedToInt8Tensor
     codes_OK = layer.codes_OK.contiguous()
@@ -55,9 +65,9 @@ def intx_tensor(layer: LayerCodes) -> Any:
         qdata=codes_OK,
         scale=scale_OG.contiguous(),
         zero_point=torch.zeros(scale_OG.shape, dtype=torch.int8),
-        target_dtype=getattr(torch, f"int{layer.grid.storage_bits}"),
+        target_dtype=getattr(torch, f"int{bits or layer.grid.storage_bits}"),
         block_size=[1, width // scale_OG.shape[1]],
-        dtype=torch.float32,
+        dtype=dtype,
         activation_quantization=None if layer.spec.activation is None else _INPUTS,
     )
 
@@ -85,9 +95,14 @@ def read_state(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> di
     """Undoes `flatten_state`."""
     with quiet_torchao():
         from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
-    state, rest = unflatten_tensor_state_dict(cast(Any, dict(tensors)), cast(Any, dict(metadata)))
-    assert not rest
-    return cast(dict[str, Tensor], state)
+    # torchao cannot parse names without a dot; parameters of the model itself are never quantized.
+    plain = {name: tensor for name, tensor in tensors.items() if "." not in name}
+    nested = {name: tensor for name, tensor in tensors.items() if "." in name}
+    names = [name for name in json.loads(metadata["tensor_names"]) if "." in name]
+    state, _ = unflatten_tensor_state_dict(
+        cast(Any, nested), cast(Any, {**metadata, "tensor_names": json.dumps(names)})
+    )
+    return plain | cast(dict[str, Tensor], state)
 
 
 def quantization_config(bits: int, group_size: int | None, *, has_inputs: bool) -> dict[str, Any]:

@@ -22,9 +22,13 @@ from fraqat.numerics import (
 STRICT_KEYS: dict[str, Any] = {"extra": "forbid"}
 """For recipe readers (pydantic): a key that a section does not know is an error."""
 
-ScaleDtype = Literal["float32", "bfloat16"]
+ScaleDtype = Literal["float32", "bfloat16", "float16"]
 GroupScale = Literal["float", "integer"]
-_SCALE_DTYPES: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
+_SCALE_DTYPES: dict[str, torch.dtype | None] = {
+    "float32": None,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 _GROUP_SCALES: tuple[GroupScale, ...] = ("float", "integer")
 
 
@@ -41,7 +45,8 @@ class WeightSpec:
         range_method: `max_abs` (the paper's), `min_max`, `three_sigma`, or `mse`: the share of max-abs that minimises the
             squared error, searched at the start and at every change of the width, and kept in between; `learned`: scales
             that start from `mse` and are trained with the weights (LSQ), on symmetric grids.
-        scale_dtype: `bfloat16` rounds the scale so that it is exact in fp32, bf16 and fp16 targets.
+        scale_dtype: `bfloat16` rounds the scale so that it is exact in fp32, bf16 and, from 2^-17 on, fp16 targets; `float16`
+            rounds less and is exact in fp16 whatever the scale (GGUF), but not in bf16.
         group_scale: With granularity `group`: `float`, a scale of its own for every group; `integer`, a float scale per output
             channel times a small whole number per group, so that code * multiplier fits in int8 and the layer can be one
             integer product (see `fraqat.numerics.integer_group_scales`). Symmetric grids only, and not with `learned`.
@@ -282,4 +287,4 @@ def _check_granularity(name: str, value: Granularity, allowed: tuple[Granularity
 
 def _check_scale_dtype(value: str) -> None:
     if value not in _SCALE_DTYPES:
-        raise config_error("scale_dtype", value, allowed=", ".join(_SCALE_DTYPES), fix="use bfloat16 or float32")
+        raise config_error("scale_dtype", value, allowed=", ".join(_SCALE_DTYPES), fix="choose one of these")

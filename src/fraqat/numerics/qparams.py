@@ -14,6 +14,7 @@ from fraqat.numerics.granularity import BlockLayout
 from fraqat.numerics.grid import Grid
 
 MIN_SCALE = float(torch.finfo(torch.float32).tiny)
+MIN_FLOAT16_SCALE = 2.0**-24
 """Lower bound of a scale: an all-zero block gets it, so its codes and values are exactly zero. Exact in bf16."""
 
 MSE_RATIOS = tuple(1.0 - 0.01 * step for step in range(80))
@@ -298,7 +299,12 @@ def _compute_view(tensor: Tensor, layout: BlockLayout) -> Tensor:
 
 
 def finish_scale(scale: Tensor, scale_dtype: torch.dtype | None) -> Tensor:
-    """`scale` rounded to `scale_dtype` (None leaves it), at least `MIN_SCALE`, in its own dtype."""
+    """`scale` rounded to `scale_dtype` (None leaves it), at least `MIN_SCALE`, in its own dtype.
+
+    float16 is narrower than that: there the scale is at least `MIN_FLOAT16_SCALE` and at most 65504.
+    """
+    if scale_dtype is torch.float16:
+        scale = scale.clamp(MIN_FLOAT16_SCALE, torch.finfo(torch.float16).max)
     if scale_dtype is not None:
         scale = scale.to(scale_dtype).to(scale.dtype)
     return scale.clamp(min=MIN_SCALE)

@@ -87,7 +87,7 @@ def record_calls(
     signature = inspect.signature(transformer.forward)
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(TransformerCall(_flatten(signature.bind(*args, **kwargs).arguments)))
+        calls.append(TransformerCall(flattened(signature.bind(*args, **kwargs).arguments)))
         if len(calls) == num_calls:
             raise _StopSamplingError
 
@@ -283,11 +283,12 @@ def nested(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _flatten(arguments: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
+def flattened(arguments: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
+    """Tensors among keyword arguments by dotted names; undoes `nested`."""
     found: dict[str, Tensor] = {}
     for name, value in arguments.items():
         if isinstance(value, Tensor):
             found[prefix + name] = value
         elif isinstance(value, dict):
-            found |= _flatten(value, f"{prefix}{name}.")
+            found |= flattened(value, f"{prefix}{name}.")
     return found

@@ -5,22 +5,25 @@ Shape suffixes: N samples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import inspect
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
 import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fraqat.distill import Batch, BatchStream, LossSpec, Prediction, distillation_loss
-from fraqat.tasks.conditioning import LATENTS, TIMESTEP, compute_dtype, nested
+from fraqat.tasks.conditioning import LATENTS, TIMESTEP, compute_dtype, flattened, nested
 from fraqat.tasks.image_samples import DiffusionSource, drop_captions, open_samples, split_constants
 from fraqat.tasks.noise import NoiseProcess, noise_process
 from fraqat.tasks.pipelines import transformer_class
 
 OUTPUT = "output"
+_PLANES = 4  # axes of latents that are pictures
 
 
 class DiffusionTask:
@@ -101,12 +104,12 @@ def predict_output(model: nn.Module, inputs: Batch) -> Prediction:
     }
     with _attention_kernel(device):
         output = model(**nested(cast), return_dict=False)[0]
-    if inputs[LATENTS].ndim == 4 and output.shape[1] == 2 * inputs[LATENTS].shape[1]:
+    if inputs[LATENTS].ndim == _PLANES and output.shape[1] == 2 * inputs[LATENTS].shape[1]:
         output = output.chunk(2, dim=1)[0]  # the second half is a learned variance, which samplers leave out
     return {OUTPUT: output}
 
 
-class TransformerCall(nn.Module):
+class NamedTransformer(nn.Module):
     """A transformer called by dotted argument names, for graphs: gives what samplers take, in the shape of the latents."""
 
     def __init__(self, transformer: nn.Module):
@@ -116,6 +119,26 @@ class TransformerCall(nn.Module):
     def forward(self, **inputs: Tensor) -> Tensor:
         """The prediction for inputs as `DiffusionTask.make_inputs` gives them."""
         return predict_output(self.transformer, inputs)[OUTPUT]
+
+
+@contextmanager
+def computed_by(transformer: nn.Module, run: Callable[[Batch], Tensor]) -> Generator[None]:
+    """Lets `run`, which takes and gives what `NamedTransformer` does, compute a transformer's forward pass in its pipeline."""
+    signature = inspect.signature(transformer.forward)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        inputs = flattened(given)
+        output = run(inputs).to(inputs[LATENTS].dtype)
+        if int(getattr(transformer.config, "out_channels", 0) or 0) == 2 * output.shape[1] and output.ndim == _PLANES:
+            output = torch.cat([output, torch.zeros_like(output)], dim=1)  # the variance, which samplers leave out
+        return (output,) if given.get("return_dict") is False else Transformer2DModelOutput(sample=output)
+
+    transformer.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del transformer.__dict__["forward"]
 
 
 def _attention_kernel(device: torch.device) -> AbstractContextManager[Any]:

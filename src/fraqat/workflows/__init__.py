@@ -2,7 +2,7 @@
 
 from fraqat.workflows.demo import demo
 from fraqat.workflows.evaluating import evaluate, quality_table
-from fraqat.workflows.exporting import FORMATS, check_packed, export, generate
+from fraqat.workflows.exporting import Exported, check_packed, export, generate
 from fraqat.workflows.inspecting import inspect
 from fraqat.workflows.planning import plan
 from fraqat.workflows.progress import Progress, SilentProgress
@@ -10,13 +10,15 @@ from fraqat.workflows.reporting import report
 from fraqat.workflows.runs import RunFolder
 from fraqat.workflows.sessions import Session, open_session
 from fraqat.workflows.training import layers, resolve_schedule, stages, train
+from fraqat.workflows.verifying import Verified, verify
 
 __all__ = [
-    "FORMATS",
+    "Exported",
     "Progress",
     "RunFolder",
     "Session",
     "SilentProgress",
+    "Verified",
     "check_packed",
     "demo",
     "evaluate",
@@ -31,4 +33,5 @@ __all__ = [
     "resolve_schedule",
     "stages",
     "train",
+    "verify",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,59 +11,157 @@ from typing import Any
 import torch
 from torch import nn
 
-from fraqat.config import load_recipe, load_values, merged
-from fraqat.errors import ModelError, OutputError, check_seed, config_error
-from fraqat.export import FloatDtype, PackedSize, write_packed
-from fraqat.files import atomic_file
-from fraqat.nn import packed_codes, quantized_layers
+from fraqat.config import Recipe, load_recipe, load_values, merged
+from fraqat.errors import ConfigError, ModelError, OutputError, check_seed, config_error
+from fraqat.export import (
+    MANIFEST_FILE,
+    ExportJob,
+    FloatDtype,
+    LayerPlace,
+    Mismatch,
+    Target,
+    mismatches,
+    read_manifest,
+    target_named,
+    write_manifest,
+)
+from fraqat.files import atomic_file, atomic_folder, write_text_atomic
+from fraqat.nn import LayerRule, calibrate_, packed_codes, quantize_, quantized_layers, unquantize_
 from fraqat.table import Table
 from fraqat.workflows.progress import Progress
 from fraqat.workflows.runs import RunFolder
 from fraqat.workflows.sessions import Session, open_session
 
-FORMATS = ("packed",)
+PACKED = "packed"
 RECIPE_FILE = "recipe.yaml"
+_NUM_NAMED = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What an export wrote.
+
+    Args:
+        folder: Where.
+        num_bytes: Of all files.
+        num_quantized_weights: Weights that lie there as integers.
+        bits_per_weight: Of codes, scales and description over these; None where the format does not tell them apart.
+    """
+
+    folder: Path
+    num_bytes: int
+    num_quantized_weights: int
+    bits_per_weight: float | None
 
 
 def export(
     run: RunFolder,
-    export_format: str,
+    target_name: str,
     progress: Progress,
     *,
     float_dtype: FloatDtype = "float32",
+    accept_loss: bool = False,
     overwrite: bool = False,
     session: Session[Any] | None = None,
-) -> tuple[Path, PackedSize]:
-    """Writes the student of a finished run for a target.
+) -> Exported:
+    """Writes the student of a finished run for a target, in `RUN/export/TARGET`.
 
     Args:
         run: A finished run.
-        export_format: One of `FORMATS`.
+        target_name: A key of `fraqat.export.TARGETS`.
         progress: Told what happens.
         float_dtype: Precision of everything that is not quantized.
+        accept_loss: Quantize the trained weights anew where the target does not compute what was trained.
         overwrite: Replace an export that is there.
         session: Models and data of the run's recipe, if they are loaded already.
 
-    Returns:
-        The folder written and its size.
+    Raises:
+        ConfigError: The target does not take the model, or it was trained for another grid and `accept_loss` is false.
     """
-    if export_format not in FORMATS:
-        raise config_error("format", export_format, allowed=", ".join(FORMATS), fix="use packed")
+    target = target_named(target_name)
     run.methods()
     recipe = run.recipe()
+    check_target(target, recipe)
     session = session or open_session(recipe)
-    student = session.load_student(recipe, run.student_path)
-    folder = run.export_path(export_format)
-    size = write_packed(
-        student,
-        session.description(),
-        folder,
-        float_dtype=float_dtype,
-        extra_files={RECIPE_FILE: recipe.to_yaml()},
-        overwrite=overwrite,
-    )
-    progress.say(f"{folder}: {size.num_file_bytes / 1e6:.2f} MB, {size.bits_per_weight:.3f} bits per quantized weight")
-    return folder, size
+    student = session.load_student(recipe, run.student_path, with_engine=False)
+    lost = check_grid(student, target, accept_loss=accept_loss)
+    if lost:
+        progress.warn(f"{len(lost)} layers are quantized anew for {target.name}; the first: {lost[0].to_text()}")
+        fit_(student, target, session)
+    origin = Path(session.model_spec.source)
+    with atomic_folder(run.export_path(target.name), replace=overwrite) as folder:
+        job = ExportJob(
+            student=student,
+            parts=lambda: session.export_parts(student),
+            description=session.description(),
+            origin=origin if origin.is_dir() else None,
+            folder=folder,
+            float_dtype=float_dtype,
+            say=progress.say,
+        )
+        target.write(job)
+        write_text_atomic(folder / RECIPE_FILE, recipe.to_yaml())
+        if not (folder / MANIFEST_FILE).exists():
+            write_manifest(folder, target.name, {"float_dtype": float_dtype, "requantized_layers": len(lost)})
+    folder = run.export_path(target.name)
+    num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    num_weights = sum(layer.weight.numel() for _, layer in quantized_layers(student))
+    bits = run.read_json(folder / MANIFEST_FILE).get("bits_per_weight")
+    told = "" if bits is None else f", {bits:.3f} bits per quantized weight"
+    progress.say(f"{folder}: {num_bytes / 1e6:.2f} MB{told}")
+    return Exported(folder, num_bytes, num_weights, bits)
+
+
+def check_target(target: Target, recipe: Recipe) -> None:
+    """Refuses a target that does not take the recipe's kind of model, or whose libraries are missing.
+
+    Raises:
+        ConfigError: One of these.
+    """
+    if recipe.task not in target.tasks:
+        raise config_error(
+            "target",
+            target.name,
+            allowed=f"targets for {recipe.task}",
+            fix=f"{target.name} takes {', '.join(target.tasks)}",
+        )
+    missing = [name for name in target.requires if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"target {target.name} needs {', '.join(missing)}. Fix: pip install 'fraqat[{target.extra}]'."
+        )
+
+
+def check_grid(student: nn.Module, target: Target, *, accept_loss: bool) -> list[Mismatch]:
+    """The layers that the target does not compute as they were trained.
+
+    Raises:
+        ConfigError: There are some, and the loss is not accepted.
+    """
+    found = list(mismatches(student, target))
+    if found and not accept_loss:
+        shown = "; ".join(item.to_text() for item in found[:_NUM_NAMED])
+        more = f"; and {len(found) - _NUM_NAMED} more" if len(found) > _NUM_NAMED else ""
+        raise ConfigError(
+            f"the run was not trained for target {target.name}: {shown}{more}. Fix: train with `--set target={target.name}`, "
+            "or pass --accept-loss to quantize the trained weights anew on the target's grid."
+        )
+    return found
+
+
+def fit_(student: nn.Module, target: Target, session: Session[Any]) -> None:
+    """Quantizes the trained weights of a student anew, on the grid nearest to its own that the target computes."""
+    rules = [LayerRule(pattern="*", skip=True)]
+    for name, layer in quantized_layers(student):
+        spec = target.nearest(LayerPlace(name, layer.type_name, tuple(layer.weight.shape)), layer.spec)
+        if spec is not None:
+            rules.append(LayerRule(pattern=name, spec=spec))
+    unquantize_(student)
+    quantize_(student, rules=rules, families=session.families)
+    student.eval().requires_grad_(False)
+    part = session.export_parts(student)[0]
+    with torch.no_grad():
+        calibrate_(student, lambda inputs: part.module(**inputs), part.batches())  # pyright: ignore[reportCallIssue]
 
 
 def generate(
@@ -130,11 +230,39 @@ def _open_source(
             foreign[0], given[foreign[0]], allowed=f"settings of a {recipe.task} recipe", fix="leave the option out"
         )
     session = open_session(load_values(merged(values, {name: fields for name, fields in given.items() if fields})))
-    if (source / "manifest.json").is_file():
+    if (source / MANIFEST_FILE).is_file():
+        check_is_packed(source)
         return session, lambda: session.load_packed(source)
     run = RunFolder.open(source)
     run.methods()
     return session, lambda: session.load_student(recipe, run.student_path)
+
+
+def check_is_packed(folder: Path) -> None:
+    """Refuses an export that PyTorch does not run.
+
+    Raises:
+        ModelError: It was written for another target.
+    """
+    name = export_format(folder)
+    if name != PACKED:
+        raise ModelError(
+            f"{folder} is an export for {name}, which runs elsewhere. Fix: pass a run or an export of --format packed; "
+            "`fraqat verify` runs this one."
+        )
+
+
+def export_format(folder: Path) -> str:
+    """The target of an export.
+
+    Raises:
+        ModelError: The folder is no export, or damaged.
+    """
+    if (folder / MANIFEST_FILE).is_file() and (folder / "model.safetensors").is_file():
+        manifest = RunFolder(folder).read_json(folder / MANIFEST_FILE)
+        if "sha256" in manifest:
+            return PACKED
+    return str(read_manifest(folder)["format"])
 
 
 def check_packed(run: RunFolder, session: Session[Any] | None = None) -> Table:

@@ -86,7 +86,7 @@ def _export(module: nn.Module, part: Part, example: Inputs) -> torch.export.Expo
             return torch.export.export(
                 module.eval(), tuple(example.values()), dynamic_shapes={"args": shapes}, strict=False
             )
-    except (RuntimeError, ValueError, TypeError, torch._dynamo.exc.UserError) as error:  # pyright: ignore[reportPrivateUsage]
+    except (RuntimeError, ValueError, TypeError) as error:
         raise ModelError(
             f"{part.name} ({type(part.module).__name__}) cannot be traced for ONNX: {error}. Fix: make its forward free of "
             "branches on values, or export with --format packed."
@@ -115,7 +115,7 @@ def _node(name: str, layer: QuantizedLayer) -> Callable[[Tensor], Tensor]:
         if not is_linear:
             places = [(size - 1) // step + 1 for size, step in zip(input.shape[2:], strides, strict=True)]
             shape = (input.shape[0], num_outputs, *places)
-        attributes = {"name": name, "kind": layer.type_name, "strides": list(strides)}
+        attributes: dict[str, Any] = {"name": name, "kind": layer.type_name, "strides": list(strides)}
         return torch.onnx.ops.symbolic(
             f"{DOMAIN}::{LAYER}", (input,), attributes, dtype=input.dtype, shape=shape, version=1
         )

@@ -23,6 +23,7 @@ class IntegerTarget(Target):
     name = "onnx"
     summary = "ONNX with integer products for ONNX Runtime on CPUs and in browsers"
     extra = "onnx"
+    requires = ("onnx", "onnxscript", "onnxruntime")
     bound = Bound(
         30.0, 100.0, "the same integers; floats are added in another order, which turns a few roundings of later inputs"
     )
@@ -41,6 +42,7 @@ class IntegerTarget(Target):
             model = trace(part, job.student)
             lower_(model, codes)
             save(model, job.folder / f"{part.name}.onnx")
+            write_files(part, job.folder)
             written[part.name] = describe_part(part)
             job.say(f"{part.name}.onnx: {len(model.graph)} operators")
         (job.folder / PARTS_FILE).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
@@ -67,6 +69,14 @@ def lower_(model: Any, codes: dict[str, LayerCodes]) -> None:
         return lambda tape, x: around_rows(Ops(tape, name), layer, node, lambda ops, y: product(ops, layer, y), x)
 
     replace_layers_(model, {name: lower(name) for name in nodes})
+
+
+def write_files(part: Part, folder: Path) -> None:
+    """Writes the files that a program around the part reads."""
+    for name, contents in part.files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(contents)
 
 
 def describe_part(part: Part) -> dict[str, Any]:

@@ -133,21 +133,27 @@ def _float_product(ops: Ops, layer: LayerCodes, x: Value) -> Value:
 
 
 def dequantized_weight(ops: Ops, layer: LayerCodes) -> Value:
-    """scale * code (+ offset), float32 [K, O]."""
+    """scale * code (+ offset), float32 [K, O].
+
+    Cast and Mul instead of DequantizeLinear: ONNX Runtime turns DequantizeLinear of INT4 and MatMul into a product that rounds
+    the inputs to 8 bits on its own (49 dB on a 16-bit layer).
+    """
     num_rows, num_columns = layer.codes_OK.shape
     scale = layer.qparams.scale.float()
-    codes = stored_codes(ops, layer)
+    weight = ops.cast(stored_codes(ops, layer), ir.DataType.FLOAT)
     if layer.spec.weight.granularity is Granularity.GROUP:
-        group_size = layer.spec.weight.group_size
-        stored = ops.constant("weight_scale", scale.reshape(num_rows, -1).t().contiguous())
-        weight = ops("DequantizeLinear", codes, stored, axis=0, block_size=group_size)
+        num_groups = scale.shape[1]
+        blocks = ops("Reshape", weight, ops.axes("blocks", num_groups, -1, num_rows))
+        stored = ops.constant("weight_scale", scale.permute(1, 2, 0).contiguous())
+        weight = ops("Reshape", ops("Mul", blocks, stored), ops.axes("whole", num_columns, num_rows))
     else:
-        stored = ops.constant("weight_scale", scale.flatten().expand(num_rows).contiguous())
-        weight = ops("DequantizeLinear", codes, stored, axis=1)
+        weight = ops("Mul", weight, ops.constant("weight_scale", scale.flatten()))
     if layer.qparams.offset is None:
         return weight
     offset = layer.qparams.offset.float().expand(*scale.shape)
-    blocks = offset.reshape(offset.shape[0], -1, 1).expand(-1, -1, num_columns // max(1, offset.numel() // offset.shape[0]))
+    blocks = offset.reshape(offset.shape[0], -1, 1).expand(
+        -1, -1, num_columns // max(1, offset.numel() // offset.shape[0])
+    )
     whole = blocks.reshape(offset.shape[0], -1).expand(num_rows, num_columns)
     return ops("Add", weight, ops.constant("offset", whole.t().contiguous()))
 

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -13,12 +14,12 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from fraqat.config import Recipe
 from fraqat.distill import DistillTask
-from fraqat.errors import ModelError
-from fraqat.export import ModelDescription, Part, load_packed_, read_packed
+from fraqat.errors import ModelError, config_error
+from fraqat.export import Inputs, ModelDescription, Part, load_packed_, read_packed
 from fraqat.kernels import EngineName
 from fraqat.nn import EngineSpec, IntegerLayers, LayerFamilies, LayerRule, QuantReport, add_adapters_, quantize_
 from fraqat.planning import Workload
@@ -161,6 +162,25 @@ class Session(ABC, Generic[RecipeT]):
     @abstractmethod
     def export_parts(self, student: nn.Module) -> tuple[Part, ...]:
         """What is exported as graphs; the first one holds the student's quantized layers."""
+
+    def computed_by(
+        self, student: nn.Module, run: Callable[[Inputs], Mapping[str, Tensor]]
+    ) -> AbstractContextManager[None]:
+        """Lets `run`, another runtime, compute the student wherever `generate` calls it.
+
+        Args:
+            student: The module that is called.
+            run: Inputs of the first of `export_parts` -> its outputs.
+
+        Raises:
+            ConfigError: The family's generation calls more than that part.
+        """
+        raise config_error(
+            "prompt",
+            "given",
+            allowed=f"exports of text-to-image models, not of {self.recipe.task}",
+            fix="leave --prompt out; examples/ generates with the exported files",
+        )
 
     @abstractmethod
     def original_files(self) -> list[Path]:

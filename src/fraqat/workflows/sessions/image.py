@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ from fraqat.workflows.sessions.base import Measurement, QualityColumn, Session, 
 from fraqat.zoo import zoo_path
 
 NUM_SHOWN = 8
-_GRAPH_BATCH = 4
 
 
 def encoded_root() -> Path:
@@ -131,17 +131,18 @@ class ImageSession(Session[ImageRecipe]):
         return description_of(self.recipe.model, *transformer_description(self.teacher))
 
     def export_parts(self, student: nn.Module) -> tuple[Part, ...]:
-        """The transformer."""
-        from fraqat.tasks.diffusion import OUTPUT, TransformerCall
+        """The transformer, the text encoders together, and the decoder; of a video pipeline the transformer alone."""
+        from fraqat.workflows.sessions.image_parts import image_parts
 
-        num_samples = self.recipe.train.calibration_samples
+        return image_parts(self, student)
 
-        def batches() -> list[Inputs]:
-            return [dict(batch) for batch in self.task.calibration_batches(num_samples, _GRAPH_BATCH)]
+    def computed_by(
+        self, student: nn.Module, run: Callable[[Inputs], Mapping[str, Tensor]]
+    ) -> AbstractContextManager[None]:
+        """The transformer's calls in its pipeline."""
+        from fraqat.tasks.diffusion import OUTPUT, computed_by
 
-        names = [name for name in batches()[0] if name not in self.task.shared_arguments]
-        axes = {name: {0: "batch"} for name in names}
-        return (Part("transformer", TransformerCall(student), (OUTPUT,), batches, axes),)
+        return computed_by(student, lambda inputs: run(inputs)[OUTPUT])
 
     def original_files(self) -> list[Path]:
         """The transformer's weight files."""
