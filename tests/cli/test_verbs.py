@@ -116,7 +116,7 @@ def test_packed_file_is_small_and_says_how_small(finished: Path, own_run, fraqat
     assert fraqat("export", own_run.path).code == 6
     done = fraqat("export", own_run.path, "--overwrite", "--float-dtype", "bfloat16", "--json")
     smaller = json.loads(done.out)["tables"][0]["rows"][0]
-    assert smaller["file, bytes"] < manifest["num_file_bytes"]
+    assert smaller["files, bytes"] < manifest["num_file_bytes"]
 
 
 @pytest.mark.xdist_group("cli")

@@ -416,3 +416,24 @@ def test_a_changed_or_cut_file_is_noticed(tmp_path: Path) -> None:
     path.write_bytes(content[:100])
     with pytest.raises(ModelError, match="no GGUF file"):
         TARGET.open(tmp_path / "g", student)
+
+
+def test_llama_cpp_computes_the_opened_file(tmp_path: Path, sqnr_db: Db) -> None:
+    """In a real llama.cpp, where one is installed; `benchmarks/llama_cpp.py` runs it from another environment."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(ORIGIN, dtype=torch.float32)
+    student = exported(model, tmp_path / "g", rules=HEAD, origin=ORIGIN)
+    text = "The if statement is used for conditional execution: it selects exactly one of the suites"
+    ids = AutoTokenizer.from_pretrained(ORIGIN)(text).input_ids
+    llama = llama_cpp.Llama(str(tmp_path / "g" / FILE), n_ctx=64, n_threads=1, logits_all=True, verbose=False)
+    assert llama.tokenize(text.encode(), add_bos=True) == ids
+    llama.eval(ids)
+    theirs = torch.tensor(llama.scores[: len(ids)])
+    llama.close()
+    part = Part("language_model", FirstOutput(student), ("logits",), lambda: (), {})
+    found = TARGET.open(tmp_path / "g", student).run(part, {"input_ids": torch.tensor([ids])}).outputs["logits"][0]
+    with torch.no_grad():
+        assert sqnr_db(student(torch.tensor([ids])).logits[0], theirs) > TARGET.bound.sqnr_db
+    assert sqnr_db(found, theirs) > 45  # llama.cpp keeps keys and values in float16, and its GELU is a table

@@ -234,3 +234,28 @@ def test_casting_a_calibrated_model_keeps_its_scale() -> None:
     model.to(torch.bfloat16)
     assert torch.equal(model[0].activation_quantizer.scale, scale)
     assert model(batches()[0].bfloat16()).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("method", ["percentile", "mse"])
+def test_ranges_that_clip_are_narrower_and_seen_over_all_batches(method: str, symmetric: bool) -> None:
+    ranges = {}
+    for name in ("max_abs" if symmetric else "min_max", method):
+        spec = ActivationSpec(4, "tensor", True, symmetric=symmetric, range_method=name, percentile=99.0)
+        model = first_layer(spec)
+        calibrate_(model, model, batches())
+        ranges[name] = model[0].activation_quantizer.scale.item()
+    widest, clipped = ranges.values()
+    assert 0.05 * widest < clipped < 0.95 * widest
+
+
+@pytest.mark.parametrize("method", ["percentile", "mse"])
+def test_a_range_that_needs_all_values_is_refused_for_dynamic_inputs(method: str) -> None:
+    with pytest.raises(ConfigError, match="with static: true also percentile and mse"):
+        ActivationSpec(range_method=method)
+
+
+@pytest.mark.parametrize("percentile", [50.0, 100.1, -3.0])
+def test_an_impossible_percentile_is_refused(percentile: float) -> None:
+    with pytest.raises(ConfigError, match=r"activation\.percentile"):
+        ActivationSpec(granularity="tensor", static=True, range_method="percentile", percentile=percentile)

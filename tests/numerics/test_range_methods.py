@@ -25,6 +25,7 @@ from fraqat.numerics import (
 )
 
 SEEDS = st.integers(0, 10_000)
+MEASURED = [method for method in RangeMethod if method is not RangeMethod.PERCENTILE]
 ROWS = BlockLayout(Granularity.CHANNEL)
 LAYOUTS = {
     "tensor": (BlockLayout(Granularity.TENSOR), (6, 8)),
@@ -97,7 +98,7 @@ def test_three_sigma_cuts_an_outlier_and_max_abs_does_not() -> None:
     assert estimate_range(x, ROWS, RangeMethod.MAX_ABS)[1].item() == 100
 
 
-@pytest.mark.parametrize("method", list(RangeMethod))
+@pytest.mark.parametrize("method", MEASURED)
 def test_method_may_be_given_by_its_name(method: RangeMethod) -> None:
     x = heavy_tailed(2)
     by_name = choose_qparams(x, Grid(4), ROWS, str(method))
@@ -173,7 +174,7 @@ def test_mse_is_close_to_a_brute_force_search(bits: float, tail: int) -> None:
 
 def test_mse_is_clearly_better_than_max_abs_on_heavy_tails(sqnr_db: Callable) -> None:
     x, grid = heavy_tailed(1, (8, 512)), Grid(4)
-    values = {m: fake_quantize(x, choose_qparams(x, grid, ROWS, m), grid, ROWS) for m in RangeMethod}
+    values = {m: fake_quantize(x, choose_qparams(x, grid, ROWS, m), grid, ROWS) for m in MEASURED}
     assert sqnr_db(x, values[RangeMethod.MSE]) > sqnr_db(x, values[RangeMethod.MAX_ABS]) + 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fraqat.config.problems import explain_problems
 from fraqat.distill import TrainSpec
 from fraqat.errors import ConfigError, config_error
+from fraqat.export import LayerPlace, first_difference, target_named
 from fraqat.nn import ALL, STRICT_KEYS, ActivationSpec, LayerRule, QuantSpec, WeightSpec
 from fraqat.schedules import ScheduleKind, ScheduleSpec, StageUnit
 from fraqat.tasks import ModelSpec
@@ -22,6 +24,7 @@ ORIGINAL = "original"
 
 _BASELINE_SECTIONS = ("quantization", "schedule", "train")
 _SHARED_TRAIN_FIELDS = ("batch_size", "seed", "epochs", "losses", "teacher")
+_ANY_LAYER = LayerPlace("any", "Linear", (32, 1024))
 # What does not change the trained weights is left out of the fingerprint that a checkpoint must share.
 _FREE_TRAIN_FIELDS = ("validate_every", "checkpoint_every", "num_checkpoints_kept", "tensorboard")
 
@@ -52,7 +55,11 @@ class QuantizationSpec:
 
 
 class Recipe(BaseModel, ABC):
-    """Everything that decides a run; each model family adds its data and evaluation. Unknown keys are refused."""
+    """Everything that decides a run; each model family adds its data and evaluation. Unknown keys are refused.
+
+    `target` names what the result is for (`fraqat targets`): it sets the grid, kind of scale and activations that the recipe does
+    not set itself, and refuses what the target does not compute.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -61,6 +68,7 @@ class Recipe(BaseModel, ABC):
 
     name: str
     task: Any
+    target: str | None = None
     model: ModelSpec
     data: Any
     quantization: QuantizationSpec = Field(default_factory=QuantizationSpec)
@@ -72,6 +80,20 @@ class Recipe(BaseModel, ABC):
     @abstractmethod
     def num_train(self) -> int | None:
         """Training samples of one epoch; None where only the data knows."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_grid(cls, values: Any) -> Any:
+        """What a target computes is the default of everything that the recipe does not set itself."""
+        if not isinstance(values, dict) or values.get("target") is None:
+            return values
+        given = values.get("quantization") or {}
+        if not isinstance(given, dict):
+            return values
+        defaults = plain(target_named(values["target"]).defaults)
+        if "activation" in given and given["activation"] is None:
+            defaults.pop("activation", None)
+        return {**values, "quantization": merged(defaults, given)}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -93,6 +115,7 @@ class Recipe(BaseModel, ABC):
             self.schedule.resolve(target, self.train.steps)
         _check_rules(self.quantization)
         _check_training(self)
+        _check_target(self)
         for name in self.baselines:
             self.baseline(name)
         return self
@@ -196,6 +219,26 @@ def _check_rules(quantization: QuantizationSpec) -> None:
             )
 
 
+def _check_target(recipe: Recipe) -> None:
+    """The grid that every layer has unless a rule changes it must be one that the target computes."""
+    if recipe.target is None:
+        return
+    target, spec = target_named(recipe.target), recipe.quantization.spec
+    if recipe.task not in target.tasks:
+        raise config_error(
+            "target", target.name, allowed=f"targets for {recipe.task}", fix=f"{target.name} takes {', '.join(target.tasks)}"
+        )
+    difference = first_difference(spec, target.nearest(_ANY_LAYER, spec))
+    if difference is not None:
+        name, found, wanted = difference
+        raise config_error(
+            f"quantization.{name}",
+            found,
+            allowed=f"{wanted} for target {target.name}",
+            fix="leave the field out, and the target sets it",
+        )
+
+
 def _check_training(recipe: Recipe) -> None:
     if recipe.num_train is not None and recipe.train.batch_size > recipe.num_train:
         raise config_error(
@@ -209,6 +252,11 @@ def _check_training(recipe: Recipe) -> None:
         raise config_error(
             "train.losses", foreign, allowed=f"{', '.join(recipe.LOSSES)} for {recipe.task}", fix="choose one of these"
         )
+
+
+def plain(values: Any) -> Any:
+    """Mappings as dictionaries that can be changed."""
+    return {key: plain(value) for key, value in values.items()} if isinstance(values, Mapping) else values
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

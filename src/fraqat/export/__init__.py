@@ -22,7 +22,7 @@ from fraqat.export.target import (
     Part,
     Target,
 )
-from fraqat.export.targets import TARGETS, Mismatch, first_difference, mismatches, target_named
+from fraqat.export.targets import TARGETS, Mismatch, first_difference, fitted, mismatches, target_named
 
 __all__ = [
     "MANIFEST_FILE",
@@ -42,6 +42,7 @@ __all__ = [
     "Part",
     "Target",
     "first_difference",
+    "fitted",
     "layer_codes",
     "load_packed_",
     "mismatches",

@@ -10,16 +10,31 @@ from torch import nn
 
 from fraqat.errors import config_error
 from fraqat.export.compressed_tensors import CompressedTensorsTarget
+from fraqat.export.executorch import ExecutorchTarget
 from fraqat.export.gguf import GgufTarget
 from fraqat.export.onnx.integer import IntegerTarget
+from fraqat.export.onnx.qdq import QdqTarget
 from fraqat.export.packed_target import PackedTarget
 from fraqat.export.target import LayerPlace, Target
+from fraqat.export.torchao_target import TorchaoTarget
 from fraqat.nn import QuantSpec, quantized_layers
 
 TARGETS: Mapping[str, Target] = MappingProxyType(
-    {target.name: target for target in (PackedTarget(), IntegerTarget(), GgufTarget(), CompressedTensorsTarget())}
+    {
+        target.name: target
+        for target in (
+            PackedTarget(),
+            IntegerTarget(),
+            QdqTarget(),
+            GgufTarget(),
+            CompressedTensorsTarget(),
+            TorchaoTarget(),
+            ExecutorchTarget(),
+        )
+    }
 )
 """Name -> target."""
+_NARROW_BITS = 8
 
 
 def target_named(name: str) -> Target:
@@ -68,6 +83,31 @@ def first_difference(spec: QuantSpec, wanted: QuantSpec | None) -> tuple[str, ob
             if found != expected:
                 return f"{name}.{field.name}", getattr(found, "value", found), getattr(expected, "value", expected)
     return None
+
+
+def fitted(target: Target, place: LayerPlace, spec: QuantSpec) -> QuantSpec | None:
+    """What a layer becomes in training for a target.
+
+    A layer that the target has no integers for stays in floating point (None), and an input wider than 8 bits becomes what the
+    target has for it; the table of layers shows both.
+
+    Raises:
+        ConfigError: A rule asks for anything else that the target does not compute.
+    """
+    nearest = target.nearest(place, spec)
+    difference = first_difference(spec, nearest)
+    if nearest is None or difference is None:
+        return nearest
+    is_wide = spec.activation is not None and spec.activation.bits > _NARROW_BITS
+    if is_wide and nearest.weight == spec.weight:
+        return nearest
+    name, found, wanted = difference
+    raise config_error(
+        f"quantization of layer {place.name}: {name}",
+        found,
+        allowed=f"{wanted} for target {target.name}",
+        fix="change or remove the rule that sets it, or skip the layer",
+    )
 
 
 def mismatches(student: nn.Module, target: Target) -> Iterator[Mismatch]:

@@ -50,7 +50,8 @@ def intx_tensor(layer: LayerCodes, dtype: torch.dtype = torch.float32, *, bits: 
     Args:
         layer: A linear layer of at most 8 bits, symmetric.
         dtype: What the tensor passes itself off as; it must be that of the inputs.
-        bits: Width to name, if not the smallest that holds the codes.
+        bits: Width to name, if not the smallest that holds the codes. With it scales stay float32, as XNNPACK's lowering reads
+            them.
     """
     with quiet_torchao():
         from torchao.quantization import IntxUnpackedToInt8Tensor
@@ -59,7 +60,7 @@ def intx_tensor(layer: LayerCodes, dtype: torch.dtype = torch.float32, *, bits: 
     scale = layer.qparams.scale.float()
     scale_OG = scale.flatten(1) if layer.spec.weight.group_size else scale.flatten().expand(num_rows).unsqueeze(1)
     rounding_dtype = layer.spec.weight.rounding_dtype
-    if rounding_dtype is not None and layer.groups is None:
+    if rounding_dtype is not None and layer.groups is None and bits is None:
         scale_OG = scale_OG.to(rounding_dtype)
     return IntxUnpackedToInt8Tensor(
         qdata=codes_OK,

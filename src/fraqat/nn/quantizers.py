@@ -12,9 +12,11 @@ from fraqat.errors import config_error
 from fraqat.nn.spec import ActivationSpec, WeightSpec
 from fraqat.numerics import (
     FLOAT32_EXACT_BITS,
+    NEEDS_HISTOGRAM,
     Granularity,
     Grid,
     GroupScales,
+    Histogram,
     QParams,
     RangeMethod,
     RunningStatistics,
@@ -271,7 +273,8 @@ class ActivationQuantizer(KeepsBufferDtype):
 
     def start_observing(self) -> None:
         """Collects statistics of the inputs instead of quantizing them, until `finish_observing_`."""
-        self.statistics = RunningStatistics()
+        needs_values = self.spec.range_method in NEEDS_HISTOGRAM
+        self.statistics = RunningStatistics(Histogram() if needs_values else None)
 
     def finish_observing_(self) -> None:
         """Fixes scale and zero point from the statistics collected.
@@ -283,7 +286,7 @@ class ActivationQuantizer(KeepsBufferDtype):
         assert self.scale is not None
         low, high = (
             torch.tensor(v, dtype=torch.float32, device=self.scale.device)
-            for v in self.statistics.range(self.spec.range_method)
+            for v in self.statistics.range(self.spec.range_method, self.grid, self.spec.percentile)
         )
         qparams = qparams_from_range(
             low, high, self.grid, scale_dtype=self.spec.rounding_dtype, integer_zero_point=not self.spec.symmetric

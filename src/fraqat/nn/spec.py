@@ -11,6 +11,8 @@ import torch
 from fraqat.errors import config_error, parse_choice
 from fraqat.numerics import (
     ACTIVATION_GRANULARITIES,
+    DEFAULT_PERCENTILE,
+    NEEDS_HISTOGRAM,
     WEIGHT_GRANULARITIES,
     BlockLayout,
     Granularity,
@@ -70,6 +72,13 @@ class WeightSpec:
         _check_scale_dtype(self.scale_dtype)
         self.grid(self.bits)
         self.layout()
+        if self.range_method is RangeMethod.PERCENTILE:
+            raise config_error(
+                "weight.range_method",
+                "percentile",
+                allowed="max_abs, min_max, three_sigma, mse, learned",
+                fix="use mse; percentile is for static activations",
+            )
         if self.range_method is RangeMethod.LEARNED and not self.symmetric:
             raise config_error(
                 "weight.range_method", "learned", allowed="symmetric grids", fix="set symmetric: true, or use mse"
@@ -116,10 +125,12 @@ class ActivationSpec:
         granularity: `token` (one scale per position), `sample` (one per element of the batch) or `tensor`.
         static: Scale fixed by `calibrate_` before training instead of measured at run time; granularity must be `tensor`.
         symmetric: Eq. 1 if true. If false: Eq. 2 when dynamic, an integer zero point when static (accelerators' uint8).
-        range_method: `max_abs`, `min_max` or `three_sigma` (the paper's inlier rule for static scales).
+        range_method: `max_abs`, `min_max` or `three_sigma` (the paper's inlier rule for static scales); for static inputs also
+            `percentile`, or `mse`: the extremes shrunk so that the error over the calibration samples is least.
+        percentile: Share of the values inside the range in %, with range method `percentile`; as many are cut off at either end.
         scale_dtype: As for weights.
-        zero_point: Of an asymmetric dynamic input: `float` (Eq. 2), or an integer as the target computes it, `integer` (PyTorch's
-            torchao) or `xnnpack`; see `fraqat.numerics.ZeroPoint`. Their scales are float32.
+        zero_point: Of an asymmetric dynamic input: `float` (Eq. 2), or an integer as the target computes it, `integer`
+            (torchao) or `xnnpack`; see `fraqat.numerics.ZeroPoint`. Their scales are float32.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_KEYS
@@ -131,6 +142,7 @@ class ActivationSpec:
     range_method: RangeMethod = RangeMethod.MAX_ABS
     scale_dtype: ScaleDtype = "float32"
     zero_point: ZeroPoint = ZeroPoint.FLOAT
+    percentile: float = DEFAULT_PERCENTILE
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "granularity", parse_choice("granularity", self.granularity, Granularity))
@@ -144,15 +156,21 @@ class ActivationSpec:
                 allowed="'tensor' when static",
                 fix="set granularity: tensor",
             )
-        if self.range_method in (RangeMethod.MSE, RangeMethod.LEARNED):
+        self._check_range_method()
+        self._check_zero_point()
+        self.grid()
+
+    def _check_range_method(self) -> None:
+        needs_static = self.range_method in NEEDS_HISTOGRAM
+        if self.range_method is RangeMethod.LEARNED or (needs_static and not self.static):
             raise config_error(
                 "activation.range_method",
                 self.range_method.value,
-                allowed="max_abs, min_max, three_sigma",
+                allowed="max_abs, min_max, three_sigma; with static: true also percentile and mse",
                 fix="use three_sigma",
             )
-        self._check_zero_point()
-        self.grid()
+        if not 50 < self.percentile <= 100:
+            raise config_error("activation.percentile", self.percentile, allowed="above 50, up to 100", fix="use 99.99")
 
     def _check_zero_point(self) -> None:
         object.__setattr__(self, "zero_point", parse_choice("activation.zero_point", self.zero_point, ZeroPoint))

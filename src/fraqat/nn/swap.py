@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fraqat.errors import ConfigError, config_error
 from fraqat.nn.families import ALL, LayerFamilies
@@ -17,6 +17,7 @@ from fraqat.nn.packed import PackedLayer
 from fraqat.nn.spec import LayerRule, QuantSpec
 from fraqat.table import Table
 
+Fit = Callable[[str, str, tuple[int, ...], QuantSpec], QuantSpec | None]
 _FUSED_ATTRIBUTE = "_fraqat_fused_activation"
 _FROZEN_ATTRIBUTE = "_fraqat_frozen_parameters"
 
@@ -79,6 +80,7 @@ def quantize_(
     rules: Sequence[LayerRule] = (),
     families: LayerFamilies | None = None,
     train: str = ALL,
+    fit: Fit | None = None,
 ) -> QuantReport:
     """Quantizes the linear layers and pointwise convolutions of `model` in place, at their final width.
 
@@ -93,6 +95,8 @@ def quantize_(
         families: Layer families of the model; None uses the usual names of diffusers and transformers.
         train: Family to train alone (FF, Attn, TF; the paper's Table 2): every parameter outside it is frozen, and its
             layers stay quantized. `All` freezes nothing.
+        fit: Has the last word on every layer that the rules leave quantized: name, type name, shape of the weight and
+            specification -> specification, or None to leave it in floating point.
 
     Returns:
         The report, one row per layer.
@@ -107,6 +111,8 @@ def quantize_(
             "model", type(model).__name__, allowed="a model not quantized yet", fix="call unquantize_ first"
         )
     plan = _plan(model, spec or QuantSpec(), rules, families)
+    if fit is not None:
+        plan = {name: (_fitted(model, name, s, fit), is_trainable) for name, (s, is_trainable) in plan.items()}
     _check_plan(model, plan)
     frozen_layers = [name for name, (_, is_trainable) in plan.items() if not is_trainable]
     frozen = _parameters_to_freeze(model, families, train, frozen_layers)
@@ -292,6 +298,14 @@ def _plan(
             changed = None if rule.skip or (current is None and rule.keeps_spec) else rule.apply(current or spec)
             plan[name] = (changed, is_trainable if rule.trainable is None else rule.trainable)
     return plan
+
+
+def _fitted(model: nn.Module, name: str, spec: QuantSpec | None, fit: Fit) -> QuantSpec | None:
+    module = model.get_submodule(name)
+    twin = twin_type(module)
+    if spec is None or twin is None:
+        return None
+    return fit(name, twin.type_name, tuple(cast(Tensor, module.weight).shape), spec)
 
 
 def _check_plan(model: nn.Module, plan: dict[str, tuple[QuantSpec | None, bool]]) -> None:

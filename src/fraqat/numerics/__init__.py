@@ -4,10 +4,13 @@ from fraqat.numerics.fake_quant import code_dtype, dequantize, fake_quantize, qu
 from fraqat.numerics.granularity import ACTIVATION_GRANULARITIES, WEIGHT_GRANULARITIES, BlockLayout, Granularity
 from fraqat.numerics.grid import FLOAT32_EXACT_BITS, Grid
 from fraqat.numerics.group_scales import GroupScales, integer_group_scales, largest_multiplier
+from fraqat.numerics.histogram import Histogram
 from fraqat.numerics.learned_scale import fake_quantize_learned, learned_scale_gradients
 from fraqat.numerics.packing import pack_codes, unpack_codes
 from fraqat.numerics.qparams import (
+    DEFAULT_PERCENTILE,
     MIN_SCALE,
+    NEEDS_HISTOGRAM,
     Levels,
     QParams,
     RangeMethod,
@@ -26,13 +29,16 @@ from fraqat.numerics.zero_point import ZeroPoint, zero_point_qparams
 
 __all__ = [
     "ACTIVATION_GRANULARITIES",
+    "DEFAULT_PERCENTILE",
     "FLOAT32_EXACT_BITS",
     "MIN_SCALE",
+    "NEEDS_HISTOGRAM",
     "WEIGHT_GRANULARITIES",
     "BlockLayout",
     "Granularity",
     "Grid",
     "GroupScales",
+    "Histogram",
     "Levels",
     "QParams",
     "RangeMethod",

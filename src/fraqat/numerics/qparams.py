@@ -12,6 +12,7 @@ from torch import Tensor
 from fraqat.errors import config_error
 from fraqat.numerics.granularity import BlockLayout
 from fraqat.numerics.grid import Grid
+from fraqat.numerics.histogram import Histogram
 
 MIN_SCALE = float(torch.finfo(torch.float32).tiny)
 MIN_FLOAT16_SCALE = 2.0**-24
@@ -30,10 +31,14 @@ class RangeMethod(StrEnum):
     THREE_SIGMA = "three_sigma"
     MSE = "mse"
     LEARNED = "learned"
+    PERCENTILE = "percentile"
 
 
 _RANGE_METHODS = tuple(RangeMethod)
 _SEARCHED = (RangeMethod.MSE, RangeMethod.LEARNED)
+NEEDS_HISTOGRAM = (RangeMethod.MSE, RangeMethod.PERCENTILE)
+"""Methods that need all values of static inputs, not their moments."""
+DEFAULT_PERCENTILE = 99.99
 
 
 class Levels(Protocol):
@@ -84,8 +89,11 @@ def estimate_range(tensor: Tensor, layout: BlockLayout, method: RangeMethod) -> 
 
     Numerics: NaN and infinity pass through, so a block that holds one gets a range that is not finite.
     """
-    if method not in _RANGE_METHODS:
-        raise config_error("range_method", method, allowed=", ".join(_RANGE_METHODS), fix="use one of these")
+    if method not in _RANGE_METHODS or method == RangeMethod.PERCENTILE:
+        allowed = ", ".join(name for name in _RANGE_METHODS if name != RangeMethod.PERCENTILE)
+        raise config_error(
+            "range_method", method, allowed=f"{allowed} where a range is measured anew", fix="use one of these"
+        )
     blocks = _compute_view(tensor, layout)
     dims = layout.reduce_dims(blocks.ndim)
     if method == RangeMethod.MAX_ABS:
@@ -238,8 +246,12 @@ class RunningStatistics:
 
     The paper's static activations: mean and standard deviation per layer over the calibration samples, not over the first
     batch only.
+
+    Args:
+        histogram: Collects the values too, for `mse` and `percentile`; None where only moments are wanted.
     """
 
+    histogram: Histogram | None = None
     count: int = 0
     mean: float = 0.0
     squared_deviation: float = 0.0
@@ -264,27 +276,42 @@ class RunningStatistics:
         self.mean += delta * count / total
         self.count = total
         self.low, self.high = min(self.low, float(flat.min())), max(self.high, float(flat.max()))
+        if self.histogram is not None:
+            self.histogram.update(flat)
 
     @property
     def std(self) -> float:
         """Population standard deviation of everything seen."""
         return (self.squared_deviation / self.count) ** 0.5 if self.count else 0.0
 
-    def range(self, method: RangeMethod) -> tuple[float, float]:
+    def range(
+        self, method: RangeMethod, grid: Grid | None = None, percentile: float = DEFAULT_PERCENTILE
+    ) -> tuple[float, float]:
         """The range that `method` gives for these statistics; the same rules as `estimate_range`.
 
+        Args:
+            method: Any but `learned`.
+            grid: What the range will be divided into; only for `mse`.
+            percentile: Share of the values inside the range in %; only for `percentile`.
+
         Raises:
-            ConfigError: Nothing was seen yet, or the method needs the values themselves (`mse`, `learned`).
+            ConfigError: Nothing was seen yet, the method is `learned`, or it needs the values and no histogram was kept.
         """
         if not self.count:
             raise config_error("calibration", "no data", allowed="at least one batch", fix="run calibrate_ with data")
-        if method in _SEARCHED:
+        if method == RangeMethod.LEARNED or (method in NEEDS_HISTOGRAM and self.histogram is None):
             raise config_error(
                 "range_method",
                 str(method),
-                allowed="max_abs, min_max or three_sigma for static activations",
+                allowed="max_abs, min_max, three_sigma, and with a histogram mse and percentile, for static activations",
                 fix="use three_sigma",
             )
+        if self.histogram is not None and method == RangeMethod.PERCENTILE:
+            low, high = self.histogram.percentile_range(percentile)
+            return max(low, self.low), min(high, self.high)
+        if self.histogram is not None and method == RangeMethod.MSE:
+            assert grid is not None
+            return self.histogram.mse_range(self.low, self.high, grid)
         if method == RangeMethod.MAX_ABS:
             limit = max(-self.low, self.high)
             return -limit, limit

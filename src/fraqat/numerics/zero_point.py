@@ -54,7 +54,8 @@ def zero_point_qparams(low: Tensor, high: Tensor, levels: Levels, form: ZeroPoin
     # XNNPACK's codes are signed: the sums below round as they do there.
     shift = (levels.qmax + 1) / 2
     qmin, qmax = levels.qmin - shift, levels.qmax - shift
-    multiplier = torch.where(high == low, torch.ones_like(low), (qmax - qmin) / (high - low))
+    steps = torch.ones_like(low) * (qmax - qmin)  # number / tensor would be rounded twice, as number * (1 / tensor)
+    multiplier = torch.where(high == low, torch.ones_like(low), steps / (high - low))
     scaled_low, scaled_high = low * multiplier, high * multiplier
     takes_low = (qmin + scaled_low) + (qmax + scaled_high) > 0
     zero_point = torch.where(takes_low, qmin - scaled_low, qmax - scaled_high)

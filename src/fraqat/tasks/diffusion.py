@@ -54,19 +54,32 @@ class DiffusionTask:
         return self._samples.validation_batches(batch_size)
 
     def calibration_batches(self, num_samples: int, batch_size: int) -> list[Batch]:
-        """The first training samples, with noise levels spread as in training."""
+        """The first training samples, at the noise levels of the sampler's own steps in turn, each as often as the others."""
         generator = torch.Generator().manual_seed(0)
-        return [self.make_inputs(b, generator) for b in self._samples.first_batches(num_samples, batch_size)]
+        made: list[Batch] = []
+        num_seen = 0
+        for batch in self._samples.first_batches(num_samples, batch_size):
+            if self._source.of_paths:
+                made.append(self.make_inputs(batch, generator))
+                continue
+            encoded = self._samples.encoded(batch)
+            levels = torch.tensor(self._process.sampler_sigmas)
+            place_N = torch.arange(num_seen, num_seen + len(encoded["latents"])) % len(levels)
+            made.append(self._noisy(encoded, levels[place_N], generator))
+            num_seen += len(place_N)
+        return made
 
     def make_inputs(self, batch: Batch, generator: torch.Generator) -> Batch:
         """The transformer's arguments: noise is added and captions are dropped, unless the batch is of a sampling path."""
         encoded = self._samples.encoded(batch)
-        call, empty, _ = self._constants
         if self._source.of_paths:
-            return {**encoded, **call}
+            return {**encoded, **self._constants[0]}
+        return self._noisy(encoded, self._process.draw(len(encoded["latents"]), generator), generator)
+
+    def _noisy(self, encoded: Batch, sigma_N: Tensor, generator: torch.Generator) -> Batch:
+        call, empty, _ = self._constants
         inputs = {name: value for name, value in encoded.items() if name != "latents"}
         latents = encoded["latents"]
-        sigma_N = self._process.draw(len(latents), generator)
         noise = torch.randn(latents.shape, generator=generator)
         is_dropped_N = torch.rand(len(latents), generator=generator) < self.data.caption_dropout
         noisy, time_N = self._process.add(latents, noise, sigma_N)

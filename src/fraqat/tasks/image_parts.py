@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fraqat.errors import ModelError
 from fraqat.tasks.conditioning import LATENTS, TIMESTEP, call_pipeline, record_calls
@@ -95,23 +96,31 @@ class TextEncoderCall(nn.Module):
         pipeline: A whole pipeline, in float32.
         sampler: Sequence length.
         outputs: The conditioning arguments wanted, by dotted name.
+        latent_shape: Of one sample.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, sampler: SamplerSpec, outputs: Sequence[str]):
+    def __init__(
+        self, pipeline: DiffusionPipeline, sampler: SamplerSpec, outputs: Sequence[str], latent_shape: Sequence[int]
+    ):
         super().__init__()
         parts = cast(Any, pipeline)
         self.encoders = nn.ModuleDict(
             {name: part for name, part in parts.components.items() if _is_encoder(name, part)}
         )
         self._pipeline, self._sampler, self._outputs = pipeline, sampler, tuple(outputs)
+        self._latents = torch.zeros(1, *latent_shape)
 
     def forward(self, **tokens: Tensor) -> tuple[Tensor, ...]:
         """Conditioning in the order of `outputs`, of inputs called `TOKENIZER.input_ids` and `TOKENIZER.attention_mask`."""
         num: Any = next(iter(tokens.values())).shape[0]
         is_guided = architecture_of(cast(Any, self._pipeline).transformer).guidance is Guidance.CLASSIFIER_FREE
         scale = 1.0 if is_guided else self._sampler.guidance_scale
-        sampler = _with_arguments(self._sampler, num_steps=1, latents=torch.zeros(1))
-        with _given_tokens(self._pipeline, tokens), _counted_as(self._pipeline, num):
+        sampler = _with_arguments(self._sampler, num_steps=1, latents=self._latents)
+        with (
+            _given_tokens(self._pipeline, tokens),
+            _counted_as(self._pipeline, num),
+            sdpa_kernel(SDPBackend.MATH),  # the fused kernel has strides that ONNX's exporter loses
+        ):
             found = record_calls(self._pipeline, _STANDING_FOR_ALL, sampler, guidance_scale=scale, num_calls=1)[
                 0
             ].tensors
@@ -284,8 +293,8 @@ class _Tokens(SimpleNamespace):
     __getitem__ = __getattr__
 
 
-class _Tokenizer:
-    """Stands for a tokenizer of the pipeline; attributes are its own."""
+class _Stand:
+    """Stands for a part of the pipeline; attributes are that part's own."""
 
     def __init__(self, own: Any):
         self.__dict__["_own"] = own
@@ -297,7 +306,7 @@ class _Tokenizer:
         setattr(self._own, name, value)
 
 
-class _WatchedTokenizer(_Tokenizer):
+class _WatchedTokenizer(_Stand):
     def __init__(self, own: Any, name: str, calls: dict[str, _TokenizerCall]):
         super().__init__(own)
         self.__dict__.update(_name=name, _calls=calls)
@@ -311,7 +320,7 @@ class _WatchedTokenizer(_Tokenizer):
         return _Tokens({name: encoded[name] for name in (IDS, MASK) if name in encoded}, call.used)
 
 
-class _GivenTokenizer(_Tokenizer):
+class _GivenTokenizer(_Stand):
     def __init__(self, own: Any, tokens: Mapping[str, Tensor]):
         super().__init__(own)
         self.__dict__.update(_tokens=tokens)
@@ -320,6 +329,22 @@ class _GivenTokenizer(_Tokenizer):
         if arguments.get("padding") == "longest":
             return SimpleNamespace(input_ids=torch.zeros(1, 0, dtype=torch.int64))
         return SimpleNamespace(**self._tokens)
+
+
+class _NoScheduler(_Stand):
+    """One step without arithmetic, which a graph has no place for."""
+
+    timesteps, order, init_noise_sigma = torch.ones(1), 1, 1.0
+
+    def set_timesteps(self, num: Any = None, device: Any = None, sigmas: Any = None, mu: Any = None) -> None:
+        """As pipelines call it."""
+
+    def scale_model_input(self, latents: Tensor, time: Any) -> Tensor:
+        """As pipelines call it."""
+        return latents
+
+    def step(self) -> None:
+        """Never called; pipelines look at its arguments."""
 
 
 @contextmanager
@@ -346,7 +371,8 @@ def _given_tokens(pipeline: DiffusionPipeline, tokens: Mapping[str, Tensor]) -> 
     for key, value in tokens.items():
         name, kind = key.rsplit(".", 1)
         given.setdefault(name, {})[kind] = value
-    with _replaced(pipeline, {n: _GivenTokenizer(getattr(pipeline, n), given[n]) for n in given}):
+    tokenizers = {name: _GivenTokenizer(getattr(pipeline, name), values) for name, values in given.items()}
+    with _replaced(pipeline, {**tokenizers, "scheduler": _NoScheduler(cast(Any, pipeline).scheduler)}):
         yield
 
 
@@ -354,7 +380,14 @@ def _given_tokens(pipeline: DiffusionPipeline, tokens: Mapping[str, Tensor]) -> 
 def _counted_as(pipeline: DiffusionPipeline, num: Any) -> Generator[None]:
     """Lets the pipeline's code count `num` prompts, which may be the name of a size in a graph; `len` must give an int."""
     module = sys.modules[type(pipeline).__module__]
-    module.__dict__["len"] = lambda value: num if value == _STANDING_FOR_ALL else len(value)
+
+    def count(value: Any) -> Any:
+        stands_for_all = isinstance(value, list) and (
+            value == _STANDING_FOR_ALL or isinstance(cast(list[Any], value)[0], torch.Generator)
+        )
+        return num if stands_for_all else len(value)
+
+    module.__dict__["len"] = count
     try:
         yield
     finally:

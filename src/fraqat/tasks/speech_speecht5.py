@@ -48,7 +48,7 @@ def predict(model: nn.Module, inputs: Batch) -> Prediction:
     history_NDM = F.pad(inputs["log_mel"][:, factor - 1 :: factor], (0, 0, 1, -1))
     with (
         evaluation_mode(model),
-        _given_dropout(speech_model.speecht5.decoder.prenet, inputs["prenet_kept"]),
+        given_dropout(speech_model.speecht5.decoder.prenet, inputs["prenet_kept"]),
         captured_output(speech_model.speech_decoder_postnet) as outputs,
     ):
         speech_model(
@@ -77,7 +77,7 @@ def generate(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, speake
 
 
 @contextmanager
-def _given_dropout(prenet: Any, kept_NlDU: Tensor) -> Generator[None]:
+def given_dropout(prenet: Any, kept_NlDU: Tensor) -> Generator[None]:
     """Makes the prenet's dropout use `kept_NlDU`, layer by layer."""
     masks = iter(kept_NlDU.unbind(1))
 

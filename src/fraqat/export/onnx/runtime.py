@@ -27,7 +27,7 @@ class OnnxExport:
     Args:
         folder: Holds `PART.onnx`.
         student: Gives the names of the layers and the shapes of their weights.
-        codes_suffix: What follows a layer's name in the name of its codes, [K, O].
+        codes_suffix: What follows a layer's name in the name of its codes, [K, O], or [O, K, 1, 1] of a convolution.
     """
 
     def __init__(self, folder: Path, student: nn.Module, codes_suffix: str = ".codes"):
@@ -42,7 +42,8 @@ class OnnxExport:
             for tensor in onnx.load(path).graph.initializer:
                 name = tensor.name.removesuffix(self._suffix)
                 if name != tensor.name and name in self._shapes:
-                    integers = np.ascontiguousarray(numpy_helper.to_array(tensor).astype(np.int32).T)
+                    stored = numpy_helper.to_array(tensor).astype(np.int32)
+                    integers = np.ascontiguousarray(stored.T if stored.ndim == 2 else stored)
                     found[name] = torch.from_numpy(integers).reshape(self._shapes[name])
         return found
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from fraqat.config import Recipe
 from fraqat.distill import DistillTask
 from fraqat.errors import ModelError, config_error
-from fraqat.export import Inputs, ModelDescription, Part, load_packed_, read_packed
+from fraqat.export import Inputs, LayerPlace, ModelDescription, Part, fitted, load_packed_, read_packed, target_named
 from fraqat.kernels import EngineName
-from fraqat.nn import EngineSpec, IntegerLayers, LayerFamilies, LayerRule, QuantReport, add_adapters_, quantize_
+from fraqat.nn import EngineSpec, IntegerLayers, LayerFamilies, LayerRule, QuantReport, QuantSpec, add_adapters_, quantize_
 from fraqat.planning import Workload
 from fraqat.tasks import ModelSpec
 from fraqat.tasks.known import KnownModel, describe_model
@@ -232,7 +232,14 @@ class Session(ABC, Generic[RecipeT]):
         """Quantizes a model of the session as a recipe says."""
         quantization = recipe.quantization
         rules = (*(self.family_rules if quantization.family_rules else ()), *quantization.rules)
-        return quantize_(student, quantization.spec, rules=rules, families=self.families, train=quantization.train)
+        target = None if recipe.target is None else target_named(recipe.target)
+
+        def fit(name: str, type_name: str, shape: tuple[int, ...], spec: QuantSpec) -> QuantSpec | None:
+            return spec if target is None else fitted(target, LayerPlace(name, type_name, shape), spec)
+
+        return quantize_(
+            student, quantization.spec, rules=rules, families=self.families, train=quantization.train, fit=fit
+        )
 
     def load_student(self, recipe: Recipe, path: Path, *, with_engine: bool = True) -> nn.Module:
         """The student that a run left.

@@ -13,6 +13,7 @@ from fraqat.data.prompts import choose_prompts
 from fraqat.export import Inputs, Part
 
 if TYPE_CHECKING:
+    from fraqat.tasks.conditioning import PromptEncoder
     from fraqat.workflows.sessions.image import ImageSession
 
 _GRAPH_BATCH = 4
@@ -38,7 +39,7 @@ def image_parts(session: ImageSession, student: nn.Module) -> tuple[Part, ...]:
     constants = _sampling_constants(session, pipeline, encoder)
     return (
         _transformer(session, student, constants),
-        _text_encoder(session, pipeline, tuple(encoder.empty)),
+        _text_encoder(session, pipeline, encoder),
         _decoder(session, pipeline, encoder.latent_shape),
     )
 
@@ -56,7 +57,7 @@ def _transformer(session: ImageSession, student: nn.Module, constants: dict[str,
     return Part("transformer", NamedTransformer(student), (OUTPUT,), batches, axes, "transformer.", constants)
 
 
-def _sampling_constants(session: ImageSession, pipeline: Any, encoder: Any) -> dict[str, Any]:
+def _sampling_constants(session: ImageSession, pipeline: Any, encoder: PromptEncoder) -> dict[str, Any]:
     from fraqat.tasks.image_parts import sampler_steps
 
     steps = sampler_steps(pipeline, session.recipe.sampler, encoder.latent_shape)
@@ -67,10 +68,11 @@ def _sampling_constants(session: ImageSession, pipeline: Any, encoder: Any) -> d
     return {**steps.constants(), "shared_inputs": shared}
 
 
-def _text_encoder(session: ImageSession, pipeline: Any, outputs: tuple[str, ...]) -> Part:
+def _text_encoder(session: ImageSession, pipeline: Any, encoder: PromptEncoder) -> Part:
     from fraqat.tasks.image_parts import TextEncoderCall, tokenize, tokenizer_facts
 
     facts = tokenizer_facts(pipeline, session.recipe.sampler)
+    outputs = tuple(encoder.empty)
     names = [f"{fact.name}.{kind}" for fact in facts for kind in fact.inputs]
 
     def batches() -> list[Inputs]:
@@ -80,7 +82,7 @@ def _text_encoder(session: ImageSession, pipeline: Any, outputs: tuple[str, ...]
 
     return Part(
         name="text_encoder",
-        module=TextEncoderCall(pipeline, session.recipe.sampler, outputs),
+        module=TextEncoderCall(pipeline, session.recipe.sampler, outputs, encoder.latent_shape),
         outputs=outputs,
         batches=batches,
         dynamic_axes={name: {0: "batch"} for name in names},

@@ -13,7 +13,7 @@ from torch import nn
 from fraqat.config import ORIGINAL, LanguageRecipe, Recipe
 from fraqat.data.text import load_text
 from fraqat.evaluation.language import language_quality, lm_eval_scores
-from fraqat.export import ModelDescription
+from fraqat.export import Inputs, ModelDescription, Part
 from fraqat.nn import LayerFamilies, LayerRule
 from fraqat.planning import Workload
 from fraqat.workflows.progress import Progress
@@ -21,6 +21,8 @@ from fraqat.workflows.sessions.base import Measurement, QualityColumn, Session, 
 
 NUM_SHOWN = 4
 _PROMPT_TOKENS = 24
+_GRAPH_BATCH = 2
+_TOKENIZER_FILE = "tokenizer.json"
 
 
 class LanguageSession(Session[LanguageRecipe]):
@@ -118,6 +120,27 @@ class LanguageSession(Session[LanguageRecipe]):
         """How to build the model again."""
         config = cast(Any, self.teacher).config.to_dict()
         return description_of(self.recipe.model, type(self.teacher).__name__, config)
+
+    def export_parts(self, student: nn.Module) -> tuple[Part, ...]:
+        """The model with its key-value cache as inputs and outputs."""
+        from fraqat.tasks.language_parts import LanguageStep, stop_tokens
+        from fraqat.tasks.tokenizer_files import tokenizer_json
+
+        step = LanguageStep(student)
+        num_samples = self.recipe.train.calibration_samples
+
+        def batches() -> list[Inputs]:
+            found = self.task.calibration_batches(num_samples, _GRAPH_BATCH)
+            lengths = [len(batch["input_ids"][0]) for batch in found]
+            return [step.inputs_after(b["input_ids"], n // 2) for b, n in zip(found, lengths, strict=True)]
+
+        constants = {
+            "tokenizer": _TOKENIZER_FILE,
+            "stop_tokens": stop_tokens(student, self.tokenizer),
+            "max_new_tokens": self.recipe.evaluation.max_new_tokens,
+        }
+        files = {_TOKENIZER_FILE: tokenizer_json(self.tokenizer).encode()}
+        return (Part("model", step, step.outputs, batches, step.dynamic_axes(), "model.", constants, files),)
 
     def original_files(self) -> list[Path]:
         """The model's weight files."""

@@ -18,7 +18,7 @@ from fraqat.data.speech_source import default_speaker, load_speech_data
 from fraqat.errors import ModelError, config_error
 from fraqat.evaluation.phrase_recognizer import load_recognizer
 from fraqat.evaluation.speech import Recognizer, speech_quality
-from fraqat.export import ModelDescription
+from fraqat.export import ModelDescription, Part
 from fraqat.nn import LayerFamilies, LayerRule
 from fraqat.planning import Workload
 from fraqat.tasks.speech_architectures import SpeechArchitecture, speech_architecture_named
@@ -79,12 +79,21 @@ class SpeechSession(Session[SpeechRecipe]):
         folder = Path(self.model_spec.source)
         return folder if folder.is_dir() else None
 
+    @cached_property
+    def _speech_model(self) -> Any:
+        from fraqat.tasks.speech_loading import SpeechModel
+
+        return SpeechModel(self.teacher, self.model_spec)
+
     @property
     def tokenize(self) -> Any:
         """Texts to tokens."""
-        from fraqat.tasks.speech_loading import SpeechModel
+        return self._speech_model.tokenize
 
-        return SpeechModel(self.teacher, self.model_spec).tokenize
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self._speech_model.tokenizer
 
     @property
     def held_out(self) -> Speech:
@@ -107,7 +116,8 @@ class SpeechSession(Session[SpeechRecipe]):
         return synthesize(model, self.tokenize, texts, speakers, seed=seed, batch_size=batch_size, on_done=on_done)
 
     @cached_property
-    def _vocoder(self) -> nn.Module | None:
+    def vocoder(self) -> nn.Module | None:
+        """The recipe's vocoder; None: Griffin-Lim."""
         from fraqat.tasks.speech_helpers import load_vocoder
 
         name = self.recipe.evaluation.vocoder
@@ -119,7 +129,7 @@ class SpeechSession(Session[SpeechRecipe]):
 
         rate = self.architecture.sample_rate
         files: list[bytes] = []
-        for waveform in to_waveforms(model, log_mels, self._vocoder):
+        for waveform in to_waveforms(model, log_mels, self.vocoder):
             stream = io.BytesIO()
             write_wav(stream, waveform, rate)
             files.append(stream.getvalue())
@@ -143,7 +153,7 @@ class SpeechSession(Session[SpeechRecipe]):
         """Waveform [T] of one spectrogram [L, M], by the recipe's vocoder or Griffin-Lim."""
         from fraqat.tasks.speech_loading import to_waveforms
 
-        return to_waveforms(self.teacher, (log_mel,), self._vocoder)[0]
+        return to_waveforms(self.teacher, (log_mel,), self.vocoder)[0]
 
     def evaluator(self, num_samples: int | None) -> SpeechEvaluator:
         """Speaks held-out texts."""
@@ -166,6 +176,12 @@ class SpeechSession(Session[SpeechRecipe]):
         """How to build the model again."""
         config = cast(Any, self.teacher).config.to_dict()
         return description_of(self.recipe.model, type(self.teacher).__name__, config)
+
+    def export_parts(self, student: nn.Module) -> tuple[Part, ...]:
+        """Decoder, encoder and postnet, and the vocoder that the recipe names."""
+        from fraqat.workflows.sessions.speech_parts import speech_parts
+
+        return speech_parts(self, student)
 
     def original_files(self) -> list[Path]:
         """The model's weight files."""

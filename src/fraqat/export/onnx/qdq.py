@@ -1,0 +1,137 @@
+"""QDQ ONNX for interchange: floating-point operators between QuantizeLinear and DequantizeLinear, opset 21.
+
+Every number that a compiler needs stands in the file: INT4 codes with their zero points, the static range of every input, the
+bias as int32 at the scale of the accumulator.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from types import MappingProxyType
+from typing import Any, final
+
+from torch import nn
+
+from fraqat.errors import config_error
+from fraqat.export.codes import LayerCodes, layer_codes
+from fraqat.export.onnx.integer import PARTS_FILE, describe_part
+from fraqat.export.target import (
+    Bound,
+    ExportJob,
+    LayerPlace,
+    OpenedExport,
+    Target,
+    fitted_activation,
+    fitted_weight,
+)
+from fraqat.nn import ActivationSpec, QuantSpec, WeightSpec
+from fraqat.numerics import Granularity
+
+WEIGHT_BITS = 8
+"""Widest weights."""
+
+
+@final
+class QdqTarget(Target):
+    """`PART.onnx` for every part of the model, with a dynamic batch."""
+
+    name = "onnx-qdq"
+    summary = "QDQ ONNX (opset 21) with INT4 weights and static ranges, for compilers that read ONNX"
+    extra = "onnx"
+    requires = ("onnx", "onnxscript", "onnxruntime")
+    defaults = MappingProxyType(
+        {
+            "weight": {"bits": 4, "granularity": "channel", "narrow": True, "scale_dtype": "bfloat16"},
+            "activation": {
+                "bits": 8,
+                "static": True,
+                "granularity": "tensor",
+                "symmetric": False,
+                "range_method": "three_sigma",
+            },
+        }
+    )
+    bound = Bound(
+        sqnr_db=25.0,
+        layer_sqnr_db=50.0,
+        reason="the same codes; the bias is rounded to whole steps of the accumulator, s_x * s_w, which turns a few roundings "
+        "of later inputs",
+    )
+
+    def nearest(self, place: LayerPlace, spec: QuantSpec) -> QuantSpec | None:
+        """Symmetric weights of at most 8 bits; inputs of 8 or 16 bits with a fixed scale, or in floating point."""
+        return QuantSpec(_nearest_weight(spec.weight), nearest_input(spec.activation))
+
+    def write(self, job: ExportJob) -> None:
+        """Writes the graphs and `parts.json`, which names their inputs and outputs."""
+        from fraqat.export.onnx.graph import save, trace
+
+        codes = layer_codes(job.student)
+        written: dict[str, Any] = {}
+        for part in job.parts():
+            model = trace(part, job.student)
+            lower_(model, codes)
+            save(model, job.folder / f"{part.name}.onnx")
+            written[part.name] = describe_part(part)
+            job.say(f"{part.name}.onnx: {len(model.graph)} operators")
+        (job.folder / PARTS_FILE).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+
+    def open(self, folder: Any, student: nn.Module) -> OpenedExport:
+        """The graphs in ONNX Runtime on the CPU."""
+        from fraqat.export.onnx.runtime import OnnxExport
+
+        return OnnxExport(folder, student)
+
+
+def _nearest_weight(weight: WeightSpec) -> WeightSpec:
+    return dataclasses.replace(weight, symmetric=True, bits=min(weight.bits, WEIGHT_BITS))
+
+
+def nearest_input(activation: ActivationSpec | None) -> ActivationSpec | None:
+    """The nearest static input of 8 or 16 bits; None stays None."""
+    if activation is None:
+        return None
+    return fitted_activation(activation, static=True, bits=8.0 if activation.bits <= 8 else 16.0)  # noqa: PLR2004
+
+
+def nearest_channel_weight(weight: WeightSpec, bits: float) -> WeightSpec:
+    """Symmetric, narrow and per output channel (a scale per tensor is that too)."""
+    granularity = weight.granularity if weight.granularity is Granularity.TENSOR else Granularity.CHANNEL
+    return fitted_weight(weight, symmetric=True, narrow=True, bits=bits, granularity=granularity)
+
+
+def check_static(layer: LayerCodes, target: str) -> None:
+    """Refuses a layer whose input has no fixed scale.
+
+    Raises:
+        ConfigError: It is measured at run time.
+    """
+    if layer.spec.activation is not None and layer.activation is None:
+        raise config_error(
+            f"{layer.name}.activation.static",
+            False,
+            allowed=f"inputs with a fixed scale for target {target}",
+            fix=f"train with `--set target={target}`, or set activation static: true and call calibrate_",
+        )
+
+
+def lower_(model: Any, codes: dict[str, LayerCodes]) -> None:
+    """Replaces the `Layer` nodes of a neutral graph by MatMul and Conv between QDQ pairs.
+
+    Raises:
+        ConfigError: An input has no fixed scale, or a bias does not fit.
+    """
+    from fraqat.export.onnx.graph import layer_nodes, replace_layers_
+    from fraqat.export.onnx.layers import Ops
+    from fraqat.export.onnx.qdq_layers import qdq_product
+
+    nodes = layer_nodes(model)
+    for name in nodes:
+        check_static(codes[name], QdqTarget.name)
+
+    def lower(name: str) -> Any:
+        layer, node = codes[name], nodes[name]
+        return lambda tape, x: qdq_product(Ops(tape, name), layer, node, x)
+
+    replace_layers_(model, {name: lower(name) for name in nodes})
