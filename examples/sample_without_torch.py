@@ -107,7 +107,8 @@ def main() -> None:
     arguments = parser.parse_args()
     export = Export(arguments.export)
     shape = export.constants("transformer")["latent_shape"]
-    noise = np.load(arguments.noise) if arguments.noise else np.random.default_rng(arguments.seed).standard_normal(shape)
+    drawn = np.random.default_rng(arguments.seed).standard_normal(shape)
+    noise = np.load(arguments.noise) if arguments.noise else drawn
     picture = sample(export, arguments.prompt, noise.reshape(shape))
     Image.fromarray((picture * 255).round().astype(np.uint8)).save(arguments.picture)
 

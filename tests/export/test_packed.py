@@ -32,6 +32,8 @@ SPECS = {
     "channel": WeightSpec(),
     "mse bf16": WeightSpec(range_method="mse", scale_dtype="bfloat16"),
     "group": WeightSpec(granularity="group", group_size=32, scale_dtype="bfloat16"),
+    "group fp16": WeightSpec(granularity="group", group_size=32, scale_dtype="float16"),
+    "learned fp16": WeightSpec(range_method="learned", scale_dtype="float16"),
     "integer group": WeightSpec(granularity="group", group_size=32, group_scale="integer", range_method="mse"),
     "integer group bf16": WeightSpec(
         bits=4.5, granularity="group", group_size=16, group_scale="integer", scale_dtype="bfloat16"

@@ -62,6 +62,7 @@ class CompressedTensorsTarget(Target):
     name = "vllm"
     summary = "compressed-tensors folder for vLLM and transformers: language models, W4A8 and W4A16"
     extra = "vllm"
+    requires = ("compressed_tensors",)
     tasks = ("language",)
     defaults = MappingProxyType(
         {

@@ -52,7 +52,7 @@ class ExecutorchTarget(Target):
     extra = "executorch"
     defaults = MappingProxyType(
         {
-            "weight": {"granularity": "channel", "scale_dtype": "bfloat16"},
+            "weight": {"scale_dtype": "bfloat16"},
             "activation": {"symmetric": False, "range_method": "min_max", "zero_point": "xnnpack"},
         }
     )

@@ -51,6 +51,7 @@ class GgufTarget(Target):
     name = "gguf"
     summary = "GGUF Q4_0, for llama.cpp (Gemma-2) and stable-diffusion.cpp (SD3, FLUX)"
     extra = "gguf"
+    requires = ("gguf",)
     tasks = ("text-to-image", "language")
     defaults = MappingProxyType(
         {

@@ -14,6 +14,7 @@ from fraqat.export.executorch import ExecutorchTarget
 from fraqat.export.gguf import GgufTarget
 from fraqat.export.onnx.integer import IntegerTarget
 from fraqat.export.onnx.qdq import QdqTarget
+from fraqat.export.onnx.qualcomm import QualcommTarget
 from fraqat.export.packed_target import PackedTarget
 from fraqat.export.target import LayerPlace, Target
 from fraqat.export.torchao_target import TorchaoTarget
@@ -26,6 +27,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             PackedTarget(),
             IntegerTarget(),
             QdqTarget(),
+            QualcommTarget(),
             GgufTarget(),
             CompressedTensorsTarget(),
             TorchaoTarget(),

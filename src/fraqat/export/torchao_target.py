@@ -58,7 +58,7 @@ class TorchaoTarget(Target):
     extra = "optimizers"
     defaults = MappingProxyType(
         {
-            "weight": {"granularity": "channel", "scale_dtype": "bfloat16"},
+            "weight": {"scale_dtype": "bfloat16"},
             "activation": {"symmetric": False, "range_method": "min_max", "zero_point": "integer"},
         }
     )

@@ -19,7 +19,6 @@ from typing import Any, cast
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fraqat.errors import ModelError
 from fraqat.tasks.conditioning import LATENTS, TIMESTEP, call_pipeline, record_calls
@@ -107,6 +106,9 @@ class TextEncoderCall(nn.Module):
         self.encoders = nn.ModuleDict(
             {name: part for name, part in parts.components.items() if _is_encoder(name, part)}
         )
+        for encoder in self.encoders.values():
+            if hasattr(encoder, "set_attn_implementation"):  # the fused one has strides that ONNX's exporter loses
+                cast(Any, encoder).set_attn_implementation("eager")
         self._pipeline, self._sampler, self._outputs = pipeline, sampler, tuple(outputs)
         self._latents = torch.zeros(1, *latent_shape)
 
@@ -115,12 +117,8 @@ class TextEncoderCall(nn.Module):
         num: Any = next(iter(tokens.values())).shape[0]
         is_guided = architecture_of(cast(Any, self._pipeline).transformer).guidance is Guidance.CLASSIFIER_FREE
         scale = 1.0 if is_guided else self._sampler.guidance_scale
-        sampler = _with_arguments(self._sampler, num_steps=1, latents=self._latents)
-        with (
-            _given_tokens(self._pipeline, tokens),
-            _counted_as(self._pipeline, num),
-            sdpa_kernel(SDPBackend.MATH),  # the fused kernel has strides that ONNX's exporter loses
-        ):
+        sampler = with_arguments(self._sampler, num_steps=1, latents=self._latents)
+        with _given_tokens(self._pipeline, tokens), _counted_as(self._pipeline, num):
             found = record_calls(self._pipeline, _STANDING_FOR_ALL, sampler, guidance_scale=scale, num_calls=1)[
                 0
             ].tensors
@@ -250,7 +248,7 @@ def _sampled(
         latents = call_pipeline(
             pipeline,
             [""],
-            _with_arguments(sampler, latents=shaped(given_SS[0])),
+            with_arguments(sampler, latents=shaped(given_SS[0])),
             guidance_scale=sampler.guidance_scale,
             generators=[torch.Generator().manual_seed(0)],
             output_type="latent",
@@ -258,7 +256,8 @@ def _sampled(
     return timesteps, [*rows, latents[0].flatten().float()]
 
 
-def _with_arguments(sampler: SamplerSpec, num_steps: int | None = None, **arguments: Any) -> SamplerSpec:
+def with_arguments(sampler: SamplerSpec, num_steps: int | None = None, **arguments: Any) -> SamplerSpec:
+    """A sampler with further arguments of the pipeline's call, such as `latents`."""
     return dataclasses.replace(
         sampler,
         num_steps=num_steps or sampler.num_steps,

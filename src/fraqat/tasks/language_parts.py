@@ -26,7 +26,7 @@ def cache_names(prefix: str, num_layers: int) -> tuple[str, ...]:
 def given_cache(tensors: Sequence[Tensor]) -> DynamicCache:
     """A cache of keys and values [N, heads, P, width], which grows as layers write into it."""
     cache = DynamicCache()
-    cache.layers = [_layer(*pair) for pair in zip(tensors[::2], tensors[1::2], strict=True)]
+    cast(Any, cache).layers = [_layer(*pair) for pair in zip(tensors[::2], tensors[1::2], strict=True)]
     return cache
 
 
@@ -101,7 +101,7 @@ class LanguageStep(nn.Module):
         return given
 
     def _inputs(self, rows: Tensor, num_past: int) -> dict[str, Tensor]:
-        return {INPUTS: rows[:, num_past:].contiguous(), MASK: torch.ones_like(rows)}
+        return {INPUTS: rows[:, num_past:], MASK: torch.ones_like(rows)}
 
 
 def stop_tokens(model: nn.Module, tokenizer: Any) -> list[int]:

@@ -41,7 +41,8 @@ class SpeechEncoder(nn.Module):
     def forward(self, **inputs: Tensor) -> tuple[Tensor, ...]:
         """`cross.I.key` and `.value` [N, heads, T, width] of `input_ids` and `attention_mask` [N, T]."""
         parts = cast(Any, self.model).speecht5
-        states = parts.encoder(input_values=inputs[IDS], attention_mask=inputs[MASK]).last_hidden_state
+        with _positions(parts.encoder.prenet.encode_positions, 0):
+            states = parts.encoder(input_values=inputs[IDS], attention_mask=inputs[MASK]).last_hidden_state
         found: list[Tensor] = []
         for layer in parts.decoder.wrapped_decoder.layers:
             attention = layer.encoder_attn
@@ -85,11 +86,12 @@ class SpeechDecoder(nn.Module):
         decoder, mask = model.speecht5.decoder, inputs[MASK]
         past = [inputs[name] for name in self.past_names]
         cache = EncoderDecoderCache(given_cache(past), given_cache([inputs[name] for name in self.cross_names]))
-        with given_dropout(decoder.prenet, inputs[KEPT]), _later(decoder.prenet.encode_positions, past[0].shape[2]):
+        with given_dropout(decoder.prenet, inputs[KEPT]), _positions(decoder.prenet.encode_positions, past[0].shape[2]):
             hidden = decoder.prenet(inputs[FRAMES], inputs[SPEAKER])
+        length_only = mask[..., None].to(hidden.dtype)  # the keys and values of the text are in the cache
         states = decoder.wrapped_decoder(
             hidden_states=hidden,
-            encoder_hidden_states=mask[..., None].to(hidden.dtype),  # its keys are in the cache; only its length is asked for
+            encoder_hidden_states=length_only,
             encoder_attention_mask=mask,
             past_key_values=cache,
             use_cache=True,
@@ -147,8 +149,7 @@ def decoder_inputs(encoder: SpeechEncoder, decoder: SpeechDecoder, batch: Batch)
     first = {FRAMES: frames[:, :num_past], KEPT: batch["prenet_kept"][:, :, :num_past]}
     past = decoder(**first, **fixed, **decoder.empty_past(len(frames)))[2:]
     rest = {FRAMES: frames[:, num_past:], KEPT: batch["prenet_kept"][:, :, num_past:]}
-    given = {**rest, **fixed, **dict(zip(decoder.past_names, past, strict=True))}
-    return {name: value.contiguous() for name, value in given.items()}
+    return {**rest, **fixed, **dict(zip(decoder.past_names, past, strict=True))}
 
 
 def speech_constants(model: nn.Module) -> dict[str, Any]:
@@ -168,8 +169,8 @@ def speech_constants(model: nn.Module) -> dict[str, Any]:
 
 
 @contextmanager
-def _later(encode_positions: Any, num_past: int) -> Generator[None]:
-    """Lets positions begin at `num_past`."""
+def _positions(encode_positions: Any, num_past: int) -> Generator[None]:
+    """Lets positions begin at `num_past`, and be as many as a graph is given."""
 
     def forward(hidden: Tensor) -> Tensor:
         places = torch.arange(hidden.shape[1], device=hidden.device) + num_past

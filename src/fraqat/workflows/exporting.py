@@ -159,9 +159,12 @@ def fit_(student: nn.Module, target: Target, session: Session[Any]) -> None:
     unquantize_(student)
     quantize_(student, rules=rules, families=session.families)
     student.eval().requires_grad_(False)
-    part = session.export_parts(student)[0]
-    with torch.no_grad():
-        calibrate_(student, lambda inputs: part.module(**inputs), part.batches())  # pyright: ignore[reportCallIssue]
+    train, task = session.recipe.train, session.task
+    calibrate_(
+        student,
+        lambda inputs: task.predict(student, inputs),
+        task.calibration_batches(train.calibration_samples, train.batch_size),
+    )
 
 
 def generate(

@@ -27,8 +27,14 @@ OPSET = 21
 DOMAIN, LAYER = "fraqat", "Layer"
 LAYER_INPUTS = "fraqat.layer_inputs"
 """Metadata of a lowered graph: layer -> name of the tensor that it is given, as JSON."""
+LAYER_OUTPUTS = "fraqat.layer_outputs"
+"""Metadata of a static graph: layer -> name of the tensor that its product gives, as JSON."""
 _INLINE_BYTES = 1 << 30
 _SMALL_TENSOR = 1 << 10
+BATCH = "batch"
+_TRACED_BATCH, _TRACED_SIZE = 32, 1 << 20
+"""Conditions of the model's code on sizes must be decided up to here; diffusers' upsampling has one at a batch of 64. The graph
+itself takes any size."""
 
 
 class _Positional(nn.Module):
@@ -64,6 +70,7 @@ def trace(part: Part, student: nn.Module) -> Any:
         model = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=True, verbose=False)
     assert model is not None
     graph: Any = model.model.graph
+    _drop_vain_squeezes_(graph)
     for value, name in zip(graph.inputs, example, strict=True):
         value.name = name
     _name_sizes_(graph, part)
@@ -79,13 +86,13 @@ def _export(module: nn.Module, part: Part, example: Inputs) -> torch.export.Expo
     sizes: dict[str, Any] = {}
     for axes in part.dynamic_axes.values():
         for name in axes.values():
-            sizes.setdefault(name, torch.export.Dim(name, min=1, max=1 << 20))
+            largest = _TRACED_BATCH if name == BATCH else _TRACED_SIZE
+            sizes.setdefault(name, torch.export.Dim(name, min=1, max=largest))
+    arguments = tuple(value.contiguous() for value in example.values())  # strides would become conditions
     shapes = tuple({i: sizes[n] for i, n in part.dynamic_axes.get(name, {}).items()} or None for name in example)
     try:
         with torch.no_grad():
-            return torch.export.export(
-                module.eval(), tuple(example.values()), dynamic_shapes={"args": shapes}, strict=False
-            )
+            return torch.export.export(module.eval(), arguments, dynamic_shapes={"args": shapes}, strict=False)
     except (RuntimeError, ValueError, TypeError) as error:
         raise ModelError(
             f"{part.name} ({type(part.module).__name__}) cannot be traced for ONNX: {error}. Fix: make its forward free of "
@@ -123,6 +130,17 @@ def _node(name: str, layer: QuantizedLayer) -> Callable[[Tensor], Tensor]:
     return forward
 
 
+def _drop_vain_squeezes_(graph: Any) -> None:
+    """Removes the Squeeze of an axis that is longer than 1: PyTorch leaves such an axis alone, ONNX refuses it."""
+    for node in tuple(graph):
+        given, output = node.inputs[0] if node.inputs else None, node.outputs[0]
+        if node.op_type != "Squeeze" or given is None or given.shape is None or output.shape is None:
+            continue
+        if len(given.shape) == len(output.shape):
+            output.replace_all_uses_with(given, replace_graph_outputs=True)
+            graph.remove(node, safe=True)
+
+
 def _name_sizes_(graph: Any, part: Part) -> None:
     """Gives dynamic axes the names of the part, in inputs and outputs."""
     names: dict[str, str] = {}
@@ -146,6 +164,8 @@ def _quiet() -> Generator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
+            # constants are folded on both sides of a choice: the logarithm of a distance of 0 in T5
+            warnings.filterwarnings("ignore", "divide by zero|invalid value", RuntimeWarning)
             yield
     finally:
         registration.setLevel(level)

@@ -18,7 +18,7 @@ PARTS_FILE = "parts.json"
 
 @final
 class IntegerTarget(Target):
-    """`PART.onnx` for every part of the model; quantized layers are MatMulInteger with INT4 weights."""
+    """`PART.onnx` for every part of the model; quantized layers are integer products with INT4 weights."""
 
     name = "onnx"
     summary = "ONNX with integer products for ONNX Runtime on CPUs and in browsers"
@@ -57,7 +57,7 @@ class IntegerTarget(Target):
 def lower_(model: Any, codes: dict[str, LayerCodes]) -> None:
     """Replaces the `Layer` nodes of a neutral graph by integer products."""
     from fraqat.export.onnx.graph import layer_nodes, replace_layers_
-    from fraqat.export.onnx.layers import Ops, around_rows, product
+    from fraqat.export.onnx.layers import RUNTIME_DOMAIN, Ops, around_rows, product
 
     nodes = layer_nodes(model)
     unknown = sorted(set(nodes) - set(codes))
@@ -69,6 +69,7 @@ def lower_(model: Any, codes: dict[str, LayerCodes]) -> None:
         return lambda tape, x: around_rows(Ops(tape, name), layer, node, lambda ops, y: product(ops, layer, y), x)
 
     replace_layers_(model, {name: lower(name) for name in nodes})
+    model.graph.opset_imports[RUNTIME_DOMAIN] = 1
 
 
 def write_files(part: Part, folder: Path) -> None:

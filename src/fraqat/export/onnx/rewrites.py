@@ -256,6 +256,17 @@ def _slice_of_matmul(site: Site) -> Value | None:
     return site("MatMul", rows, b, shape=sizes(site.node.outputs[0]))
 
 
+def _row_of_ones(site: Site) -> Value | None:
+    """A row of ones times B is the sum of B's rows."""
+    node = site.node
+    ones = _array(node.inputs[0]) if node.op_type == "MatMul" else None
+    if ones is None or ones.ndim < 2 or ones.shape[-2] != 1 or not bool((ones == 1).all()):  # noqa: PLR2004
+        return None
+    axis = len(sizes(node.outputs[0])) - 2
+    axes = site.constant(np.array([axis], np.int64))
+    return site("ReduceSum", node.inputs[1], axes, shape=sizes(node.outputs[0]), keepdims=1)
+
+
 def _slice_of_concat(site: Site) -> Value | None:
     """A Slice at the seams of a Concat is one of its inputs."""
     place, x = _slice_of(site.node), site.node.inputs[0]
@@ -288,4 +299,5 @@ _RULES: tuple[Rule, ...] = (
     _slice_of_matmul,
     _slice_of_concat,
     _drop_identity,
+    _row_of_ones,
 )

@@ -73,7 +73,7 @@ def float_graph(part: Part, student: nn.Module, codes: Mapping[str, LayerCodes],
     inputs_of, products = _lower_(model, codes)
     passes.ShapeInferencePass()(model)
     _check_shapes(model)
-    host = _split_host_(model)
+    host = _split_host_(model, set(inputs_of.values()))
     passes.RemoveUnusedNodesPass()(model)
     rewrite_(model)
     passes.RemoveUnusedNodesPass()(model)
@@ -120,6 +120,7 @@ def _given(ops: Ops, layer: LayerCodes, x: Value, shared: dict[tuple[Any, ...], 
         num_columns = layer.codes_OK.shape[1]
         shared[key] = ops("Reshape", x, ops.axes("rows", -1, num_columns)) if is_rows else ops("Identity", x)
         shared[key].name = f"{layer.name}.input"
+        shared[key].type = ir.TensorType(ir.DataType.FLOAT)
     return shared[key]
 
 
@@ -142,14 +143,15 @@ def _rank(x: Value) -> int:
     return len(_sizes(x))
 
 
-def _split_host_(model: ir.Model) -> ir.Model | None:
+def _split_host_(model: ir.Model, layer_inputs: set[str]) -> ir.Model | None:
     """Moves what depends on integers and single numbers alone into a model of its own."""
     graph = model.graph
     is_host = {value: _belongs_to_host(value) for value in graph.inputs}
     moved: list[ir.Node] = []
     for node in graph:
         given = [value for value in node.inputs if value is not None and not value.is_initializer()]
-        if given and node.op_type not in _NEVER_ON_HOST and all(is_host.get(value, False) for value in given):
+        is_kept = node.op_type in _NEVER_ON_HOST or str(node.outputs[0].name) in layer_inputs
+        if given and not is_kept and all(is_host.get(value, False) for value in given):
             moved.append(node)
             is_host |= dict.fromkeys(node.outputs, True)
     host_inputs = [value for value in graph.inputs if is_host[value]]

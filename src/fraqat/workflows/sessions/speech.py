@@ -79,7 +79,7 @@ class SpeechSession(Session[SpeechRecipe]):
         folder = Path(self.model_spec.source)
         return folder if folder.is_dir() else None
 
-    @cached_property
+    @property
     def _speech_model(self) -> Any:
         from fraqat.tasks.speech_loading import SpeechModel
 

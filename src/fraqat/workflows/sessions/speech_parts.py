@@ -59,11 +59,11 @@ def speech_parts(session: SpeechSession, student: nn.Module) -> tuple[Part, ...]
     tokenizer = session.tokenizer
     constants = {**speech_constants(student), "speaker": default_speaker(session.recipe.data, session.folder).tolist()}
     files = {_TOKENIZER_FILE: tokenizer_json(tokenizer).encode()}
-    frames = {SPECTROGRAM: {0: "batch", 1: "frames"}}
+    frames, sound = {SPECTROGRAM: {0: "batch", 1: "frames"}}, _sound_constants(session)
     return (
         Part("decoder", decoder, decoder.outputs, steps, decoder.axes, "model.", constants),
         Part("encoder", encoder, encoder.outputs, texts, encoder.axes, "model.", {"tokenizer": _TOKENIZER_FILE}, files),
-        Part("postnet", SpeechPostnet(student), ("refined",), spectrograms, frames, "model.", _sound_constants(session)),
+        Part("postnet", SpeechPostnet(student), ("refined",), spectrograms, frames, "model.", sound),
         *_vocoder(session),
     )
 

@@ -1,0 +1,31 @@
+// Connects the page with sample.mjs. Addresses: index.html?export=EXPORT&wasm=FOLDER
+
+import {Export, draw, drawNoise} from "./sample.mjs";
+
+const query = new URLSearchParams(location.search);
+const address = (name, otherwise) => new URL(query.get(name) ?? otherwise, location.href).href.replace(/\/$/, "");
+const form = document.querySelector("form"), status = document.querySelector("output");
+const button = form.querySelector("button"), canvas = document.querySelector("canvas");
+
+async function main() {
+  const found = await Export.open(address("export", "export"), `${address("wasm", "node_modules/onnxruntime-web/dist")}/`);
+  const length = found.constants("transformer").latent_shape.reduce((a, b) => a * b);
+  status.textContent = "Ready.";
+  button.disabled = false;
+  form.addEventListener("submit", async event => {
+    event.preventDefault();
+    button.disabled = true;
+    const start = performance.now();
+    const {prompt, seed} = Object.fromEntries(new FormData(form));
+    try {
+      const noise = drawNoise(length, Number(seed));
+      draw(canvas, await found.sample(prompt, noise, (i, n) => { status.textContent = `Step ${i} of ${n}`; }));
+      status.textContent = `Done in ${((performance.now() - start) / 1000).toFixed(1)} s.`;
+    } catch (error) {
+      status.textContent = String(error.message ?? error);
+    }
+    button.disabled = false;
+  });
+}
+
+main().catch(error => { status.textContent = String(error.message ?? error); });

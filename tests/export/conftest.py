@@ -1,0 +1,77 @@
+"""One export of each small model of the zoo, shared by all tests that run it: tracing takes longest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fraqat.config import load_recipe
+from fraqat.export import ExportJob, OpenedExport, Part, target_named
+from fraqat.workflows.sessions import Session, open_session
+
+_NUM_SAMPLES = "train.calibration_samples=8"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A student, quantized but not trained, and its export to "onnx"."""
+
+    session: Session[Any]
+    student: nn.Module
+    parts: tuple[Part, ...]
+    folder: Path
+
+    @cached_property
+    def opened(self) -> OpenedExport:
+        """The graphs in ONNX Runtime."""
+        return target_named("onnx").open(self.folder, self.student)
+
+    def part(self, name: str) -> Part:
+        """A part by name."""
+        return next(part for part in self.parts if part.name == name)
+
+
+@pytest.fixture(scope="session")
+def export_onnx(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]:
+    """Exports the student of a recipe: all of its parts, or those named."""
+
+    def export(recipe_name: str, *names: str) -> Exported:
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+        recipe = load_recipe(recipe_name, (_NUM_SAMPLES,))
+        session = open_session(recipe)
+        torch.manual_seed(0)
+        student, _ = session.new_student(recipe)
+        student.eval().requires_grad_(False)
+        parts = tuple(part for part in session.export_parts(student) if not names or part.name in names)
+        folder = tmp_path_factory.mktemp(recipe_name)
+        job = ExportJob(student, lambda: parts, session.description(), None, folder, say=lambda line: None)
+        target_named("onnx").write(job)
+        return Exported(session, student, parts, folder)
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def sana(export_onnx: Callable[..., Exported]) -> Exported:
+    """The demo's Sana: transformer, text encoder, decoder."""
+    return export_onnx("color-digits")
+
+
+@pytest.fixture(scope="session")
+def gemma(export_onnx: Callable[..., Exported]) -> Exported:
+    """The small Gemma-2 with its key-value cache."""
+    return export_onnx("gemma-2-2b-it-tiny")
+
+
+@pytest.fixture(scope="session")
+def speecht5(export_onnx: Callable[..., Exported]) -> Exported:
+    """The small SpeechT5: decoder, encoder, postnet."""
+    return export_onnx("speecht5-tiny")
