@@ -136,7 +136,9 @@ def site(folder: Path, export: Path, node_modules: Path) -> Path:
     (root / "driver.mjs").write_text(DRIVER.replace("PROMPT", json.dumps(PROMPT)), encoding="utf-8")
     page = root / "index.html"
     text = page.read_text(encoding="utf-8")
-    page.write_text(text.replace("</body>", '<script type="module" src="driver.mjs"></script></body>'), encoding="utf-8")
+    page.write_text(
+        text.replace("</body>", '<script type="module" src="driver.mjs"></script></body>'), encoding="utf-8"
+    )
     return root
 
 
@@ -198,5 +200,7 @@ class TestTokenizer:
         from fraqat.zoo import zoo_path
 
         message = self.run(zoo_path("topics-gemma2") / "tokenizer.json", {}, [])
-        assert message.startswith("tokenizer.json: model.type = BPE is not possible on this page: allowed is WordLevel.")
+        assert message.startswith(
+            "tokenizer.json: model.type = BPE is not possible on this page: allowed is WordLevel."
+        )
         assert "Fix: tokenize with a library" in message

@@ -167,9 +167,7 @@ class TestSpeechT5:
                 assert min(layer_errors(speecht5, part, found, sqnr_db).values(), default=LAYER_DB) >= LAYER_DB
 
     def test_parts_hold_every_quantized_layer(self, speecht5: Any) -> None:
-        shown = {
-            name for part in speecht5.parts for name in speecht5.opened.run(part, part.batches()[0]).layers
-        }
+        shown = {name for part in speecht5.parts for name in speecht5.opened.run(part, part.batches()[0]).layers}
         assert shown == set(dict(quantized_layers(speecht5.student)))
 
     def test_example_speaks_as_the_student_without_torch(

@@ -1,4 +1,4 @@
-"""AdamW with its state in float32 or in 8 bits, beside the parameters or on the host. The only home of torchao."""
+"""AdamW with its state in float32 or in 8 bits, beside the parameters or on the host. The home of torchao in training."""
 
 from __future__ import annotations
 

@@ -215,14 +215,13 @@ def _lowered(job: ExportJob) -> tuple[bytes, dict[str, Any]]:
         )
         from executorch.devtools.backend_debug import get_delegation_info  # pyright: ignore[reportMissingImports]
         from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower  # pyright: ignore[reportMissingImports]
-        from torchao.utils import unwrap_tensor_subclass
     layers = layer_codes(job.student)
     bits = {name: _stored_bits(layer) for name, layer in layers.items()}
     model = with_torchao_weights(job.student, bits=bits)
     part = job.parts()[0]
     first = part.batches()[0]
     call = next(iter(_calls(part, first, None)))
-    module = unwrap_tensor_subclass(_Positional(replaced(part.module, job.student, model), tuple(first)).eval())
+    module = _Positional(replaced(part.module, job.student, model), tuple(first)).eval()
     with torch.no_grad():
         exported = torch.export.export(module, tuple(call), strict=False)
     edge = to_edge_transform_and_lower(

@@ -1,8 +1,8 @@
 """Encodings: the integer grid of every tensor of a float graph, and what is observed to find those that were not trained.
 
-Inputs of layers and weights have the grids that were trained. Every other tensor gets the range that it takes in the calibration
-samples, with the layers computing on their grids: 16 bits, but for the outputs of layers with inputs of 8 bits, which the HTP
-gives in 8 bits only.
+Inputs of layers and weights have the grids that were trained. Every other tensor gets the range that it takes in the
+calibration samples, with the layers computing on their grids: 16 bits, but for the outputs of layers with inputs of 8 bits,
+which the HTP gives in 8 bits only.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def trained_encodings(graph: FloatGraph, codes: Mapping[str, LayerCodes]) -> Enc
         activations[tensor] = Encoding(bits, float(layer.activation.scale), int(layer.activation.zero_point))
         sums = accumulator(layer)
         weights[f"{name}.weight"] = WeightEncoding(
-            bits=4 if layer.grid.storage_bits <= 4 else 8,  # noqa: PLR2004
+            bits=4 if layer.grid.storage_bits <= 4 else 8,
             codes=layer.codes.numpy(),
             scale_O=sums.weight_scale_O.numpy(),
             axis=0,
@@ -143,7 +143,7 @@ def constant_weights(model: ir.Model, trained: Encodings) -> dict[str, WeightEnc
         if value is None or not value.is_initializer() or value.name in trained.weights:
             continue
         array = constant_array(value).astype(np.float32)
-        if node.op_type == "MatMul" and array.ndim != 2:  # noqa: PLR2004
+        if node.op_type == "MatMul" and array.ndim != 2:
             continue
         is_rows_first = node.op_type == "Conv" or (node.op_type == "Gemm" and _flag(node, "transB"))
         axis = 0 if is_rows_first else 1
@@ -181,7 +181,7 @@ def observe(observed: ir.Model, graph: FloatGraph, samples: Sequence[Inputs]) ->
         statistics = {name: RunningStatistics() for name in (*given, *order)}
         for sample in samples:
             feeds = all_feeds(sample, host)
-            found = dict(zip(order, session.run(None, {name: feeds[name] for name in given}), strict=True))
+            found = run_session(session, {name: feeds[name] for name in given})
             for name, array in (*found.items(), *((name, feeds[name]) for name in given)):
                 statistics[name].update(torch.from_numpy(_without_mask(array)))
     return statistics
@@ -210,8 +210,13 @@ class HostPart:
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Its outputs by name."""
         given = {item.name: feeds[item.name] for item in self._session.get_inputs()}
-        names = [item.name for item in self._session.get_outputs()]
-        return dict(zip(names, self._session.run(None, given), strict=True))
+        return run_session(self._session, given)
+
+
+def run_session(session: Any, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """All outputs of an ONNX Runtime session by name."""
+    names = [item.name for item in session.get_outputs()]
+    return dict(zip(names, session.run(None, dict(feeds)), strict=True))
 
 
 def all_feeds(sample: Inputs, host: HostPart | None) -> dict[str, Array]:

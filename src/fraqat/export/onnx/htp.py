@@ -94,8 +94,8 @@ def open_htp(model: Path | bytes, soc: Soc = SM8750, **entries: str) -> onnxrunt
     except onnxruntime.capi.onnxruntime_pybind11_state.Fail as error:  # pyright: ignore[reportAttributeAccessIssue]
         name = model.name if isinstance(model, Path) else "the graph"
         raise ModelError(
-            f"{name}: the compiler for {soc.name} does not take every operator: {str(error)[:200]}. Fix: keep the layers around "
-            "it out by a rule with skip: true, or rewrite the operator in fraqat.export.onnx.rewrites."
+            f"{name}: the compiler for {soc.name} does not take every operator: {str(error)[:200]}. Fix: keep the layers "
+            "around it out by a rule with skip: true, or rewrite the operator in fraqat.export.onnx.rewrites."
         ) from error
 
 
@@ -115,10 +115,12 @@ def compile_context(model: Path, soc: Soc = SM8750, folder: Path | None = None) 
     before = set(target.parent.glob(f"{target.stem}*.bin"))
     for path in before:
         path.unlink()
-    open_htp(model, soc, **{"context_enable": "1", "context_file_path": str(target), "context_embed_mode": "0"})
+    open_htp(model, soc, context_enable="1", context_file_path=str(target), context_embed_mode="0")
     binaries = sorted(target.parent.glob(f"{target.stem}*.bin"))
     if len(binaries) != 1 or not target.is_file():
-        raise ModelError(f"the compiler left {len(binaries)} binaries of {model.name}, one is expected. Fix: compile again.")
+        raise ModelError(
+            f"the compiler left {len(binaries)} binaries of {model.name}, one is expected. Fix: compile again."
+        )
     return ContextBinary(target, binaries[0])
 
 

@@ -57,16 +57,16 @@ class IntegerTarget(Target):
 def lower_(model: Any, codes: dict[str, LayerCodes]) -> None:
     """Replaces the `Layer` nodes of a neutral graph by integer products."""
     from fraqat.export.onnx.graph import layer_nodes, replace_layers_
-    from fraqat.export.onnx.layers import RUNTIME_DOMAIN, Ops, around_rows, product
+    from fraqat.export.onnx.layers import RUNTIME_DOMAIN, Ops, layer_output
 
-    nodes = layer_nodes(model)
+    nodes, shared = layer_nodes(model), dict[str, Any]()
     unknown = sorted(set(nodes) - set(codes))
     if unknown:
         raise config_error("layer", unknown[:3], allowed="layers of the student", fix="trace the part with its student")
 
     def lower(name: str) -> Any:
         layer, node = codes[name], nodes[name]
-        return lambda tape, x: around_rows(Ops(tape, name), layer, node, lambda ops, y: product(ops, layer, y), x)
+        return lambda tape, x: layer_output(Ops(tape, name, shared), layer, node, x)
 
     replace_layers_(model, {name: lower(name) for name in nodes})
     model.graph.opset_imports[RUNTIME_DOMAIN] = 1

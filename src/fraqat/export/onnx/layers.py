@@ -6,7 +6,7 @@ Shape suffixes: K input channels, O output channels, G groups.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,10 +33,13 @@ class Ops:
     Args:
         tape: Takes the nodes.
         layer: Its name.
+        shared: Constants of the whole graph by name; query, key and value quantize their input in the same way, and only what
+            has the same constants is computed once.
     """
 
     tape: Tape
     layer: str
+    shared: dict[str, Value] = field(default_factory=dict[str, Value])
 
     def __call__(self, op_type: str, *inputs: Value | None, **attributes: Any) -> Value:
         """One operator with one output."""
@@ -52,13 +55,20 @@ class Ops:
         tensor = ir.tensor(array) if dtype is None else ir.tensor(array.astype(dtype.numpy()), dtype=dtype)
         return self.tape.initializer(tensor, f"{self.layer}.{name}")
 
-    def scalar(self, name: str, value: float) -> Value:
-        """A float32 constant."""
-        return self.constant(name, np.array(value, np.float32))
+    def common(self, array: np.ndarray[Any, Any]) -> Value:
+        """A small constant that equals others of the graph."""
+        name = f"constant.{array.dtype.name}.{'_'.join(str(item) for item in array.flatten().tolist())}.{array.ndim}"
+        if name not in self.shared:
+            self.shared[name] = self.tape.initializer(ir.tensor(array), name)
+        return self.shared[name]
 
-    def axes(self, name: str, *values: int) -> Value:
+    def scalar(self, value: float) -> Value:
+        """A float32 constant."""
+        return self.common(np.array(value, np.float32))
+
+    def axes(self, *values: int) -> Value:
         """An int64 vector."""
-        return self.constant(name, np.array(values, np.int64))
+        return self.common(np.array(values, np.int64))
 
     def cast(self, x: Value, to: ir.DataType) -> Value:
         """`Cast`."""
@@ -77,25 +87,42 @@ def around_rows(ops: Ops, layer: LayerCodes, node: Any, rows: Callable[[Ops, Val
     """
     if layer.type_name == "Linear":
         return rows(ops, x)
+    x = ops("Transpose", _strided(ops, node, x), perm=_CHANNELS_LAST)
+    return ops("Transpose", rows(ops, x), perm=_CHANNELS_FIRST)
+
+
+def layer_output(ops: Ops, layer: LayerCodes, node: Any, x: Value) -> Value:
+    """What a layer of either kind gives, with its bias: an integer product where the specification allows one.
+
+    Args:
+        ops: Takes the nodes.
+        layer: Its integers.
+        node: The `Layer` node.
+        x: [..., K], or [N, K, H, W] of a pointwise convolution, whose codes are transposed instead of its floats.
+    """
+    is_integer = not why_not_integer(layer.spec) and layer.grid.storage_bits <= 8
+    if not is_integer:
+        return around_rows(ops, layer, node, lambda ops, y: _with_bias(ops, layer, _float_product(ops, layer, y)), x)
+    if layer.type_name == "Linear":
+        return _integer_product(ops, layer, x)
+    y = _integer_product(ops, layer, _strided(ops, node, x), channels_first=True)
+    return ops("Transpose", y, perm=_CHANNELS_FIRST)
+
+
+def _strided(ops: Ops, node: Any, x: Value) -> Value:
     vertical, horizontal = node.attributes["strides"].as_ints()
-    if (vertical, horizontal) != (1, 1):
-        ends = ops.axes("ends", np.iinfo(np.int64).max, np.iinfo(np.int64).max)
-        steps = ops.axes("steps", vertical, horizontal)
-        x = ops("Slice", x, ops.axes("starts", 0, 0), ends, ops.axes("places", 2, 3), steps)
-    return ops("Transpose", rows(ops, ops("Transpose", x, perm=_CHANNELS_LAST)), perm=_CHANNELS_FIRST)
-
-
-def product(ops: Ops, layer: LayerCodes, x: Value) -> Value:
-    """The layer's output [..., O] for x [..., K], with its bias: an integer product where the specification allows one."""
-    is_integer = not why_not_integer(layer.spec) and layer.grid.storage_bits <= 8  # noqa: PLR2004
-    return _integer_product(ops, layer, x) if is_integer else _with_bias(ops, layer, _float_product(ops, layer, x))
+    if (vertical, horizontal) == (1, 1):
+        return x
+    ends = ops.axes(np.iinfo(np.int64).max, np.iinfo(np.int64).max)
+    steps = ops.axes(vertical, horizontal)
+    return ops("Slice", x, ops.axes(0, 0), ends, ops.axes(2, 3), steps)
 
 
 def _with_bias(ops: Ops, layer: LayerCodes, y: Value) -> Value:
     return y if layer.bias is None else ops("Add", y, ops.constant("bias", layer.bias))
 
 
-def _integer_product(ops: Ops, layer: LayerCodes, x: Value) -> Value:
+def _integer_product(ops: Ops, layer: LayerCodes, x: Value, *, channels_first: bool = False) -> Value:
     """(codes of x - zero point) @ codes of W in int32, times the scales, by ONNX Runtime's own operator.
 
     MatMulInteger, Cast and Mul of the standard give the same numbers at 1.4 times the time (benchmarks/onnx_latency.py), and
@@ -109,39 +136,43 @@ def _integer_product(ops: Ops, layer: LayerCodes, x: Value) -> Value:
     weight = _integer_weight(ops, layer)
     if layer.activation is not None:
         codes, scale, zero_point = _static_codes(ops, activation, layer.activation, x)
+        if channels_first:
+            codes = ops("Transpose", codes, perm=_CHANNELS_LAST)
         bias = None if layer.bias is None else ops.constant("bias", layer.bias)
         return ops.runtime("MatMulIntegerToFloat", codes, weight, scale, weight_scale, zero_point, None, bias)
-    codes, scale, zero_point = _dynamic_integers(ops, activation, x)
-    y = ops.runtime("MatMulIntegerToFloat", codes, weight, ops.scalar("one", 1.0), weight_scale, zero_point)
+    codes, scale, zero_point = _dynamic_integers(ops, activation, x, axis=1 if channels_first else -1)
+    if channels_first:
+        codes, scale = (ops("Transpose", value, perm=_CHANNELS_LAST) for value in (codes, scale))
+    y = ops.runtime("MatMulIntegerToFloat", codes, weight, ops.scalar(1.0), weight_scale, zero_point)
     return _with_bias(ops, layer, ops("Mul", y, scale))
 
 
-def _dynamic_integers(ops: Ops, activation: ActivationSpec, x: Value) -> tuple[Value, Value, Value]:
+def _dynamic_integers(ops: Ops, activation: ActivationSpec, x: Value, axis: int) -> tuple[Value, Value, Value]:
     """Codes of a symmetric input plus 128 as uint8, their scale, and the zero point 128."""
     grid = activation.grid()
-    scaled, scale, _ = _scaled(ops, activation, x)
+    scaled, scale, _ = _scaled(ops, activation, x, axis)
     if (grid.qmin, grid.qmax) != (_INT8_MIN, _INT8_MAX):
         scaled = _rounded(ops, grid, scaled)
-    zero_point = ops.constant("input_zero_point", np.array(-_INT8_MIN, np.uint8))
-    return ops("QuantizeLinear", scaled, ops.scalar("unit", 1.0), zero_point), scale, zero_point
+    zero_point = ops.common(np.array(-_INT8_MIN, np.uint8))
+    return ops("QuantizeLinear", scaled, ops.scalar(1.0), zero_point), scale, zero_point
 
 
 def _integer_weight(ops: Ops, layer: LayerCodes) -> Value:
     """Integers within int8, [K, O]: the codes, times the multipliers of their groups where these are integers."""
     codes = stored_codes(ops, layer)
     if layer.groups is None:
-        return codes if layer.grid.storage_bits > 4 else ops.cast(codes, ir.DataType.INT8)  # noqa: PLR2004
+        return codes if layer.grid.storage_bits > 4 else ops.cast(codes, ir.DataType.INT8)
     num_rows, num_columns = layer.codes_OK.shape
     num_groups = layer.groups.multiplier.shape[1]
-    blocks = ops("Reshape", ops.cast(codes, ir.DataType.INT32), ops.axes("blocks", num_groups, -1, num_rows))
+    blocks = ops("Reshape", ops.cast(codes, ir.DataType.INT32), ops.axes(num_groups, -1, num_rows))
     multiplier = layer.groups.multiplier.reshape(num_rows, num_groups, 1).permute(1, 2, 0).to(torch.int32)
     multiplied = ops("Mul", blocks, ops.constant("multiplier", multiplier.contiguous()))
-    return ops.cast(ops("Reshape", multiplied, ops.axes("whole", num_columns, num_rows)), ir.DataType.INT8)
+    return ops.cast(ops("Reshape", multiplied, ops.axes(num_columns, num_rows)), ir.DataType.INT8)
 
 
 def stored_codes(ops: Ops, layer: LayerCodes) -> Value:
     """The codes as they lie in the file, [K, O]: INT4 where they fit, else INT8 (UINT4, UINT8 on grids from 0)."""
-    is_signed, is_small = layer.grid.qmin < 0, layer.grid.storage_bits <= 4  # noqa: PLR2004
+    is_signed, is_small = layer.grid.qmin < 0, layer.grid.storage_bits <= 4
     dtype = {
         (True, True): ir.DataType.INT4,
         (True, False): ir.DataType.INT8,
@@ -167,9 +198,9 @@ def dequantized_weight(ops: Ops, layer: LayerCodes) -> Value:
     weight = ops.cast(stored_codes(ops, layer), ir.DataType.FLOAT)
     if layer.spec.weight.granularity is Granularity.GROUP:
         num_groups = scale.shape[1]
-        blocks = ops("Reshape", weight, ops.axes("blocks", num_groups, -1, num_rows))
+        blocks = ops("Reshape", weight, ops.axes(num_groups, -1, num_rows))
         stored = ops.constant("weight_scale", scale.permute(1, 2, 0).contiguous())
-        weight = ops("Reshape", ops("Mul", blocks, stored), ops.axes("whole", num_columns, num_rows))
+        weight = ops("Reshape", ops("Mul", blocks, stored), ops.axes(num_columns, num_rows))
     else:
         weight = ops("Mul", weight, ops.constant("weight_scale", scale.flatten()))
     if layer.qparams.offset is None:
@@ -185,14 +216,14 @@ def dequantized_weight(ops: Ops, layer: LayerCodes) -> Value:
 def _static_codes(ops: Ops, activation: ActivationSpec, qparams: QParams, x: Value) -> tuple[Value, Value, Value]:
     """Codes as uint8, scale and zero point of an input whose scale is fixed."""
     grid = activation.grid()
-    scale = ops.scalar("input_scale", float(qparams.scale))
+    scale = ops.scalar(float(qparams.scale))
     shift = -_INT8_MIN if qparams.zero_point is None else int(qparams.zero_point)
-    zero_point = ops.constant("input_zero_point", np.array(shift, np.uint8))
+    zero_point = ops.common(np.array(shift, np.uint8))
     if (grid.qmin, grid.qmax) in ((_INT8_MIN, _INT8_MAX), (0, _UINT8_MAX)):
         return ops("QuantizeLinear", x, scale, zero_point), scale, zero_point
-    codes = ops("Add", ops("Round", ops("Div", x, scale)), ops.scalar("shift", float(shift)))
+    codes = ops("Add", ops("Round", ops("Div", x, scale)), ops.scalar(float(shift)))
     added = shift if qparams.zero_point is None else 0
-    low, high = ops.scalar("qmin", float(grid.qmin + added)), ops.scalar("qmax", float(grid.qmax + added))
+    low, high = ops.scalar(float(grid.qmin + added)), ops.scalar(float(grid.qmax + added))
     return ops.cast(ops("Clip", codes, low, high), ir.DataType.UINT8), scale, zero_point
 
 
@@ -202,12 +233,12 @@ def _dynamic_codes(ops: Ops, activation: ActivationSpec, x: Value) -> tuple[Valu
     return _rounded(ops, activation.grid(), scaled), scale, offset
 
 
-def _scaled(ops: Ops, activation: ActivationSpec, x: Value) -> tuple[Value, Value, Value | None]:
+def _scaled(ops: Ops, activation: ActivationSpec, x: Value, axis: int = -1) -> tuple[Value, Value, Value | None]:
     """(x - offset) / scale before it is rounded, scale and offset; see `fraqat.numerics.qparams`."""
     grid = activation.grid()
-    low, high = _range(ops, activation, x)
-    smallest = ops.scalar("min_scale", MIN_SCALE)
-    divisor = ops.scalar("range_divisor", grid.range_divisor)
+    low, high = _range(ops, activation, x, axis)
+    smallest = ops.scalar(MIN_SCALE)
+    divisor = ops.scalar(grid.range_divisor)
     if activation.symmetric:
         offset, width = None, high
     else:
@@ -220,11 +251,11 @@ def _scaled(ops: Ops, activation: ActivationSpec, x: Value) -> tuple[Value, Valu
     return ops("Div", x if offset is None else ops("Sub", x, offset), scale), scale, offset
 
 
-def _range(ops: Ops, activation: ActivationSpec, x: Value) -> tuple[Value, Value]:
+def _range(ops: Ops, activation: ActivationSpec, x: Value, axis: int) -> tuple[Value, Value]:
     """The range [low, high] of every block; of a symmetric grid [-high, high]."""
     method = activation.range_method
     axes = {
-        Granularity.TOKEN: lambda: ops.axes("token", -1),
+        Granularity.TOKEN: lambda: ops.axes(axis),
         Granularity.SAMPLE: lambda: _axes_after_first(ops, x),
         Granularity.TENSOR: lambda: None,
     }[activation.granularity]()
@@ -240,7 +271,7 @@ def _range(ops: Ops, activation: ActivationSpec, x: Value) -> tuple[Value, Value
         mean = over("ReduceMean", x)
         deviation = ops("Sub", x, mean)
         variance = over("ReduceMean", ops("Mul", deviation, deviation))
-        margin = ops("Mul", ops("Sqrt", variance), ops.scalar("sigmas", _SIGMAS))
+        margin = ops("Mul", ops("Sqrt", variance), ops.scalar(_SIGMAS))
         low, high = ops("Max", low, ops("Sub", mean, margin)), ops("Min", high, ops("Add", mean, margin))
     if activation.symmetric:
         high = ops("Max", ops("Neg", low), high)
@@ -250,11 +281,11 @@ def _range(ops: Ops, activation: ActivationSpec, x: Value) -> tuple[Value, Value
 def _axes_after_first(ops: Ops, x: Value) -> Value:
     rank = None if x.shape is None else len(x.shape)
     assert rank is not None, f"the rank of {x.name} is not known"
-    return ops.axes("sample", *range(1, rank))
+    return ops.axes(*range(1, rank))
 
 
 def _rounded(ops: Ops, grid: Grid, x: Value) -> Value:
-    return ops("Clip", ops("Round", x), ops.scalar("qmin", float(grid.qmin)), ops.scalar("qmax", float(grid.qmax)))
+    return ops("Clip", ops("Round", x), ops.scalar(float(grid.qmin)), ops.scalar(float(grid.qmax)))
 
 
 def _fake_quantized(ops: Ops, layer: LayerCodes, x: Value) -> Value:
@@ -266,11 +297,11 @@ def _fake_quantized(ops: Ops, layer: LayerCodes, x: Value) -> Value:
         values = ops("Mul", codes, scale)
         return values if offset is None else ops("Add", values, offset)
     grid = activation.grid()
-    scale = ops.scalar("input_scale", float(layer.activation.scale))
+    scale = ops.scalar(float(layer.activation.scale))
     codes = ops("Div", x, scale)
     if layer.activation.zero_point is None:
         return ops("Mul", _rounded(ops, grid, codes), scale)
-    zero_point = ops.scalar("input_zero_point", float(layer.activation.zero_point))
+    zero_point = ops.scalar(float(layer.activation.zero_point))
     shifted = ops("Add", ops("Round", codes), zero_point)
-    clipped = ops("Clip", shifted, ops.scalar("qmin", float(grid.qmin)), ops.scalar("qmax", float(grid.qmax)))
+    clipped = ops("Clip", shifted, ops.scalar(float(grid.qmin)), ops.scalar(float(grid.qmax)))
     return ops("Mul", ops("Sub", clipped, zero_point), scale)

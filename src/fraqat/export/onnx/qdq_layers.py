@@ -80,7 +80,7 @@ def quantized_input(ops: Ops, layer: LayerCodes, x: Value) -> Value:
     """The input on its grid: QuantizeLinear, DequantizeLinear."""
     assert layer.activation is not None
     zero_point = layer.activation.zero_point
-    scale = ops.scalar("input_scale", float(layer.activation.scale))
+    scale = ops.constant("input_scale", np.array(float(layer.activation.scale), np.float32))
     code = np.array(0 if zero_point is None else int(zero_point))
     zero = ops.constant("input_zero_point", code, input_type(layer))
     return ops("DequantizeLinear", ops("QuantizeLinear", x, scale, zero), scale, zero)
@@ -137,7 +137,7 @@ def qdq_product(ops: Ops, layer: LayerCodes, node: Any, x: Value) -> Value:
     if layer.spec.weight.granularity is Granularity.GROUP:
         weight = _blocked_weight(ops, layer)
         if not is_linear:
-            shape = ops.axes("weight_shape", *layer.codes.shape)
+            shape = ops.constant("weight_shape", np.array(layer.codes.shape, np.int64))
             weight = ops("Reshape", ops("Transpose", weight, perm=(1, 0)), shape)
     elif is_linear:
         weight = quantized_weight(ops, layer, layer.codes_OK.t(), scale_O, axis=1)

@@ -1,8 +1,8 @@
 """Rewrites of a float graph with fixed shapes into the operators of the Qualcomm HTP, each exact but for float rounding.
 
-What the HTP's compiler refused or computed poorly when it was tried: Einsum, tensors of more than 5 axes, a padding by another
-number than zero, a product with a reciprocal (coarse: the reciprocal needs a range of its own), and a tensor that holds sums and
-sums of products side by side, as linear attention has them, because both then share one range.
+What the HTP's compiler refused or computed poorly when it was tried: Einsum, tensors of more than 5 axes, a constant times a
+tensor, a product with a reciprocal (coarse: the reciprocal needs a range of its own), and a tensor that holds sums and sums of
+products side by side, as linear attention has them, because both then share one range.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def rewrite_(model: ir.Model) -> None:
     for rule in _RULES:
         changed = True
         while changed:
-            changed = any([_apply(model, node, rule) for node in tuple(model.graph)])
+            applied = [_apply(model, node, rule) for node in tuple(model.graph)]
+            changed = any(applied)
         model.graph.sort()
 
 
@@ -211,10 +212,10 @@ def _pad(site: Site) -> Value | None:
     assert x is not None
     rank = len(sizes(x))
     padded = [axis for axis in range(rank) if pads[axis] or pads[axis + rank]]
-    if len(node.inputs) > 3 and node.inputs[3] is not None or len(padded) != 1:  # noqa: PLR2004
+    if (len(node.inputs) > 3 and node.inputs[3] is not None) or len(padded) != 1:
         return None
     (axis,) = padded
-    number = _array(node.inputs[2]) if len(node.inputs) > 2 else np.zeros(())  # noqa: PLR2004
+    number = _array(node.inputs[2]) if len(node.inputs) > 2 else np.zeros(())
     assert number is not None
 
     def filled(count: int) -> tuple[Value, ...]:
@@ -227,10 +228,10 @@ def _pad(site: Site) -> Value | None:
 
 def _slice_of(node: ir.Node) -> tuple[int, int, int] | None:
     """Axis, start and end of a Slice of one axis without steps."""
-    if node.op_type != "Slice" or len(node.inputs) < 4 or node.inputs[0] is None:  # noqa: PLR2004
+    if node.op_type != "Slice" or len(node.inputs) < 4 or node.inputs[0] is None:
         return None
     starts, ends, axes = (_ints(value) for value in node.inputs[1:4])
-    steps = _ints(node.inputs[4]) if len(node.inputs) > 4 else [1]  # noqa: PLR2004
+    steps = _ints(node.inputs[4]) if len(node.inputs) > 4 else [1]
     if len(axes) != 1 or steps != [1]:
         return None
     shape = sizes(node.inputs[0])
@@ -260,7 +261,7 @@ def _row_of_ones(site: Site) -> Value | None:
     """A row of ones times B is the sum of B's rows."""
     node = site.node
     ones = _array(node.inputs[0]) if node.op_type == "MatMul" else None
-    if ones is None or ones.ndim < 2 or ones.shape[-2] != 1 or not bool((ones == 1).all()):  # noqa: PLR2004
+    if ones is None or ones.ndim < 2 or ones.shape[-2] != 1 or not bool((ones == 1).all()):
         return None
     axis = len(sizes(node.outputs[0])) - 2
     axes = site.constant(np.array([axis], np.int64))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, final
 
 import numpy as np
@@ -28,10 +29,17 @@ class OnnxExport:
         folder: Holds `PART.onnx`.
         student: Gives the names of the layers and the shapes of their weights.
         codes_suffix: What follows a layer's name in the name of its codes, [K, O], or [O, K, 1, 1] of a convolution.
+        options: Entries of the session's configuration.
     """
 
-    def __init__(self, folder: Path, student: nn.Module, codes_suffix: str = ".codes"):
-        self._folder, self._suffix = folder, codes_suffix
+    def __init__(
+        self,
+        folder: Path,
+        student: nn.Module,
+        codes_suffix: str = ".codes",
+        options: Mapping[str, str] = MappingProxyType({}),
+    ):
+        self._folder, self._suffix, self._options = folder, codes_suffix, dict(options)
         self._shapes = {name: tuple(layer.weight.shape) for name, layer in quantized_layers(student)}
         self._sessions: dict[str, tuple[onnxruntime.InferenceSession, dict[str, str]]] = {}
 
@@ -71,14 +79,16 @@ class OnnxExport:
             raise ModelError(f"{path} is missing. Fix: export again.")
         model = onnx.load(path, load_external_data=False)
         if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer):
-            return open_session(path), {}  # too large for one message: opened as it lies, without the layers' outputs
+            return open_session(
+                path, **self._options
+            ), {}  # too large for one message: opened as it lies, without the layers' outputs
         props = {item.key: item.value for item in model.metadata_props}
         layers: dict[str, str] = json.loads(props.get(LAYER_INPUTS, "{}"))
         known = {value.name for value in (*model.graph.output, *model.graph.input)}
         names = {name: None for layer, given in layers.items() for name in (output_name(layer), given)}
         extra = (onnx.helper.make_empty_tensor_value_info(name) for name in names if name not in known)
         model.graph.output.extend(extra)
-        return open_session(model.SerializeToString()), layers
+        return open_session(model.SerializeToString(), **self._options), layers
 
 
 def open_session(model: Path | bytes, **options: Any) -> onnxruntime.InferenceSession:

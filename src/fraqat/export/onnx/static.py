@@ -58,7 +58,9 @@ def single_samples(part: Part, limit: int) -> list[Inputs]:
     return [samples[round(i * (len(samples) - 1) / max(1, limit - 1))] for i in range(limit)]
 
 
-def float_graph(part: Part, student: nn.Module, codes: Mapping[str, LayerCodes], samples: Sequence[Inputs]) -> FloatGraph:
+def float_graph(
+    part: Part, student: nn.Module, codes: Mapping[str, LayerCodes], samples: Sequence[Inputs]
+) -> FloatGraph:
     """Traces a part for one sample, with the weights that the codes stand for.
 
     Args:
@@ -68,7 +70,10 @@ def float_graph(part: Part, student: nn.Module, codes: Mapping[str, LayerCodes],
         samples: Inputs of one sample each; the first gives the shapes.
     """
     model = trace(dataclasses.replace(part, batches=lambda: samples, dynamic_axes={}), student)
-    for run in (passes.LiftConstantsToInitializersPass(lift_all_constants=True), passes.CommonSubexpressionEliminationPass()):
+    for run in (
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True),
+        passes.CommonSubexpressionEliminationPass(),
+    ):
         run(model)
     inputs_of, products = _lower_(model, codes)
     passes.ShapeInferencePass()(model)
@@ -97,10 +102,12 @@ def _lower_(model: ir.Model, codes: Mapping[str, LayerCodes]) -> tuple[dict[str,
             given = _given(ops, layer, x, shared)
             inputs_of[name] = str(given.name)
             y = _float_product(ops, layer, nodes[name], given, x)
-            if layer.type_name == "Linear" and _rank(x) != 2:  # noqa: PLR2004
+            if layer.type_name == "Linear" and _rank(x) != 2:
                 y.name = f"{name}.product"
                 products[name] = y.name
-                return ops("Reshape", y, ops.axes("shape", *_sizes(x)[:-1], layer.codes.shape[0]))
+                return ops(
+                    "Reshape", y, ops.constant("shape", np.array([*_sizes(x)[:-1], layer.codes.shape[0]], np.int64))
+                )
             products[name] = str(nodes[name].outputs[0].name)
             return y
 
@@ -116,9 +123,13 @@ def _given(ops: Ops, layer: LayerCodes, x: Value, shared: dict[tuple[Any, ...], 
     zero_point = layer.activation.zero_point
     key = (x, layer.type_name, float(layer.activation.scale), None if zero_point is None else int(zero_point))
     if key not in shared:
-        is_rows = layer.type_name == "Linear" and _rank(x) != 2  # noqa: PLR2004
+        is_rows = layer.type_name == "Linear" and _rank(x) != 2
         num_columns = layer.codes_OK.shape[1]
-        shared[key] = ops("Reshape", x, ops.axes("rows", -1, num_columns)) if is_rows else ops("Identity", x)
+        shared[key] = (
+            ops("Reshape", x, ops.constant("rows", np.array([-1, num_columns], np.int64)))
+            if is_rows
+            else ops("Identity", x)
+        )
         shared[key].name = f"{layer.name}.input"
         shared[key].type = ir.TensorType(ir.DataType.FLOAT)
     return shared[key]

@@ -94,10 +94,7 @@ class _Builder:
         for index, value in enumerate(node.inputs):
             if value is None:
                 continue
-            if value.is_initializer():
-                new = self._constant(node, index, value)
-            else:
-                new = self._on_grid(value, wanted)
+            new = self._constant(node, index, value) if value.is_initializer() else self._on_grid(value, wanted)
             if new is not value:
                 node.replace_input_with(index, new)
 
@@ -143,8 +140,14 @@ class _Builder:
 
     def _initializer(self, name: str, array: Array, dtype: ir.DataType | None = None) -> Value:
         if name not in self._graph.initializers:
-            tensor = ir.tensor(array, name=name) if dtype is None else ir.tensor(array.astype(dtype.numpy()), dtype, name=name)
-            value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+            tensor = (
+                ir.tensor(array, name=name)
+                if dtype is None
+                else ir.tensor(array.astype(dtype.numpy()), dtype, name=name)
+            )
+            value = ir.Value(
+                name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+            )
             self._graph.register_initializer(value)
         return self._graph.initializers[name]
 
@@ -172,7 +175,7 @@ class _Builder:
             return value
         weight = self._encodings.weights.get(name)
         if weight is not None and node.op_type in _PRODUCTS:
-            dtype = ir.DataType.INT4 if weight.bits <= 4 else ir.DataType.INT8  # noqa: PLR2004
+            dtype = ir.DataType.INT4 if weight.bits <= 4 else ir.DataType.INT8
             return self._dequantized(weight.layer or name, weight.codes, dtype, weight.scale_O, axis=weight.axis)
         if node.op_type in ("Gemm", "Conv") and index == _BIAS:
             return self._bias(node, value)
