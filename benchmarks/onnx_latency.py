@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/onnx_latency.py
 
-Blocks of Sana 600M, PixArt-Sigma and SD3.5 Medium with random weights, one sample of 1024 tokens, with the model's own embedding
-and output layers. The ways take turns on the same input; a figure is the median over rounds of the ratio to float32 in ONNX
-Runtime, with the least and the greatest. Sizes are those of the ONNX files. Writes `docs/results/onnx_latency.jsonl` and `.md`.
+Blocks of Sana 600M, PixArt-Sigma and SD3.5 Medium with random weights, one sample of 1024 tokens, with the model's own
+embedding and output layers. The ways take turns on the same input; a figure is the median over rounds of the ratio to
+float32 in ONNX Runtime, with the least and the greatest. Sizes are those of the ONNX files. Writes `docs/results/onnx_latency.jsonl` and `.md`.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def float_graph(proto: Any, model: nn.Module, codes: dict[str, LayerCodes], *, i
         layer = codes[name]
         if in_4_bits:
             scale = ops.constant("weight_scale", layer.qparams.scale.flatten().float())
-            stored = ops.constant("codes", layer.codes_OK.t().contiguous(), ir.DataType.INT4)
+            stored = ops.constant("codes", layer.matrix.t().contiguous(), ir.DataType.INT4)
             weight = ops("DequantizeLinear", stored, scale, axis=1)
         else:
             weight = ops.constant("weight", layers[name].weight.flatten(1).t().contiguous())
@@ -191,9 +191,9 @@ def write_table(path: Path) -> None:
     lines = [
         "# Latency and size of one full-width block",
         "",
-        "Made by `benchmarks/onnx_latency.py`: one sample of 1024 tokens, random weights, all ways in turns. Time is the median",
-        "over rounds of the ratio to float32 in ONNX Runtime, with the least and the greatest; size is that of the ONNX file over",
-        "the float32 one.",
+        "Made by `benchmarks/onnx_latency.py`: one sample of 1024 tokens, random weights, all ways in turns. Time is the",
+        "median over rounds of the ratio to float32 in ONNX Runtime, with the least and the greatest; size is that of the",
+        "ONNX file over the float32 one.",
     ]
     for title, record in newest.items():
         head = f"## {title}, {record['threads']} thread{'s' if record['threads'] > 1 else ''}, {record['machine']}"

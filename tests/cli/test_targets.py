@@ -45,7 +45,14 @@ def test_packed_export_is_the_student_exactly(finished: Path, own_run, fraqat) -
 @pytest.mark.slow
 def test_onnx_export_holds_and_samples_a_picture(exported: Path, fraqat) -> None:
     done = fraqat(
-        "verify", exported / "export" / "onnx", "--against", exported, "--prompt", "a red three on white", "--num-batches", 1
+        "verify",
+        exported / "export" / "onnx",
+        "--against",
+        exported,
+        "--prompt",
+        "a red three on white",
+        "--num-batches",
+        1,
     )
     assert done.code == 0, done.err + done.out
     assert "holds" in done.out
@@ -111,7 +118,9 @@ def test_unknown_targets_and_foreign_models_are_refused(own_run, fraqat) -> None
     assert fraqat("train", "color-digits", "--dry-run", "--set", "target=vllm").code == 2
 
 
-@pytest.mark.parametrize("name", [name for name, target in TARGETS.items() if "text-to-image" in target.tasks])
+@pytest.mark.parametrize(
+    "name", [name for name, t in TARGETS.items() if "text-to-image" in t.tasks and not t.model_classes]
+)
 def test_a_recipe_that_names_a_target_is_on_its_grid(name: str) -> None:
     from fraqat.export import LayerPlace
     from fraqat.workflows import open_session
@@ -131,6 +140,19 @@ def test_a_field_that_contradicts_the_target_is_refused() -> None:
         load_recipe("color-digits", ("target=onnx-qdq", "quantization.activation.static=false"))
     with pytest.raises(ConfigError, match=r"target = 'tpu'"):
         load_recipe("color-digits", ("target=tpu",))
+
+
+def test_a_model_without_a_runtime_is_refused_before_training() -> None:
+    from fraqat.workflows import open_session
+
+    recipe = load_recipe("color-digits", ("target=gguf",))
+    with pytest.raises(ConfigError, match="targets that take SanaTransformer2DModel"):
+        open_session(recipe).layers(recipe)
+
+
+def test_a_channel_grid_may_replace_a_targets_groups() -> None:
+    recipe = load_recipe("gemma-2-2b-it-tiny", ("target=vllm", "quantization.weight.granularity=channel"))
+    assert recipe.quantization.weight.group_size is None
 
 
 def test_targets_are_listed(fraqat) -> None:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fraqat.config.problems import explain_problems
 from fraqat.distill import TrainSpec
 from fraqat.errors import ConfigError, config_error
-from fraqat.export import LayerPlace, first_difference, target_named
+from fraqat.export import LayerPlace, check_model, first_difference, target_named
 from fraqat.nn import ALL, STRICT_KEYS, ActivationSpec, LayerRule, QuantSpec, WeightSpec
 from fraqat.schedules import ScheduleKind, ScheduleSpec, StageUnit
 from fraqat.tasks import ModelSpec
@@ -57,8 +57,8 @@ class QuantizationSpec:
 class Recipe(BaseModel, ABC):
     """Everything that decides a run; each model family adds its data and evaluation. Unknown keys are refused.
 
-    `target` names what the result is for (`fraqat targets`): it sets the grid, kind of scale and activations that the recipe does
-    not set itself, and refuses what the target does not compute.
+    `target` names what the result is for (`fraqat targets`): it sets the grid, kind of scale and activations that the
+    recipe does not set itself, and refuses what the target does not compute.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -93,6 +93,10 @@ class Recipe(BaseModel, ABC):
         defaults = plain(target_named(values["target"]).defaults)
         if "activation" in given and given["activation"] is None:
             defaults.pop("activation", None)
+        weight = given.get("weight") or {}
+        if isinstance(weight, dict) and weight.get("granularity", "group") != "group":
+            for name in ("group_size", "group_scale"):
+                defaults.get("weight", {}).pop(name, None)
         return {**values, "quantization": merged(defaults, given)}
 
     @model_validator(mode="after")
@@ -224,10 +228,7 @@ def _check_target(recipe: Recipe) -> None:
     if recipe.target is None:
         return
     target, spec = target_named(recipe.target), recipe.quantization.spec
-    if recipe.task not in target.tasks:
-        raise config_error(
-            "target", target.name, allowed=f"targets for {recipe.task}", fix=f"{target.name} takes {', '.join(target.tasks)}"
-        )
+    check_model(target, recipe.task)
     difference = first_difference(spec, target.nearest(_ANY_LAYER, spec))
     if difference is not None:
         name, found, wanted = difference

@@ -20,9 +20,10 @@ from fraqat.export.target import (
     OpenedExport,
     Outputs,
     Part,
+    ShowsWeights,
     Target,
 )
-from fraqat.export.targets import TARGETS, Mismatch, first_difference, fitted, mismatches, target_named
+from fraqat.export.targets import TARGETS, Mismatch, check_model, first_difference, fitted, mismatches, target_named
 
 __all__ = [
     "MANIFEST_FILE",
@@ -40,7 +41,9 @@ __all__ = [
     "PackedModel",
     "PackedSize",
     "Part",
+    "ShowsWeights",
     "Target",
+    "check_model",
     "first_difference",
     "fitted",
     "layer_codes",

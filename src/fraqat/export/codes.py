@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fraqat.errors import config_error
 from fraqat.nn import QuantizedLayer, QuantSpec, quantized_layers
-from fraqat.numerics import GroupScales, Grid, QParams
+from fraqat.numerics import Grid, GroupScales, QParams
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class LayerCodes:
     activation: QParams | None
 
     @property
-    def codes_OK(self) -> Tensor:
+    def matrix(self) -> Tensor:
         """Codes as a matrix [O, K]."""
         return self.codes.flatten(1)
 

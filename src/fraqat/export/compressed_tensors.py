@@ -266,7 +266,7 @@ def _check_fused(student: nn.Module, schemes: Mapping[str, Scheme]) -> None:
 
 
 def _layer_tensors(name: str, layer: LayerCodes, scheme: Scheme, dtype: torch.dtype) -> dict[str, Tensor]:
-    num_rows, num_inputs = layer.codes_OK.shape
+    num_rows, num_inputs = layer.matrix.shape
     scale = layer.qparams.scale.detach().float().flatten(1)
     num_groups = 1 if scheme.group_size is None else num_inputs // scheme.group_size
     stored = scale.repeat_interleave(num_groups // scale.shape[1], dim=1).expand(num_rows, num_groups)
@@ -279,7 +279,7 @@ def _layer_tensors(name: str, layer: LayerCodes, scheme: Scheme, dtype: torch.dt
             fix="train with scale_dtype: bfloat16",
         )
     return {
-        f"{name}.weight_packed": pack_int32(layer.codes_OK, scheme.bits),
+        f"{name}.weight_packed": pack_int32(layer.matrix, scheme.bits),
         f"{name}.weight_scale": stored.to(dtype),
         f"{name}.weight_shape": torch.tensor([num_rows, num_inputs]),
     }

@@ -159,7 +159,7 @@ def _stored_bits(layer: LayerCodes) -> int:
     Raises:
         ConfigError: XNNPACK would compute another weight.
     """
-    weight, width = layer.spec.weight, layer.codes_OK.shape[1]
+    weight, width = layer.spec.weight, layer.matrix.shape[1]
     fix = "train with target: executorch-xnnpack, or add a rule that skips the layer"
     if layer.type_name != "Linear":
         raise config_error(f"{layer.name}.type", layer.type_name, allowed="Linear", fix=fix)
@@ -246,12 +246,12 @@ def _lowered(job: ExportJob) -> tuple[bytes, dict[str, Any]]:
 
 def _place(layer: LayerCodes, bits: int) -> dict[str, Any]:
     """Where the delegate keeps a layer: its constants are named by their SHA-256."""
-    num_rows = layer.codes_OK.shape[0]
+    num_rows = layer.matrix.shape[0]
     scale = layer.qparams.scale.float().flatten()
     scale = scale if layer.spec.weight.group_size else scale.expand(num_rows)
     content = scale.to(torch.bfloat16).view(torch.int16) if bits == _NARROW_BITS else scale
     return {
-        "key": hashlib.sha256(_packed(layer.codes_OK, bits)).hexdigest(),
+        "key": hashlib.sha256(_packed(layer.matrix, bits)).hexdigest(),
         "scale_key": "scale_" + hashlib.sha256(content.contiguous().numpy().tobytes()).hexdigest(),
         "bits": bits,
         "shape": list(layer.codes.shape),

@@ -53,6 +53,7 @@ class GgufTarget(Target):
     extra = "gguf"
     requires = ("gguf",)
     tasks = ("text-to-image", "language")
+    model_classes = _CLASSES
     defaults = MappingProxyType(
         {
             "weight": {"bits": 4, "granularity": "group", "group_size": BLOCK, "scale_dtype": "float16"},
@@ -197,7 +198,7 @@ def _check_tied_head(student: nn.Module) -> None:
 
 def _scale_of_blocks(layer: LayerCodes) -> Tensor:
     """Scale of every block of 32, [O, B], in float64 so that nothing is rounded before the check."""
-    num_rows, num_inputs = layer.codes_OK.shape
+    num_rows, num_inputs = layer.matrix.shape
     scale = layer.qparams.scale.detach().double().flatten(1)
     num_blocks = num_inputs // BLOCK
     if num_blocks % scale.shape[1]:
@@ -215,7 +216,7 @@ def _q4_0(layer: LayerCodes) -> Tensor:
         raise config_error(
             layer.name, layer.type_name, allowed="Linear with symmetric weights", fix="train with target: gguf"
         )
-    return pack_q4_0(layer.codes_OK, _scale_of_blocks(layer), layer.name)
+    return pack_q4_0(layer.matrix, _scale_of_blocks(layer), layer.name)
 
 
 def _add_tensor(

@@ -202,7 +202,7 @@ def _load_layer_(module: nn.Module, name: str, spec: QuantSpec, tensors: dict[st
 def _layer_tensors(name: str, layer: QuantizedLayer) -> dict[str, Tensor]:
     layer_codes = codes_of(name, layer)
     num_bits = layer_codes.grid.storage_bits
-    rows, qparams, groups = layer_codes.codes_OK, layer_codes.qparams, layer_codes.groups
+    rows, qparams, groups = layer_codes.matrix, layer_codes.qparams, layer_codes.groups
     scale = qparams.scale if groups is None else groups.channel
     tensors = {
         f"{name}.weight.codes": pack_codes(rows, num_bits) if num_bits <= _MAX_PACKED_BITS else rows,

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fraqat.export.packed import load_packed_, read_packed, write_packed_files
 from fraqat.export.target import Bound, ExportJob, Inputs, LayerPlace, OpenedExport, Outputs, Part, Target
-from fraqat.nn import QuantSpec, packed_codes, unquantize_
+from fraqat.nn import PackedLayer, QuantSpec, packed_codes, unquantize_
+from fraqat.numerics import QParams, dequantize
 
 
 @final
@@ -55,6 +56,19 @@ class OpenedModel:
     def codes(self) -> Mapping[str, Tensor]:
         """Integers by layer."""
         return self._codes
+
+    @torch.no_grad()
+    def weights(self) -> Mapping[str, Tensor]:
+        """Weights of the layers that keep one as numbers or make one of codes."""
+        found: dict[str, Tensor] = {}
+        for name in self._codes:
+            module: Any = self._model.get_submodule(name)
+            if isinstance(module, PackedLayer):
+                qparams = QParams(module.scale, offset=module.offset)
+                found[name] = dequantize(module.codes, qparams, module.layout)
+            elif type(module.weight) in (Tensor, nn.Parameter):
+                found[name] = module.weight.detach().float()
+        return found
 
     @torch.no_grad()
     def run(self, part: Part, inputs: Inputs) -> Outputs:

@@ -1,7 +1,7 @@
 """What every target has in common: what it computes, how it is written, how what was written is run again.
 
-A target is one module of `fraqat.export` with one final subclass of `Target`; `fraqat.export.targets` lists them. Importing such
-a module costs nothing: the target's own library is imported inside the methods that need it.
+A target is one module of `fraqat.export` with one final subclass of `Target`; `fraqat.export.targets` lists them. Importing
+such a module costs nothing: the target's own library is imported inside the methods that need it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -123,11 +123,20 @@ class OpenedExport(Protocol):
     """An export in its target's own runtime."""
 
     def codes(self) -> Mapping[str, Tensor]:
-        """The integers of every quantized weight as they lie in the file, by the student's layer names, in the weight's shape."""
+        """The integers of every quantized weight as they lie in the file, by the student's layer names, in its shape."""
         ...
 
     def run(self, part: Part, inputs: Inputs) -> Outputs:
         """Runs one part."""
+        ...
+
+
+@runtime_checkable
+class ShowsWeights(Protocol):
+    """An opened export that can say what its weights are, scales included."""
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Dequantized weights by the student's layer names, float32."""
         ...
 
 
@@ -155,6 +164,7 @@ class Target(ABC):
         extra: The package's extra that brings what it needs; empty if nothing.
         requires: Modules that it imports when it is used.
         tasks: Tasks of the recipes that it takes.
+        model_classes: Classes of diffusers and transformers that it takes; empty: any.
         defaults: Of the recipe's `quantization` section, for what the user does not set.
         bound: What an export may differ by from the student.
     """
@@ -164,6 +174,7 @@ class Target(ABC):
     extra: ClassVar[str] = ""
     requires: ClassVar[tuple[str, ...]] = ()
     tasks: ClassVar[tuple[str, ...]] = ("text-to-image", "language", "text-to-speech")
+    model_classes: ClassVar[tuple[str, ...]] = ()
     defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     bound: ClassVar[Bound]
 

@@ -50,6 +50,29 @@ def target_named(name: str) -> Target:
     return TARGETS[name]
 
 
+def check_model(target: Target, task: str, class_name: str | None = None) -> None:
+    """Refuses a target that has no place for a kind of model.
+
+    Args:
+        target: Of a recipe or an export.
+        task: Of the recipe.
+        class_name: Of the part that is quantized; None where it is not known yet.
+
+    Raises:
+        ConfigError: The target does not take it.
+    """
+    if task not in target.tasks:
+        takes = ", ".join(target.tasks)
+        raise config_error("target", target.name, allowed=f"targets for {task}", fix=f"{target.name} takes {takes}")
+    if class_name is not None and target.model_classes and class_name not in target.model_classes:
+        raise config_error(
+            "target",
+            target.name,
+            allowed=f"targets that take {class_name}",
+            fix=f"{target.name} takes {', '.join(target.model_classes)}; `fraqat targets` lists the others",
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Mismatch:
     """A layer that is not what a target computes.

@@ -55,7 +55,7 @@ def intx_tensor(layer: LayerCodes, dtype: torch.dtype = torch.float32, *, bits: 
     """
     with quiet_torchao():
         from torchao.quantization import IntxUnpackedToInt8Tensor
-    codes_OK = layer.codes_OK.contiguous()
+    codes_OK = layer.matrix.contiguous()
     num_rows, width = codes_OK.shape
     scale = layer.qparams.scale.float()
     scale_OG = scale.flatten(1) if layer.spec.weight.group_size else scale.flatten().expand(num_rows).unsqueeze(1)

@@ -125,9 +125,9 @@ class ActivationSpec:
         granularity: `token` (one scale per position), `sample` (one per element of the batch) or `tensor`.
         static: Scale fixed by `calibrate_` before training instead of measured at run time; granularity must be `tensor`.
         symmetric: Eq. 1 if true. If false: Eq. 2 when dynamic, an integer zero point when static (accelerators' uint8).
-        range_method: `max_abs`, `min_max` or `three_sigma` (the paper's inlier rule for static scales); for static inputs also
-            `percentile`, or `mse`: the extremes shrunk so that the error over the calibration samples is least.
-        percentile: Share of the values inside the range in %, with range method `percentile`; as many are cut off at either end.
+        range_method: `max_abs`, `min_max` or `three_sigma` (the paper's inlier rule for static scales); for static inputs
+            also `percentile`, or `mse`: the extremes shrunk so that the error over the calibration samples is least.
+        percentile: Share of the values inside the range in %, with range method `percentile`; either end loses as much.
         scale_dtype: As for weights.
         zero_point: Of an asymmetric dynamic input: `float` (Eq. 2), or an integer as the target computes it, `integer`
             (torchao) or `xnnpack`; see `fraqat.numerics.ZeroPoint`. Their scales are float32.

@@ -105,7 +105,8 @@ class LanguageStep(nn.Module):
 
 
 def stop_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
-    """Tokens that end a text."""
+    """Tokens that end a text: the model's, or the tokenizer's where it names none."""
     configured: Any = cast(Any, model).generation_config.eos_token_id
-    found: Iterable[Any] = configured if isinstance(configured, list) else [configured, tokenizer.eos_token_id]
+    own = tokenizer.eos_token_id if configured is None else configured
+    found: Iterable[Any] = own if isinstance(own, list) else [own]
     return sorted({int(token) for token in found if token is not None})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,8 @@ def export(
     target = target_named(target_name)
     run.methods()
     recipe = run.recipe()
-    check_target(target, recipe)
     session = session or open_session(recipe)
+    check_target(target, recipe, session)
     student = session.load_student(recipe, run.student_path, with_engine=False)
     lost = check_grid(student, target, accept_loss=accept_loss)
     if lost:
@@ -112,8 +113,8 @@ def export(
     return Exported(folder, num_bytes, num_weights, bits)
 
 
-def check_target(target: Target, recipe: Recipe) -> None:
-    """Refuses a target that does not take the recipe's kind of model, or whose libraries are missing.
+def check_target(target: Target, recipe: Recipe, session: Session[Any]) -> None:
+    """Refuses a target that does not take the model, or whose libraries are missing.
 
     Raises:
         ConfigError: One of these.
@@ -162,7 +163,7 @@ def fit_(student: nn.Module, target: Target, session: Session[Any]) -> None:
     train, task = session.recipe.train, session.task
     calibrate_(
         student,
-        lambda inputs: task.predict(student, inputs),
+        partial(task.predict, student),
         task.calibration_batches(train.calibration_samples, train.batch_size),
     )
 

@@ -15,11 +15,13 @@ from fraqat.export import (
     OpenedExport,
     Outputs,
     Part,
+    ShowsWeights,
     layer_codes,
     run_module,
     target_named,
 )
 from fraqat.files import atomic_file, write_json_atomic
+from fraqat.nn import quantized_layers
 from fraqat.table import Table
 from fraqat.workflows.exporting import check_grid, check_target, export_format, fit_
 from fraqat.workflows.progress import Progress
@@ -27,6 +29,7 @@ from fraqat.workflows.runs import RunFolder
 from fraqat.workflows.sessions import Session, open_session
 
 NUM_BATCHES = 2
+WEIGHT_SQNR_DB = 100.0
 _SAMPLES_FOLDER = "verify"
 
 
@@ -61,7 +64,8 @@ class LayerCheck:
 
     name: str
     num_differing_codes: int | None
-    error: Error | None
+    error: Error | None = None
+    weight_error: Error | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +112,8 @@ def verify(
     target = target_named(export_format(folder))
     run.methods()
     recipe = run.recipe()
-    check_target(target, recipe)
     session = session or open_session(recipe)
+    check_target(target, recipe, session)
     student = session.load_student(recipe, run.student_path, with_engine=False)
     if check_grid(student, target, accept_loss=True):
         fit_(student, target, session)
@@ -117,6 +121,7 @@ def verify(
     parts = session.export_parts(student)
     codes = layer_codes(student)
     checks = _layer_checks(opened, codes)
+    weights = _weight_errors(opened, student)
     whole: dict[str, Error] = {}
     errors: dict[str, Error] = {}
     for number, inputs in enumerate(parts[0].batches()[:num_batches]):
@@ -124,7 +129,10 @@ def verify(
         found = opened.run(parts[0], inputs)
         wanted = run_module(parts[0].module, student, [], parts[0], inputs)
         _compare(found, wanted, student, whole, errors)
-    layers = [dataclasses.replace(check, error=errors.get(check.name)) for check in checks]
+    layers = [
+        dataclasses.replace(check, error=errors.get(check.name), weight_error=weights.get(check.name))
+        for check in checks
+    ]
     samples = () if prompt is None else _sample(session, run, target.name, opened, parts[0], student, prompt)
     verified = _judge(layers, whole, target.bound, target.name, samples)
     write_json_atomic(
@@ -137,9 +145,23 @@ def verify(
 def _layer_checks(opened: OpenedExport, codes: dict[str, LayerCodes]) -> list[LayerCheck]:
     found = opened.codes()
     return [
-        LayerCheck(name, int((found[name].int() != layer.codes.int()).sum()) if name in found else None, None)
+        LayerCheck(name, int((found[name].int() != layer.codes.int()).sum()) if name in found else None)
         for name, layer in codes.items()
     ]
+
+
+@torch.no_grad()
+def _weight_errors(opened: OpenedExport, student: nn.Module) -> dict[str, Error]:
+    """What scales of the file add to the codes, where the runtime says what its weights are."""
+    errors: dict[str, Error] = {}
+    if not isinstance(opened, ShowsWeights):
+        return errors
+    layers = dict(quantized_layers(student))
+    for name, weight in opened.weights().items():
+        layer = layers[name]
+        errors[name] = Error()
+        errors[name].add(layer.weight_quantizer(layer.master_weight()), weight.reshape(layer.weight.shape))
+    return errors
 
 
 @torch.no_grad()
@@ -158,6 +180,8 @@ def _judge(
 ) -> Verified:
     def breaks(check: LayerCheck) -> bool:
         is_other = check.num_differing_codes != 0
+        if check.weight_error is not None and check.weight_error.sqnr_db < WEIGHT_SQNR_DB:
+            return True
         return is_other or (check.error is not None and check.error.sqnr_db < bound.layer_sqnr_db)
 
     broken = [check.name for check in layers if breaks(check)]
@@ -174,9 +198,15 @@ def _judge(
     lowest = min((error.sqnr_db for error in shown), default=None)
     differing = sum(check.num_differing_codes or 0 for check in layers)
     absent = sum(check.num_differing_codes is None for check in layers)
+    least_weight = min((c.weight_error.sqnr_db for c in layers if c.weight_error is not None), default=None)
     summary: list[tuple[Any, ...]] = [
         ("layers whose codes are in the file", len(layers) - absent, len(layers)),
         ("codes that differ", differing, 0),
+        (
+            "least SQNR of a weight, scales included, dB",
+            _number(least_weight),
+            WEIGHT_SQNR_DB if least_weight else None,
+        ),
         ("layers whose output was compared", len(shown), None),
         ("least SQNR of a layer, dB", _number(lowest), _number(bound.layer_sqnr_db) if shown else None),
     ]

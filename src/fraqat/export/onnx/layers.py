@@ -132,7 +132,7 @@ def _integer_product(ops: Ops, layer: LayerCodes, x: Value, *, channels_first: b
     assert activation is not None
     groups = layer.groups
     scale_O = (layer.qparams.scale if groups is None else groups.channel).flatten().float()
-    weight_scale = ops.constant("weight_scale", scale_O.expand(len(layer.codes_OK)).contiguous())
+    weight_scale = ops.constant("weight_scale", scale_O.expand(len(layer.matrix)).contiguous())
     weight = _integer_weight(ops, layer)
     if layer.activation is not None:
         codes, scale, zero_point = _static_codes(ops, activation, layer.activation, x)
@@ -162,7 +162,7 @@ def _integer_weight(ops: Ops, layer: LayerCodes) -> Value:
     codes = stored_codes(ops, layer)
     if layer.groups is None:
         return codes if layer.grid.storage_bits > 4 else ops.cast(codes, ir.DataType.INT8)
-    num_rows, num_columns = layer.codes_OK.shape
+    num_rows, num_columns = layer.matrix.shape
     num_groups = layer.groups.multiplier.shape[1]
     blocks = ops("Reshape", ops.cast(codes, ir.DataType.INT32), ops.axes(num_groups, -1, num_rows))
     multiplier = layer.groups.multiplier.reshape(num_rows, num_groups, 1).permute(1, 2, 0).to(torch.int32)
@@ -179,7 +179,7 @@ def stored_codes(ops: Ops, layer: LayerCodes) -> Value:
         (False, True): ir.DataType.UINT4,
         (False, False): ir.DataType.UINT8,
     }[is_signed, is_small]
-    return ops.constant("codes", layer.codes_OK.t().contiguous(), dtype)
+    return ops.constant("codes", layer.matrix.t().contiguous(), dtype)
 
 
 def _float_product(ops: Ops, layer: LayerCodes, x: Value) -> Value:
@@ -193,7 +193,7 @@ def dequantized_weight(ops: Ops, layer: LayerCodes) -> Value:
     Cast and Mul instead of DequantizeLinear: ONNX Runtime turns DequantizeLinear of INT4 and MatMul into a product that rounds
     the inputs to 8 bits on its own (49 dB on a 16-bit layer).
     """
-    num_rows, num_columns = layer.codes_OK.shape
+    num_rows, num_columns = layer.matrix.shape
     scale = layer.qparams.scale.float()
     weight = ops.cast(stored_codes(ops, layer), ir.DataType.FLOAT)
     if layer.spec.weight.granularity is Granularity.GROUP:

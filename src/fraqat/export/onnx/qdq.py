@@ -56,8 +56,8 @@ class QdqTarget(Target):
         }
     )
     bound = Bound(
-        sqnr_db=25.0,
-        layer_sqnr_db=50.0,
+        sqnr_db=30.0,
+        layer_sqnr_db=60.0,
         reason="the same codes; the bias is rounded to whole steps of the accumulator, s_x * s_w, which turns a few roundings "
         "of later inputs",
     )

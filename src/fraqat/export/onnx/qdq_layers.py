@@ -51,7 +51,7 @@ def accumulator(layer: LayerCodes) -> Accumulator:
     input_scale = layer.activation.scale.float().flatten()
     if layer.bias is None:
         return Accumulator(weight_scale_O, input_scale * weight_scale_O, None)
-    is_empty = (layer.codes_OK == 0).all(dim=1)
+    is_empty = (layer.matrix == 0).all(dim=1)
     fitting = layer.bias.abs().clamp(min=1e-6) / (input_scale * _EMPTY_ROW_STEPS)
     weight_scale_O = torch.where(is_empty, fitting, weight_scale_O)
     scale_O = input_scale * weight_scale_O
@@ -126,37 +126,37 @@ def qdq_product(ops: Ops, layer: LayerCodes, node: Any, x: Value) -> Value:
         x: [..., K], or [N, K, H, W] of a pointwise convolution.
     """
     given = x if layer.spec.activation is None else quantized_input(ops, layer, x)
-    bias: Value | None = None
-    scale_O = layer.qparams.scale.float().flatten().expand(layer.codes.shape[0])
-    if layer.activation is not None and layer.spec.weight.granularity is not Granularity.GROUP:
-        sums = accumulator(layer)
-        bias, scale_O = quantized_bias(ops, sums), sums.weight_scale_O
-    elif layer.bias is not None:
-        bias = ops.constant("bias", layer.bias)
     is_linear = layer.type_name == "Linear"
+    stored_bias: Value | None = None
     if layer.spec.weight.granularity is Granularity.GROUP:
-        weight = _blocked_weight(ops, layer)
-        if not is_linear:
-            shape = ops.constant("weight_shape", np.array(layer.codes.shape, np.int64))
-            weight = ops("Reshape", ops("Transpose", weight, perm=(1, 0)), shape)
-    elif is_linear:
-        weight = quantized_weight(ops, layer, layer.codes_OK.t(), scale_O, axis=1)
+        weight = _blocked_weight(ops, layer, is_linear)
     else:
-        weight = quantized_weight(ops, layer, layer.codes, scale_O, axis=0)
+        sums = None if layer.activation is None else accumulator(layer)
+        scale_O = layer.qparams.scale.float().flatten().expand(layer.codes.shape[0])
+        if sums is not None:
+            stored_bias, scale_O = quantized_bias(ops, sums), sums.weight_scale_O
+        codes = layer.matrix.t() if is_linear else layer.codes
+        weight = quantized_weight(ops, layer, codes, scale_O, axis=1 if is_linear else 0)
+    if stored_bias is None and layer.bias is not None:
+        stored_bias = ops.constant("bias", layer.bias)
     if not is_linear:
-        inputs = (given, weight) if bias is None else (given, weight, bias)
+        inputs = (given, weight) if stored_bias is None else (given, weight, stored_bias)
         strides = tuple(node.attributes["strides"].as_ints())
         return ops("Conv", *inputs, kernel_shape=(1, 1), strides=strides)
     y = ops("MatMul", given, weight)
-    return y if bias is None else ops("Add", y, bias)
+    return y if stored_bias is None else ops("Add", y, stored_bias)
 
 
-def _blocked_weight(ops: Ops, layer: LayerCodes) -> Value:
-    """float32 [K, O] from codes with a scale per block of input channels."""
+def _blocked_weight(ops: Ops, layer: LayerCodes, is_linear: bool) -> Value:
+    """float32 [K, O], or [O, K, 1, 1] of a convolution, from codes with a scale per block of input channels."""
     num_rows = layer.codes.shape[0]
     scale_GO = layer.qparams.scale.float().reshape(num_rows, -1).t().contiguous()
     dtype = code_type(layer)
-    stored = ops.constant("codes", layer.codes_OK.t().contiguous(), dtype)
+    stored = ops.constant("codes", layer.matrix.t().contiguous(), dtype)
     zero = ops.constant("weight_zero_point", np.zeros(tuple(scale_GO.shape)), dtype)
     scale = ops.constant("weight_scale", scale_GO)
-    return ops("DequantizeLinear", stored, scale, zero, axis=0, block_size=layer.spec.weight.group_size)
+    weight_KO = ops("DequantizeLinear", stored, scale, zero, axis=0, block_size=layer.spec.weight.group_size)
+    if is_linear:
+        return weight_KO
+    shape = ops.constant("weight_shape", np.array(layer.codes.shape, np.int64))
+    return ops("Reshape", ops("Transpose", weight_KO, perm=(1, 0)), shape)

@@ -83,7 +83,9 @@ class OnnxExport:
                 path, **self._options
             ), {}  # too large for one message: opened as it lies, without the layers' outputs
         props = {item.key: item.value for item in model.metadata_props}
-        layers: dict[str, str] = json.loads(props.get(LAYER_INPUTS, "{}"))
+        made = {name for node in model.graph.node for name in node.output}
+        told: dict[str, str] = json.loads(props.get(LAYER_INPUTS, "{}"))
+        layers = {layer: given for layer, given in told.items() if output_name(layer) in made}
         known = {value.name for value in (*model.graph.output, *model.graph.input)}
         names = {name: None for layer, given in layers.items() for name in (output_name(layer), given)}
         extra = (onnx.helper.make_empty_tensor_value_info(name) for name in names if name not in known)

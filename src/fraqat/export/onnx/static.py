@@ -124,7 +124,7 @@ def _given(ops: Ops, layer: LayerCodes, x: Value, shared: dict[tuple[Any, ...], 
     key = (x, layer.type_name, float(layer.activation.scale), None if zero_point is None else int(zero_point))
     if key not in shared:
         is_rows = layer.type_name == "Linear" and _rank(x) != 2
-        num_columns = layer.codes_OK.shape[1]
+        num_columns = layer.matrix.shape[1]
         shared[key] = (
             ops("Reshape", x, ops.constant("rows", np.array([-1, num_columns], np.int64)))
             if is_rows

@@ -19,9 +19,28 @@ from torch import Tensor, nn
 from fraqat.config import Recipe
 from fraqat.distill import DistillTask
 from fraqat.errors import ModelError, config_error
-from fraqat.export import Inputs, LayerPlace, ModelDescription, Part, fitted, load_packed_, read_packed, target_named
+from fraqat.export import (
+    Inputs,
+    LayerPlace,
+    ModelDescription,
+    Part,
+    check_model,
+    fitted,
+    load_packed_,
+    read_packed,
+    target_named,
+)
 from fraqat.kernels import EngineName
-from fraqat.nn import EngineSpec, IntegerLayers, LayerFamilies, LayerRule, QuantReport, QuantSpec, add_adapters_, quantize_
+from fraqat.nn import (
+    EngineSpec,
+    IntegerLayers,
+    LayerFamilies,
+    LayerRule,
+    QuantReport,
+    QuantSpec,
+    add_adapters_,
+    quantize_,
+)
 from fraqat.planning import Workload
 from fraqat.tasks import ModelSpec
 from fraqat.tasks.known import KnownModel, describe_model
@@ -233,6 +252,8 @@ class Session(ABC, Generic[RecipeT]):
         quantization = recipe.quantization
         rules = (*(self.family_rules if quantization.family_rules else ()), *quantization.rules)
         target = None if recipe.target is None else target_named(recipe.target)
+        if target is not None:
+            check_model(target, recipe.task, self.known.class_name)
 
         def fit(name: str, type_name: str, shape: tuple[int, ...], spec: QuantSpec) -> QuantSpec | None:
             return spec if target is None else fitted(target, LayerPlace(name, type_name, shape), spec)
