@@ -4,7 +4,8 @@
 
 Blocks of Sana 600M, PixArt-Sigma and SD3.5 Medium with random weights, one sample of 1024 tokens, with the model's own
 embedding and output layers. The ways take turns on the same input; a figure is the median over rounds of the ratio to
-float32 in ONNX Runtime, with the least and the greatest. Sizes are those of the ONNX files. Writes `docs/results/onnx_latency.jsonl` and `.md`.
+float32 in ONNX Runtime, with the least and the greatest. Sizes are those of the
+ONNX files. Writes `docs/results/onnx_latency.jsonl` and `.md`.
 """
 
 from __future__ import annotations

@@ -85,11 +85,12 @@ def sample(export: Export, prompt: str, noise: np.ndarray[Any, Any]) -> np.ndarr
         name: np.array(given["values"], given["dtype"]) for name, given in constants["shared_inputs"].items()
     }
     coefficients = np.array(constants["coefficients"], np.float32)
+    time_dtype = export.parts["transformer"]["inputs"]["timestep"]["dtype"]
     known = [noise.astype(np.float32)]
     for step, time in enumerate(constants["timesteps"]):
         latents = np.tensordot(coefficients[step, : len(known)], np.stack(known), 1)
         rows = np.repeat(latents[None], len(prompts), 0)
-        times = np.full(len(prompts), time, np.float32)
+        times = np.full(len(prompts), time, time_dtype)
         found = export.run("transformer", {"hidden_states": rows, "timestep": times, **conditioning})["output"]
         known.append(found[0] if scale == 1 else found[1] + scale * (found[0] - found[1]))
     latents = np.tensordot(coefficients[-1], np.stack(known), 1)

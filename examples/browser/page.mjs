@@ -1,14 +1,13 @@
-// Connects the page with sample.mjs. Addresses: index.html?export=EXPORT&wasm=FOLDER
+// Connects the page with sample.mjs. The export lies in the folder `export`, or where index.html?export=ADDRESS says.
 
 import {Export, draw, drawNoise} from "./sample.mjs";
 
-const query = new URLSearchParams(location.search);
-const address = (name, otherwise) => new URL(query.get(name) ?? otherwise, location.href).href.replace(/\/$/, "");
+const address = new URL(new URLSearchParams(location.search).get("export") ?? "export", location.href).href.replace(/\/$/, "");
 const form = document.querySelector("form"), status = document.querySelector("output");
 const button = form.querySelector("button"), canvas = document.querySelector("canvas");
 
 async function main() {
-  const found = await Export.open(address("export", "export"), `${address("wasm", "node_modules/onnxruntime-web/dist")}/`);
+  const found = await Export.open(address);
   const length = found.constants("transformer").latent_shape.reduce((a, b) => a * b);
   status.textContent = "Ready.";
   button.disabled = false;

@@ -1,6 +1,6 @@
 // A picture from an export, in the browser: the same steps as examples/sample_without_torch.py.
 
-import * as ort from "onnxruntime-web";
+import * as ort from "./node_modules/onnxruntime-web/dist/ort.wasm.min.mjs";
 import {WordTokenizer} from "./tokenizer.mjs";
 
 const PARTS = ["text_encoder", "transformer", "decoder"];
@@ -8,13 +8,9 @@ const ARRAYS = {float32: Float32Array, int64: BigInt64Array, int32: Int32Array, 
 
 /** An export: its graphs, tokenizers and what `parts.json` says of them. */
 export class Export {
-  /**
-   * @param {string} folder Address of the export's folder.
-   * @param {string} wasm Address of the folder with onnxruntime-web's .wasm files.
-   */
-  static async open(folder, wasm) {
+  /** @param {string} folder Address of the export's folder. */
+  static async open(folder) {
     ort.env.wasm.numThreads = 1; // more need a page that is isolated from others
-    ort.env.wasm.wasmPaths = wasm;
     const found = new Export();
     found.parts = await (await get(`${folder}/parts.json`)).json();
     for (const name of PARTS) {
@@ -75,7 +71,7 @@ export class Export {
       const {output} = await this.run("transformer", {
         ...conditioning,
         hidden_states: new ort.Tensor("float32", rows, [prompts.length, ...shape]),
-        timestep: tensor("float32", prompts.map(() => time), [prompts.length]),
+        timestep: tensor(this.parts.transformer.inputs.timestep.dtype, prompts.map(() => time), [prompts.length]),
       });
       known.push(guided(output.data, latents.length, scale));
       onStep(step + 1, timesteps.length);

@@ -181,9 +181,9 @@ def outputs_of(case: Case, folder: Path) -> Outputs:
 
 
 def edited(case: Case, folder: Path, change: Callable[[Any], None]) -> Path:
-    """A copy of the graphs with one number changed."""
+    """A copy of the graphs with one thing changed."""
     model = onnx.load(case.folder / "toy.onnx")
-    change({item.name: item for item in model.graph.initializer})
+    change(model.graph)
     onnx.save(model, folder / "toy.onnx")
     (folder / "toy.host.onnx").write_bytes((case.folder / "toy.host.onnx").read_bytes())
     return folder
@@ -213,28 +213,39 @@ def test_the_emulator_computes_every_layer_within_one_step(case: Case) -> None:
         assert sqnr_db(alone, found.layers[name]) > target.bound.layer_sqnr_db
 
 
-def scale_by(name: str, factor: float) -> Callable[[Any], None]:
-    def change(tensors: Any) -> None:
-        array = onnx.numpy_helper.to_array(tensors[name]) * np.float32(factor)
-        tensors[name].CopyFrom(onnx.numpy_helper.from_array(array, name))
-
-    return change
+def initializer(graph: Any, name: str) -> Any:
+    return next(item for item in graph.initializer if item.name == name)
 
 
-def flip_code(tensors: Any) -> None:
-    packed = tensors["query.codes"].raw_data
-    tensors["query.codes"].raw_data = bytes([packed[0] ^ 4]) + packed[1:]
+def change_scale(graph: Any) -> None:
+    tensor = initializer(graph, "query.scale")
+    array = onnx.numpy_helper.to_array(tensor) * np.float32(1.01)
+    tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
 
 
-@pytest.mark.parametrize("fault", ["scale x 1.01", "one code"])
+def flip_code(graph: Any) -> None:
+    tensor = initializer(graph, "query.codes")
+    tensor.raw_data = bytes([tensor.raw_data[0] ^ 4]) + tensor.raw_data[1:]
+
+
+def drop_zero_point(graph: Any) -> None:
+    """The provider takes a missing zero point of INT4 for another number than zero, and says nothing."""
+    node = next(node for node in graph.node if "query.codes" in node.input)
+    del node.input[2]
+
+
+FAULTS = {"scale x 1.01": change_scale, "one code": flip_code, "zero point removed": drop_zero_point}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_changed_number_is_noticed(case: Case, tmp_path: Path, fault: str) -> None:
     pytest.importorskip("onnxruntime_qnn")
     from fraqat.export.onnx.htp import steps_apart
 
-    change = scale_by("query.scale", 1.01) if fault == "scale x 1.01" else flip_code
-    found = outputs_of(case, edited(case, tmp_path, change))
+    found = outputs_of(case, edited(case, tmp_path, FAULTS[fault]))
     apart = steps_apart(case.folder / "toy.onnx", [found])
     assert apart["query"].largest > 1 or apart["query"].share_equal < 0.9
+    assert apart["key"].largest <= 1
     codes = target_named("qualcomm").open(tmp_path, case.model).codes()["query"]
     assert int((codes != layer_codes(case.model)["query"].codes).sum()) == (fault == "one code")
 

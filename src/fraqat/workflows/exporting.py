@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -163,7 +163,7 @@ def fit_(student: nn.Module, target: Target, session: Session[Any]) -> None:
     train, task = session.recipe.train, session.task
     calibrate_(
         student,
-        partial(task.predict, student),
+        partial(cast(Any, task).predict, student),
         task.calibration_batches(train.calibration_samples, train.batch_size),
     )
 

@@ -76,7 +76,8 @@ class RunFolder:
         with explain_os_errors(path):
             path.mkdir(parents=True, exist_ok=True)
         write_text_atomic(path / "recipe.yaml", recipe.to_yaml())
-        write_json_atomic(path / "environment.json", environment())
+        engine = {"engine": str(recipe.train.engine.name.value)}
+        write_json_atomic(path / "environment.json", environment() | engine)
         return run
 
     def recipe(self) -> Recipe:
@@ -166,4 +167,4 @@ def environment() -> dict[str, str]:
             continue
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     machine = {"machine": platform.machine(), "cores": str(os.cpu_count()), "threads": str(torch.get_num_threads())}
-    return {**versions, **machine, "device": device, "engine": "reference (fake quantization)"}
+    return {**versions, **machine, "device": device}
