@@ -75,7 +75,7 @@ def node_modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = (npm, "install", "--offline", "--ignore-scripts", "--no-audit", "--no-fund")
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
     if result.returncode:
-        pytest.skip("onnxruntime-web is not in npm's cache; run npm install in examples/browser")
+        pytest.skip("onnxruntime-web is not in npm's cache; run npm ci in examples/browser")
     return folder / "node_modules"
 
 

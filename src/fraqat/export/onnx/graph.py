@@ -28,7 +28,7 @@ DOMAIN, LAYER = "fraqat", "Layer"
 LAYER_INPUTS = "fraqat.layer_inputs"
 """Metadata of a lowered graph: layer -> name of the tensor that it is given, as JSON."""
 LAYER_OUTPUTS = "fraqat.layer_outputs"
-"""Metadata of a static graph: layer -> name of the tensor that its product gives, as JSON."""
+"""Metadata: layer -> name of the tensor that it gives (in a static graph: that its product gives), as JSON."""
 _INLINE_BYTES = 1 << 30
 _SMALL_TENSOR = 1 << 10
 BATCH = "batch"
@@ -188,6 +188,7 @@ def replace_layers_(model: Any, lower: Mapping[str, Callable[[Any, Any], Any]]) 
 
     nodes = layer_nodes(model)
     model.metadata_props[LAYER_INPUTS] = json.dumps({name: node.inputs[0].name for name, node in nodes.items()})
+    model.metadata_props[LAYER_OUTPUTS] = json.dumps({name: node.outputs[0].name for name, node in nodes.items()})
     for name, node in nodes.items():
         old, tape = node.outputs[0], Tape()
         new = lower[name](tape, node.inputs[0])

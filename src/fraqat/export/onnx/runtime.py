@@ -16,7 +16,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from fraqat.errors import ModelError
-from fraqat.export.onnx.graph import LAYER_INPUTS, output_name
+from fraqat.export.onnx.graph import LAYER_INPUTS, LAYER_OUTPUTS
 from fraqat.export.target import Inputs, Outputs, Part
 from fraqat.nn import quantized_layers
 
@@ -41,7 +41,7 @@ class OnnxExport:
     ):
         self._folder, self._suffix, self._options = folder, codes_suffix, dict(options)
         self._shapes = {name: tuple(layer.weight.shape) for name, layer in quantized_layers(student)}
-        self._sessions: dict[str, tuple[onnxruntime.InferenceSession, dict[str, str]]] = {}
+        self._sessions: dict[str, tuple[onnxruntime.InferenceSession, dict[str, tuple[str, str]]]] = {}
 
     def codes(self) -> Mapping[str, Tensor]:
         """Integers by layer, over all graphs."""
@@ -62,32 +62,32 @@ class OnnxExport:
         session, layers = self._sessions[part.name]
         wanted = {item.name for item in session.get_inputs()}
         feeds = {name: value.numpy() for name, value in inputs.items() if name in wanted}
-        names = list(dict.fromkeys([*part.outputs, *(output_name(layer) for layer in layers), *layers.values()]))
+        names = list(dict.fromkeys([*part.outputs, *(name for pair in layers.values() for name in pair)]))
         computed = [name for name in names if name not in feeds]
         found = dict(zip(computed, map(torch.from_numpy, session.run(computed, feeds)), strict=True))
         found |= {name: inputs[name] for name in names if name in feeds}
         return Outputs(
             {name: found[name] for name in part.outputs},
-            {layer: found[output_name(layer)] for layer in layers},
-            {layer: found[name] for layer, name in layers.items()},
+            {layer: found[output] for layer, (_, output) in layers.items()},
+            {layer: found[given] for layer, (given, _) in layers.items()},
         )
 
-    def _open(self, part: Part) -> tuple[onnxruntime.InferenceSession, dict[str, str]]:
-        """A session, and layer -> name of its input for the layers that it shows."""
+    def _open(self, part: Part) -> tuple[onnxruntime.InferenceSession, dict[str, tuple[str, str]]]:
+        """A session, and layer -> names of its input and its output for the layers that it shows."""
         path = self._folder / f"{part.name}.onnx"
         if not path.is_file():
             raise ModelError(f"{path} is missing. Fix: export again.")
         model = onnx.load(path, load_external_data=False)
         if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer):
-            return open_session(
-                path, **self._options
-            ), {}  # too large for one message: opened as it lies, without the layers' outputs
+            # Too large for one message: opened as it lies, without the layers' outputs.
+            return open_session(path, **self._options), {}
         props = {item.key: item.value for item in model.metadata_props}
         made = {name for node in model.graph.node for name in node.output}
-        told: dict[str, str] = json.loads(props.get(LAYER_INPUTS, "{}"))
-        layers = {layer: given for layer, given in told.items() if output_name(layer) in made}
+        given: dict[str, str] = json.loads(props.get(LAYER_INPUTS, "{}"))
+        gives: dict[str, str] = json.loads(props.get(LAYER_OUTPUTS, "{}"))
+        layers = {layer: (given[layer], output) for layer, output in gives.items() if output in made and layer in given}
         known = {value.name for value in (*model.graph.output, *model.graph.input)}
-        names = {name: None for layer, given in layers.items() for name in (output_name(layer), given)}
+        names = {name: None for pair in layers.values() for name in pair}
         extra = (onnx.helper.make_empty_tensor_value_info(name) for name in names if name not in known)
         model.graph.output.extend(extra)
         return open_session(model.SerializeToString(), **self._options), layers
