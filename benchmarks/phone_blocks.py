@@ -20,13 +20,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fraqat import ActivationSpec, QuantSpec, WeightSpec, __version__, calibrate_, quantize_
 from fraqat.export import Inputs, Part, layer_codes
+from fraqat.numerics import Granularity, RangeMethod
 from fraqat.tasks.known import build_on_meta, known_model
 
 NUM_SAMPLES = 2
@@ -131,11 +132,11 @@ def build(case: Case) -> nn.Module:
         if "norm" in name and name.endswith("weight") and parameter.ndim == 1:
             nn.init.ones_(parameter)
     module = case.wrap(block).eval().requires_grad_(False)
-    activation = ActivationSpec(static=True, granularity="tensor", symmetric=False, range_method="three_sigma")
+    activation = ActivationSpec(static=True, granularity=Granularity.TENSOR, symmetric=False, range_method=RangeMethod.THREE_SIGMA)
     quantize_(module, QuantSpec(WeightSpec(narrow=True, scale_dtype="bfloat16"), activation))
     samples = [case.sample() for _ in range(NUM_SAMPLES)]
     with torch.no_grad():
-        calibrate_(module, lambda x: module(**x), samples)
+        calibrate_(module, lambda x: module(**cast(Inputs, x)), samples)
     return module
 
 

@@ -170,3 +170,25 @@ def test_a_gpu_holds_no_state_of_a_host_optimizer(name: Any) -> None:
 
 def test_torchao_is_there_for_these_tests() -> None:
     assert find_spec("torchao") is not None
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_learned_scales_have_a_rate_of_their_own_and_do_not_decay(optimizer: str) -> None:
+    weight, scale = (nn.Parameter(torch.full((8,), 2.0)) for _ in range(2))
+    spec = toy_spec(optimizer=optimizer, weight_decay=0.5, scale_rate=0.1)
+    made = make_optimizer([weight, scale], spec, [scale])
+    made.set_learning_rate_(0.01)
+    for parameter in (weight, scale):
+        parameter.grad = torch.zeros_like(parameter)
+    made.step()
+    assert torch.equal(scale, torch.full((8,), 2.0))
+    assert weight.detach() == pytest.approx(torch.full((8,), 2.0 * (1 - 0.01 * 0.5)))
+    again = make_optimizer([weight, scale], spec, [scale])
+    again.load_state_dict(made.state_dict())
+    for parameter in (weight, scale):
+        parameter.grad = torch.ones_like(parameter)
+    before = [weight.detach().clone(), scale.detach().clone()]
+    again.set_learning_rate_(0.01)
+    again.step()
+    moved = [float((a - b.detach()).abs().max()) for a, b in zip(before, (weight, scale), strict=True)]
+    assert moved[1] == pytest.approx(0.1 * (moved[0] - 0.01 * 0.5 * float(before[0][0])), rel=1e-3)

@@ -19,6 +19,7 @@ from fraqat.errors import config_error
 _BLOCK = 256
 """Elements of an 8-bit state that share a scale."""
 _CODES, _SCALE, _SIGNED = "codes", "scale", "signed"
+_RATE_FACTOR = "rate_factor"
 _NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 
 
@@ -50,18 +51,21 @@ class TrainOptimizer(Protocol):
         ...
 
 
-def make_optimizer(parameters: Sequence[nn.Parameter], spec: TrainSpec) -> TrainOptimizer:
+def make_optimizer(
+    parameters: Sequence[nn.Parameter], spec: TrainSpec, scales: Sequence[nn.Parameter] = ()
+) -> TrainOptimizer:
     """The optimizer that a recipe names.
 
     Args:
-        parameters: The trained master weights, all on one device.
+        parameters: What is trained, all on one device.
         spec: Names it and gives its settings.
+        scales: Those of `parameters` that are learned scales: they have a rate of their own and no weight decay.
 
     Raises:
         ConfigError: torchao is not installed, or the state should leave for the host where the parameters are.
     """
     if spec.optimizer_device == "same":
-        return DeviceOptimizer(parameters, spec)
+        return DeviceOptimizer(parameters, spec, scales)
     if _is_host(parameters[0].device):
         raise config_error(
             "train.optimizer_device",
@@ -69,7 +73,7 @@ def make_optimizer(parameters: Sequence[nn.Parameter], spec: TrainSpec) -> Train
             allowed="same for a model on the CPU, which is the host",
             fix="set train.optimizer_device: same, or train on a GPU",
         )
-    return HostOptimizer(parameters, spec)
+    return HostOptimizer(parameters, spec, scales)
 
 
 class DeviceOptimizer:
@@ -80,10 +84,12 @@ class DeviceOptimizer:
         spec: `adamw` is torch's own, fused, with 8 bytes of state for a parameter. `adamw_8bit` is torchao's, with 2 bytes and
             a float32 scale for 256 of them; it keeps a state in float32 where a tensor has fewer than 4096 elements or no
             multiple of 256. Its update is compiled, one graph for each shape, if `spec.compile` is not `none`.
+        scales: Those of `parameters` that are learned scales.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], spec: TrainSpec):
-        self._inner = _adamw_8bit(parameters, spec) if spec.optimizer == "adamw_8bit" else _adamw(parameters, spec)
+    def __init__(self, parameters: Sequence[nn.Parameter], spec: TrainSpec, scales: Sequence[nn.Parameter] = ()):
+        groups = _groups(parameters, spec, scales)
+        self._inner = _adamw_8bit(groups, spec) if spec.optimizer == "adamw_8bit" else _adamw(groups, spec)
         # torchao compiles its update whatever we say; without train.compile there may be no compiler here.
         self._stance: Callable[[], AbstractContextManager[Any]] = nullcontext
         if spec.optimizer == "adamw_8bit":
@@ -92,10 +98,11 @@ class DeviceOptimizer:
     def set_learning_rate_(self, learning_rate: float) -> None:
         """Takes effect at the next step."""
         for group in self._inner.param_groups:
+            rate = learning_rate * group[_RATE_FACTOR]
             if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(learning_rate)
+                group["lr"].fill_(rate)
             else:
-                group["lr"] = learning_rate
+                group["lr"] = rate
 
     def zero_grad(self) -> None:
         """Lets the gradients of the parameters leave memory."""
@@ -134,14 +141,17 @@ class HostOptimizer:
     Args:
         parameters: On a device; updated in place.
         spec: Which AdamW, as in `DeviceOptimizer`.
+        scales: Those of `parameters` that are learned scales.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], spec: TrainSpec):
+    def __init__(self, parameters: Sequence[nn.Parameter], spec: TrainSpec, scales: Sequence[nn.Parameter] = ()):
         self._parameters = list(parameters)
         self._device = self._parameters[0].device
         self._twins = [nn.Parameter(self._host_like(parameter)) for parameter in self._parameters]
         self._gradients = [self._host_like(parameter) for parameter in self._parameters]
-        self._inner = DeviceOptimizer(self._twins, spec)
+        chosen = {id(scale) for scale in scales}
+        twins = [twin for twin, own in zip(self._twins, self._parameters, strict=True) if id(own) in chosen]
+        self._inner = DeviceOptimizer(self._twins, spec, twins)
         self._copy_to_host_()
 
     def set_learning_rate_(self, learning_rate: float) -> None:
@@ -197,9 +207,23 @@ def _is_host(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _adamw(parameters: Sequence[nn.Parameter], spec: TrainSpec) -> torch.optim.Optimizer:
+def _groups(
+    parameters: Sequence[nn.Parameter], spec: TrainSpec, scales: Sequence[nn.Parameter]
+) -> list[dict[str, Any]]:
+    """Adam's step does not shrink with the gradient, and a scale is small against the weights: it needs a smaller rate."""
+    chosen = {id(scale) for scale in scales}
+    weights = [parameter for parameter in parameters if id(parameter) not in chosen]
+    learned = [parameter for parameter in parameters if id(parameter) in chosen]
+    groups: list[dict[str, Any]] = [
+        {"params": weights, "weight_decay": spec.weight_decay, _RATE_FACTOR: 1.0},
+        {"params": learned, "weight_decay": 0.0, _RATE_FACTOR: spec.scale_rate},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _adamw(groups: list[dict[str, Any]], spec: TrainSpec) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
-        parameters,
+        groups,
         lr=spec.learning_rate.peak,
         betas=spec.betas,
         eps=spec.eps,
@@ -208,7 +232,7 @@ def _adamw(parameters: Sequence[nn.Parameter], spec: TrainSpec) -> torch.optim.O
     )
 
 
-def _adamw_8bit(parameters: Sequence[nn.Parameter], spec: TrainSpec) -> torch.optim.Optimizer:
+def _adamw_8bit(groups: list[dict[str, Any]], spec: TrainSpec) -> torch.optim.Optimizer:
     if find_spec("torchao") is None:
         raise config_error(
             "train.optimizer",
@@ -224,7 +248,7 @@ def _adamw_8bit(parameters: Sequence[nn.Parameter], spec: TrainSpec) -> torch.op
             (_BLOCK,), is_signed, _BLOCK
         )  # computes torchao's map of codes once, which fake tensors cannot
     return AdamW8bit(
-        parameters,
+        groups,
         lr=spec.learning_rate.peak,
         betas=spec.betas,
         eps=spec.eps,

@@ -50,6 +50,8 @@ class TrainSpec:
         losses: Weighted terms on the outputs.
         optimizer: `adamw`, or `adamw_8bit` with its state in 8 bits (needs torchao); master weights are float32 with both.
         optimizer_device: Where its state is and its step runs: `same` as the model, or `host`, for a model on a GPU.
+        scale_rate: Learning rate of learned scales (`range_method: learned`) over that of the weights; no weight decay is taken
+            from them.
         betas, eps, weight_decay: Of AdamW.
         clip_norm: Largest norm of the whole gradient, None to leave it.
         ema_decay: Averages the trained parameters; the student that is kept is then the average. None for none.
@@ -79,6 +81,7 @@ class TrainSpec:
     losses: tuple[LossSpec, ...] = (LossSpec(),)
     optimizer: OptimizerName = "adamw"
     optimizer_device: OptimizerDevice = "same"
+    scale_rate: float = 0.1
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -113,6 +116,7 @@ class TrainSpec:
         _check_choice("train.activation_checkpointing", self.activation_checkpointing, CheckpointedModules)
         _check("train.losses", self.losses, len(self.losses) > 0, "at least one term")
         _check("train.betas", self.betas, all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
+        _check("train.scale_rate", self.scale_rate, 0 <= self.scale_rate < math.inf, "0 or more")
         _check("train.eps", self.eps, self.eps > 0, "more than 0")
         _check("train.weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "0 or more")
         _check("train.clip_norm", self.clip_norm, self.clip_norm is None or self.clip_norm > 0, "more than 0, or null")

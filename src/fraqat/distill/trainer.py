@@ -85,7 +85,7 @@ class Distiller:
                 "quantization", "all frozen", allowed="something to train", fix="free a family, or train for 0 steps"
             )
         self.trained = trained
-        self.optimizer = make_optimizer(trained, spec)
+        self.optimizer = make_optimizer(trained, spec, scale_parameters(student))
         if spec.ema_decay is not None and any(scale.requires_grad for scale in scale_parameters(student)):
             # A learned scale jumps with the width; its average would still be that of wider stages at the end.
             raise config_error(

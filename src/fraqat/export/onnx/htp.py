@@ -22,7 +22,7 @@ from fraqat.export.target import Inputs, Outputs, Part
 from fraqat.nn import quantized_layers
 
 PROVIDER = "QNNExecutionProvider"
-CODES, HOST_SUFFIX = ".codes", ".host.onnx"
+CODES, SCALE, HOST_SUFFIX = ".codes", ".scale", ".host.onnx"
 BYTE_TYPES = (onnx.TensorProto.UINT8, onnx.TensorProto.INT8)
 
 
@@ -141,14 +141,25 @@ class HtpExport:
 
     def codes(self) -> Mapping[str, Tensor]:
         """Integers by layer."""
-        found: dict[str, Tensor] = {}
+        stored = self._stored(CODES)
+        return {name: torch.from_numpy(array.astype(np.int32)) for name, array in stored.items()}
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Scales times integers by layer."""
+        scales, found = self._stored(SCALE), dict[str, Tensor]()
+        for name, codes in self.codes().items():
+            found[name] = codes * torch.from_numpy(scales[name]).reshape(-1, *(1 for _ in codes.shape[1:]))
+        return found
+
+    def _stored(self, suffix: str) -> dict[str, Array]:
+        """Constants `LAYER + suffix` by layer, over all graphs."""
+        found: dict[str, Array] = {}
         graphs = [p for p in sorted(self._folder.glob("*.onnx")) if p.is_file() and not p.name.endswith(HOST_SUFFIX)]
         for path in graphs:
             for tensor in onnx.load(path).graph.initializer:
-                name = tensor.name.removesuffix(CODES)
+                name = tensor.name.removesuffix(suffix)
                 if name != tensor.name and name in self._shapes:
-                    integers = numpy_helper.to_array(tensor).astype(np.int32)
-                    found[name] = torch.from_numpy(integers).reshape(self._shapes[name])
+                    found[name] = numpy_helper.to_array(tensor)
         return found
 
     def run(self, part: Part, inputs: Inputs) -> Outputs:
