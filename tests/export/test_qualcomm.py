@@ -277,3 +277,12 @@ def test_a_dynamic_input_is_refused_with_the_fix(tmp_path: Path) -> None:
     job = ExportJob(model, lambda: (), ModelDescription("Toy", {}, "none"), None, tmp_path)
     with pytest.raises(ConfigError, match=r"0\.activation\.static = False .* train with `--set target=qualcomm`"):
         target_named("qualcomm").write(job)
+
+
+def test_a_grid_that_the_htp_does_not_compute_is_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 8)).eval()
+    quantize_(model, QuantSpec(WeightSpec(), STATIC))
+    calibrate_(model, model, [torch.randn(4, 8)])
+    job = ExportJob(model, lambda: (), ModelDescription("Toy", {}, "none"), None, tmp_path)
+    with pytest.raises(ConfigError, match=r"0\.spec = .* allowed is narrow symmetric weights"):
+        target_named("qualcomm").write(job)

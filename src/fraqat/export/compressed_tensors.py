@@ -27,12 +27,12 @@ from fraqat.export.target import (
     LayerPlace,
     OpenedExport,
     Target,
-    fitted_activation,
     fitted_weight,
+    token_int8,
 )
 from fraqat.files import save_tensors, write_json_atomic
-from fraqat.nn import ActivationSpec, QuantSpec, WeightSpec, quantized_layers, unquantize_
-from fraqat.numerics import Granularity, RangeMethod, pack_codes
+from fraqat.nn import QuantSpec, WeightSpec, quantized_layers, unquantize_
+from fraqat.numerics import Granularity, pack_codes
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -83,7 +83,7 @@ class CompressedTensorsTarget(Target):
         """
         if place.type_name != "Linear" or place.name.split(".")[-1] == _HEAD:
             return None
-        return QuantSpec(_nearest_weight(spec.weight, place.shape[1]), _nearest_activation(spec.activation))
+        return QuantSpec(_nearest_weight(spec.weight, place.shape[1]), token_int8(spec.activation))
 
     def write(self, job: ExportJob) -> None:
         """Writes the folder."""
@@ -219,19 +219,6 @@ def _nearest_weight(weight: WeightSpec, num_inputs: int) -> WeightSpec:
         else:
             changes["group_size"] = _GROUP_SIZES[0]
     return fitted_weight(weight, **changes)
-
-
-def _nearest_activation(activation: ActivationSpec | None) -> ActivationSpec | None:
-    if activation is None or activation.bits > _INPUT_BITS:
-        return None
-    return fitted_activation(
-        activation,
-        bits=float(_INPUT_BITS),
-        granularity=Granularity.TOKEN,
-        static=False,
-        symmetric=True,
-        range_method=RangeMethod.MAX_ABS,
-    )
 
 
 def _scheme_of(layer: LayerCodes) -> Scheme:

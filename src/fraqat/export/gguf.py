@@ -33,11 +33,11 @@ from fraqat.export.target import (
     LayerPlace,
     OpenedExport,
     Target,
-    fitted_activation,
     fitted_weight,
+    token_int8,
 )
-from fraqat.nn import ActivationSpec, QuantSpec, WeightSpec, quantized_layers, unquantize_
-from fraqat.numerics import Granularity, RangeMethod
+from fraqat.nn import QuantSpec, WeightSpec, quantized_layers, unquantize_
+from fraqat.numerics import Granularity
 
 FILE = "model.gguf"
 _CLASSES = (CLASS_NAME, *NAME_TABLES)
@@ -76,7 +76,7 @@ class GgufTarget(Target):
         """
         if place.type_name != "Linear" or place.shape[1] % BLOCK or place.name.split(".")[-1] == HEAD:
             return None
-        return QuantSpec(_nearest_weight(spec.weight), _nearest_activation(spec.activation))
+        return QuantSpec(_nearest_weight(spec.weight), token_int8(spec.activation))
 
     def write(self, job: ExportJob) -> None:
         """Writes `model.gguf`."""
@@ -163,19 +163,6 @@ def _nearest_weight(weight: WeightSpec) -> WeightSpec:
         changes["group_size"] = BLOCK
     changes.setdefault("granularity", weight.granularity)
     return fitted_weight(weight, **changes)
-
-
-def _nearest_activation(activation: ActivationSpec | None) -> ActivationSpec | None:
-    if activation is None or activation.bits > _INPUT_BITS:
-        return None
-    return fitted_activation(
-        activation,
-        bits=float(_INPUT_BITS),
-        granularity=Granularity.TOKEN,
-        static=False,
-        symmetric=True,
-        range_method=RangeMethod.MAX_ABS,
-    )
 
 
 def _float_tensors(student: nn.Module, layers: Mapping[str, LayerCodes]) -> dict[str, Tensor]:

@@ -23,6 +23,8 @@ from fraqat.numerics import Granularity, ZeroPoint
 FloatDtype = Literal["float32", "bfloat16"]
 FLOAT_DTYPES: Mapping[str, torch.dtype] = MappingProxyType({"float32": torch.float32, "bfloat16": torch.bfloat16})
 
+_INT8_BITS = 8
+
 Inputs = Mapping[str, Tensor]
 """Arguments of one call by name, the batch on the first axis."""
 
@@ -222,3 +224,17 @@ def fitted_activation(activation: ActivationSpec, **changes: Any) -> ActivationS
     if is_static or changes.get("symmetric", activation.symmetric):
         changes = {"zero_point": ZeroPoint.FLOAT} | changes
     return dataclasses.replace(activation, **changes)
+
+
+def token_int8(activation: ActivationSpec | None) -> ActivationSpec | None:
+    """Symmetric int8 inputs per token, for runtimes that have nothing else; wider inputs stay in floating point."""
+    if activation is None or activation.bits > _INT8_BITS:
+        return None
+    return fitted_activation(
+        activation,
+        bits=float(_INT8_BITS),
+        granularity=Granularity.TOKEN,
+        static=False,
+        symmetric=True,
+        range_method=RangeMethod.MAX_ABS,
+    )

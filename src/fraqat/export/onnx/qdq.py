@@ -98,10 +98,11 @@ def nearest_input(activation: ActivationSpec | None) -> ActivationSpec | None:
     return fitted_activation(activation, static=True, bits=8.0 if activation.bits <= 8 else 16.0)
 
 
-def nearest_channel_weight(weight: WeightSpec, bits: float) -> WeightSpec:
-    """Symmetric, narrow and per output channel (a scale per tensor is that too)."""
+def nearest_channel_weight(weight: WeightSpec) -> WeightSpec:
+    """Symmetric, narrow and per output channel (a scale per tensor is that too), of at most 8 bits."""
     granularity = weight.granularity if weight.granularity is Granularity.TENSOR else Granularity.CHANNEL
-    return fitted_weight(weight, symmetric=True, narrow=True, bits=bits, granularity=granularity)
+    bits = min(weight.bits, WEIGHT_BITS)
+    return fitted_weight(weight, symmetric=True, narrow=bits >= 2, bits=bits, granularity=granularity)
 
 
 def check_static(layer: LayerCodes, target: str) -> None:

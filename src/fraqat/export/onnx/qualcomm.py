@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from torch import nn
 
+from fraqat.errors import ConfigError, config_error
 from fraqat.export.codes import LayerCodes, layer_codes
 from fraqat.export.onnx.qdq import check_static, nearest_channel_weight, nearest_input
 from fraqat.export.target import Bound, ExportJob, LayerPlace, OpenedExport, Part, Target, fitted_activation
@@ -27,7 +28,6 @@ CALIBRATION_SAMPLES = 100
 COMPILER = "onnxruntime_qnn"
 FLOAT_FOLDER = ".aimet"
 """Ending of the folder that AI Hub takes: the float graph and its encodings, under the folder's name."""
-_SMALL_BITS, _BYTE_BITS = 4.0, 8.0
 
 
 @final
@@ -62,9 +62,7 @@ class QualcommTarget(Target):
 
     def nearest(self, place: LayerPlace, spec: QuantSpec) -> QuantSpec | None:
         """W4A8, W4A16, W8A8 or W8A16: symmetric narrow weights per output channel, static asymmetric inputs."""
-        bits = _SMALL_BITS if spec.weight.bits <= _SMALL_BITS else _BYTE_BITS
-        weight = nearest_channel_weight(spec.weight, spec.weight.bits if spec.weight.bits < bits else bits)
-        activation = nearest_input(spec.activation)
+        weight, activation = nearest_channel_weight(spec.weight), nearest_input(spec.activation)
         if activation is None:
             activation = ActivationSpec(bits=16, static=True, symmetric=False, granularity=Granularity.TENSOR)
         return QuantSpec(weight, fitted_activation(activation, symmetric=False))
@@ -79,13 +77,22 @@ class QualcommTarget(Target):
         codes = layer_codes(job.student)
         for layer in codes.values():
             check_static(layer, self.name)
+            self._check(layer)
         written = {part.name: write_part(job, part, codes) for part in job.parts() if _holds(part, job.student)}
         (job.folder / PARTS_FILE).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
+    def _check(self, layer: LayerCodes) -> None:
+        place = LayerPlace(layer.name, layer.type_name, tuple(layer.codes.shape))
+        if self.nearest(place, layer.spec) != layer.spec:
+            raise config_error(
+                f"{layer.name}.spec",
+                layer.spec,
+                allowed="narrow symmetric weights per output channel, static asymmetric inputs of 8 or 16 bits",
+                fix=f"train with `--set target={self.name}`",
+            )
+
     def open(self, folder: Path, student: nn.Module) -> OpenedExport:
         """The graphs in the HTP emulator of onnxruntime-qnn."""
-        from fraqat.errors import ConfigError
-
         if importlib.util.find_spec(COMPILER) is None:
             raise ConfigError(f"target {self.name} runs in onnxruntime-qnn. Fix: pip install 'fraqat[{self.extra}]'.")
         from fraqat.export.onnx.htp import HtpExport
