@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fraqat.nn import ActivationSpec, QuantSpec, WeightSpec
-from fraqat.numerics import Granularity, ZeroPoint
+from fraqat.numerics import Granularity, RangeMethod, ZeroPoint
 
 FloatDtype = Literal["float32", "bfloat16"]
 FLOAT_DTYPES: Mapping[str, torch.dtype] = MappingProxyType({"float32": torch.float32, "bfloat16": torch.bfloat16})
