@@ -132,7 +132,9 @@ def build(case: Case) -> nn.Module:
         if "norm" in name and name.endswith("weight") and parameter.ndim == 1:
             nn.init.ones_(parameter)
     module = case.wrap(block).eval().requires_grad_(False)
-    activation = ActivationSpec(static=True, granularity=Granularity.TENSOR, symmetric=False, range_method=RangeMethod.THREE_SIGMA)
+    activation = ActivationSpec(
+        static=True, granularity=Granularity.TENSOR, symmetric=False, range_method=RangeMethod.THREE_SIGMA
+    )
     quantize_(module, QuantSpec(WeightSpec(narrow=True, scale_dtype="bfloat16"), activation))
     samples = [case.sample() for _ in range(NUM_SAMPLES)]
     with torch.no_grad():

@@ -37,7 +37,7 @@ def test_packed_export_is_the_student_exactly(finished: Path, own_run, fraqat) -
     result = json.loads(done.out)
     rows = {row["check"]: row for row in result["tables"][0]["rows"]}
     assert rows["codes that differ"]["found"] == 0
-    assert rows["SQNR of output, dB"]["found"] == "exact"
+    assert rows["SQNR of transformer.output, dB"]["found"] == "exact"
     assert result["holds"] is True
     assert len(result["tables"][1]["rows"]) == 37
 

@@ -18,10 +18,13 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
 
+from fraqat.config import load_recipe
 from fraqat.data.speech_signal import LogMelSpec, mel_filters
 from fraqat.export import Inputs, Outputs, Part
 from fraqat.nn import quantized_layers
+from fraqat.workflows.sessions import open_session
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PROMPT = "a green three on yellow"
@@ -212,3 +215,24 @@ def spoken_with(speecht5: Any, kept_DlU: Tensor) -> Tensor:
         return model.generate(tokens["input_ids"], attention_mask=tokens["attention_mask"], speaker_embeddings=speaker)
     finally:
         del prenet.__dict__["_consistent_dropout"]
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("onnx-speecht5")
+def test_vocoder_that_a_recipe_names_is_a_part(tmp_path: Path, sqnr_db: Sqnr) -> None:
+    pytest.importorskip("onnxscript")
+    from fraqat.export.onnx.graph import save, trace
+    from fraqat.export.onnx.runtime import open_session as open_graph
+
+    sizes = {"upsample_rates": [4, 4], "upsample_kernel_sizes": [8, 8], "resblock_kernel_sizes": [3]}
+    config = SpeechT5HifiGanConfig(upsample_initial_channel=32, resblock_dilation_sizes=[[1, 3]], **sizes)
+    SpeechT5HifiGan(config).save_pretrained(tmp_path / "vocoder")
+    session = open_session(load_recipe("speecht5-tiny", (f"evaluation.vocoder={tmp_path / 'vocoder'}",)))
+    part = session.export_parts(session.teacher)[-1]
+    assert part.name == "vocoder"
+    save(trace(part, session.teacher), tmp_path / "vocoder.onnx")
+    graph = open_graph(tmp_path / "vocoder.onnx")
+    for num_frames in (30, 11):
+        inputs = {"spectrogram": torch.randn(num_frames, 80)}
+        found = torch.from_numpy(graph.run(None, {"spectrogram": inputs["spectrogram"].numpy()})[0])
+        assert sqnr_db(computed(part, inputs)["waveform"], found) > LAYER_DB

@@ -66,7 +66,6 @@ class Part:
         batches: Makes real inputs, several batches spread as the inputs at run time are; all have the same shapes but for the
             dynamic axes. The first one is what the graph is traced with.
         dynamic_axes: Input -> axis -> name of its size; axes of the same name have the same size.
-        module_prefix: The student's layer `NAME` is the module's `module_prefix + NAME`.
         constants: What a program around the part needs to know, as plain JSON values.
         files: Path in the export's folder -> contents, for files that such a program reads, such as a tokenizer's.
     """
@@ -76,7 +75,6 @@ class Part:
     outputs: tuple[str, ...]
     batches: Callable[[], Sequence[Inputs]]
     dynamic_axes: Mapping[str, Mapping[int, str]]
-    module_prefix: str = ""
     constants: Mapping[str, Any] = field(default_factory=dict[str, Any])
     files: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
 
@@ -168,6 +166,7 @@ class Target(ABC):
         tasks: Tasks of the recipes that it takes.
         model_classes: Classes of diffusers and transformers that it takes; empty: any.
         defaults: Of the recipe's `quantization` section, for what the user does not set.
+        exports_all_parts: Whether every part is written, not the first alone.
         bound: What an export may differ by from the student.
     """
 
@@ -178,6 +177,7 @@ class Target(ABC):
     tasks: ClassVar[tuple[str, ...]] = ("text-to-image", "language", "text-to-speech")
     model_classes: ClassVar[tuple[str, ...]] = ()
     defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    exports_all_parts: ClassVar[bool] = False
     bound: ClassVar[Bound]
 
     @abstractmethod

@@ -124,11 +124,12 @@ def verify(
     weights = _weight_errors(opened, student)
     whole: dict[str, Error] = {}
     errors: dict[str, Error] = {}
-    for number, inputs in enumerate(parts[0].batches()[:num_batches]):
-        progress.count("comparing", number, num_batches)
-        found = opened.run(parts[0], inputs)
-        wanted = run_module(parts[0].module, student, [], parts[0], inputs)
-        _compare(found, wanted, student, whole, errors)
+    for part in parts if target.exports_all_parts else parts[:1]:
+        progress.say(f"comparing {part.name}")
+        for inputs in part.batches()[:num_batches]:
+            found = opened.run(part, inputs)
+            wanted = run_module(part.module, student, [], part, inputs)
+            _compare(part.name, found, wanted, student, whole, errors)
     layers = [
         dataclasses.replace(check, error=errors.get(check.name), weight_error=weights.get(check.name))
         for check in checks
@@ -166,10 +167,10 @@ def _weight_errors(opened: OpenedExport, student: nn.Module) -> dict[str, Error]
 
 @torch.no_grad()
 def _compare(
-    found: Outputs, wanted: Outputs, student: nn.Module, whole: dict[str, Error], errors: dict[str, Error]
+    part: str, found: Outputs, wanted: Outputs, student: nn.Module, whole: dict[str, Error], errors: dict[str, Error]
 ) -> None:
     for name, output in wanted.outputs.items():
-        whole.setdefault(name, Error()).add(output, found.outputs[name])
+        whole.setdefault(f"{part}.{name}", Error()).add(output, found.outputs[name])
     for name, output in found.layers.items():
         alone = student.get_submodule(name)(found.layer_inputs[name])
         errors.setdefault(name, Error()).add(alone, output)

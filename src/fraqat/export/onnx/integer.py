@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, final
 
@@ -24,6 +25,7 @@ class IntegerTarget(Target):
     summary = "ONNX with integer products for ONNX Runtime on CPUs and in browsers"
     extra = "onnx"
     requires = ("onnx", "onnxscript", "onnxruntime")
+    exports_all_parts = True
     bound = Bound(
         30.0, 100.0, "the same integers; floats are added in another order, which turns a few roundings of later inputs"
     )
@@ -34,24 +36,34 @@ class IntegerTarget(Target):
 
     def write(self, job: ExportJob) -> None:
         """Writes the graphs and `parts.json`, which names their inputs and outputs."""
-        from fraqat.export.onnx.graph import save, trace
-
-        codes = layer_codes(job.student)
-        written: dict[str, Any] = {}
-        for part in job.parts():
-            model = trace(part, job.student)
-            lower_(model, codes)
-            save(model, job.folder / f"{part.name}.onnx")
-            write_files(part, job.folder)
-            written[part.name] = describe_part(part)
-            job.say(f"{part.name}.onnx: {len(model.graph)} operators")
-        (job.folder / PARTS_FILE).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        write_graphs(job, lower_)
 
     def open(self, folder: Path, student: nn.Module) -> OpenedExport:
         """The graphs in ONNX Runtime."""
         from fraqat.export.onnx.runtime import OnnxExport
 
         return OnnxExport(folder, student)
+
+
+def write_graphs(job: ExportJob, lower: Callable[[Any, dict[str, LayerCodes]], None]) -> None:
+    """Writes `PART.onnx` for every part, the files beside them, and `parts.json`.
+
+    Args:
+        job: What to write, and where to.
+        lower: Replaces the `Layer` nodes of a neutral graph by what the target computes.
+    """
+    from fraqat.export.onnx.graph import save, trace
+
+    codes = layer_codes(job.student)
+    written: dict[str, Any] = {}
+    for part in job.parts():
+        model = trace(part, job.student)
+        lower(model, codes)
+        save(model, job.folder / f"{part.name}.onnx")
+        write_files(part, job.folder)
+        written[part.name] = describe_part(part)
+        job.say(f"{part.name}.onnx: {len(model.graph)} operators")
+    (job.folder / PARTS_FILE).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
 def lower_(model: Any, codes: dict[str, LayerCodes]) -> None:

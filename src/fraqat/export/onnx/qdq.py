@@ -7,7 +7,6 @@ bias as int32 at the scale of the accumulator.
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, final
@@ -15,8 +14,8 @@ from typing import Any, final
 from torch import nn
 
 from fraqat.errors import config_error
-from fraqat.export.codes import LayerCodes, layer_codes
-from fraqat.export.onnx.integer import PARTS_FILE, describe_part
+from fraqat.export.codes import LayerCodes
+from fraqat.export.onnx.integer import write_graphs
 from fraqat.export.target import (
     Bound,
     ExportJob,
@@ -51,10 +50,11 @@ class QdqTarget(Target):
                 "static": True,
                 "granularity": "tensor",
                 "symmetric": False,
-                "range_method": "three_sigma",
+                "range_method": "mse",
             },
         }
     )
+    exports_all_parts = True
     bound = Bound(
         sqnr_db=30.0,
         layer_sqnr_db=60.0,
@@ -68,17 +68,7 @@ class QdqTarget(Target):
 
     def write(self, job: ExportJob) -> None:
         """Writes the graphs and `parts.json`, which names their inputs and outputs."""
-        from fraqat.export.onnx.graph import save, trace
-
-        codes = layer_codes(job.student)
-        written: dict[str, Any] = {}
-        for part in job.parts():
-            model = trace(part, job.student)
-            lower_(model, codes)
-            save(model, job.folder / f"{part.name}.onnx")
-            written[part.name] = describe_part(part)
-            job.say(f"{part.name}.onnx: {len(model.graph)} operators")
-        (job.folder / PARTS_FILE).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        write_graphs(job, lower_)
 
     def open(self, folder: Path, student: nn.Module) -> OpenedExport:
         """The graphs in ONNX Runtime on the CPU."""

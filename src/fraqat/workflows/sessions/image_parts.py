@@ -33,9 +33,9 @@ def image_parts(session: ImageSession, student: nn.Module) -> tuple[Part, ...]:
 
     spec = dataclasses.replace(session.model_spec, device="cpu")
     pipeline = load_pipeline(spec, dtype=torch.float32, transformer=student)
-    encoder = PromptEncoder(pipeline, session.recipe.sampler)
     if not has_image_decoder(pipeline):
         return (_transformer(session, student, {}),)
+    encoder = PromptEncoder(pipeline, session.recipe.sampler)
     constants = _sampling_constants(session, pipeline, encoder)
     return (
         _transformer(session, student, constants),
@@ -54,7 +54,7 @@ def _transformer(session: ImageSession, student: nn.Module, constants: dict[str,
 
     names = [name for name in batches()[0] if name not in session.task.shared_arguments]
     axes = {name: {0: "batch"} for name in names}
-    return Part("transformer", NamedTransformer(student), (OUTPUT,), batches, axes, "transformer.", constants)
+    return Part("transformer", NamedTransformer(student), (OUTPUT,), batches, axes, constants)
 
 
 def _sampling_constants(session: ImageSession, pipeline: Any, encoder: PromptEncoder) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def _decoder(session: ImageSession, pipeline: Any, latent_shape: Sequence[int]) 
     from fraqat.tasks.image_parts import DecoderCall
 
     def batches() -> list[Inputs]:
-        rows = _clean_latents(session, latent_shape)
+        rows = _some_latents(session, latent_shape)
         return [{"latents": rows[i : i + _GRAPH_BATCH]} for i in range(0, len(rows), _GRAPH_BATCH)]
 
     return Part(
@@ -116,7 +116,7 @@ def _decoder(session: ImageSession, pipeline: Any, latent_shape: Sequence[int]) 
     )
 
 
-def _clean_latents(session: ImageSession, latent_shape: Sequence[int]) -> Tensor:
+def _some_latents(session: ImageSession, latent_shape: Sequence[int]) -> Tensor:
     """Noisy latents of the calibration data: what a decoder gets is not worse."""
     from fraqat.tasks.conditioning import LATENTS
 

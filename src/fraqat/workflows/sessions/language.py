@@ -140,7 +140,7 @@ class LanguageSession(Session[LanguageRecipe]):
             "max_new_tokens": self.recipe.evaluation.max_new_tokens,
         }
         files = {_TOKENIZER_FILE: tokenizer_json(self.tokenizer).encode()}
-        return (Part("model", step, step.outputs, batches, step.dynamic_axes(), "model.", constants, files),)
+        return (Part("model", step, step.outputs, batches, step.dynamic_axes(), constants, files),)
 
     def original_files(self) -> list[Path]:
         """The model's weight files."""

@@ -61,9 +61,9 @@ def speech_parts(session: SpeechSession, student: nn.Module) -> tuple[Part, ...]
     files = {_TOKENIZER_FILE: tokenizer_json(tokenizer).encode()}
     frames, sound = {SPECTROGRAM: {0: "batch", 1: "frames"}}, _sound_constants(session)
     return (
-        Part("decoder", decoder, decoder.outputs, steps, decoder.axes, "model.", constants),
-        Part("encoder", encoder, encoder.outputs, texts, encoder.axes, "model.", {"tokenizer": _TOKENIZER_FILE}, files),
-        Part("postnet", SpeechPostnet(student), ("refined",), spectrograms, frames, "model.", sound),
+        Part("decoder", decoder, decoder.outputs, steps, decoder.axes, constants),
+        Part("encoder", encoder, encoder.outputs, texts, encoder.axes, {"tokenizer": _TOKENIZER_FILE}, files),
+        Part("postnet", SpeechPostnet(student), ("refined",), spectrograms, frames, sound),
         *_vocoder(session),
     )
 
