@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from fraqat import __version__
 from fraqat.config import load_recipe
 from fraqat.export.codes import LayerCodes, layer_codes
-from fraqat.export.onnx.graph import layer_nodes, replace_layers_, save, trace
+from fraqat.export.onnx.graph import layer_nodes, replace_layers_, save, store_floats_, trace
 from fraqat.export.onnx.integer import lower_
 from fraqat.export.onnx.layers import Ops, around_rows
 from fraqat.export.onnx.runtime import open_session
@@ -58,7 +58,9 @@ class Block:
 BLOCKS = (
     Block("Sana 600M", "sana-600m", 1024, {"num_layers": 1}),
     Block("PixArt-Sigma", "pixart-sigma", 512, {"num_layers": 1}),
-    Block("SD3.5 Medium", "sd3.5-medium", 512, {"num_layers": 1, "dual_attention_layers": [0]}),
+    Block(
+        "SD3.5 Medium", "sd3.5-medium", 512, {"num_layers": 1, "dual_attention_layers": [0], "pos_embed_max_size": 64}
+    ),
 )
 
 Call = Callable[[], object]
@@ -133,18 +135,27 @@ def ways_of(block: Block, folder: Path) -> tuple[dict[str, Call], dict[str, int]
         "ONNX Runtime, W4A8 per token": integer_graph(proto, codes),
     }
     static, _ = model_of(block)
+    sizes: dict[str, int] = {}
     graphs["ONNX Runtime, W4A8 static"] = integer_graph(proto, layer_codes(quantized(static, STATIC, inputs)))
+    sizes["W4A8 static, other floats in bfloat16"] = _stored_size(graphs["ONNX Runtime, W4A8 static"], folder)
     feeds = {name: value.numpy() for name, value in inputs.items()}
     calls: dict[str, Call] = {}
-    sizes: dict[str, int] = {}
     for name, graph in graphs.items():
         path = folder / f"{block.recipe}-{len(sizes)}.onnx"
         save(graph, path)
-        sizes[name] = path.stat().st_size
+        sizes[name] = sum(file.stat().st_size for file in folder.glob(f"{path.name}*"))
         # Accuracy level 1 keeps the inputs of INT4 products in float32; without it they are rounded to 8 bits.
         calls[name] = _run(open_session(path, **{"session.qdq_matmulnbits_accuracy_level": 1}), feeds)
     calls |= torch_ways(block, model, inputs)
     return calls, sizes
+
+
+def _stored_size(graph: Any, folder: Path) -> int:
+    """Bytes of a graph as `fraqat export --float-dtype bfloat16` writes it."""
+    smaller = ir.from_proto(ir.to_proto(graph))
+    store_floats_(smaller, "bfloat16")
+    save(smaller, folder / "smaller.onnx")
+    return (folder / "smaller.onnx").stat().st_size
 
 
 def _run(session: Any, feeds: dict[str, Any]) -> Call:
@@ -204,6 +215,8 @@ def write_table(path: Path) -> None:
             share = "-" if size is None else f"{size / record['sizes'][MEASURE]:.3f}"
             spread = f"{min(values):.2f} to {max(values):.2f}"
             lines.append(f"| {name} | {statistics.median(values):.3f} | {spread} | {share} |")
+        for name in (name for name in record["sizes"] if name not in record["ratios"]):
+            lines.append(f"| {name} | - | - | {record['sizes'][name] / record['sizes'][MEASURE]:.3f} |")
     path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -176,6 +176,27 @@ def test_a_model_that_cannot_be_traced_is_refused(tmp_path: Path) -> None:
     assert "forward" not in model.layer.__dict__
 
 
+def test_floats_in_bfloat16_are_those_of_the_rounded_model(model: nn.Module, part: Part, tmp_path: Path) -> None:
+    import copy
+
+    from fraqat.export import TARGETS
+    from fraqat.workflows.exporting import round_floats_
+
+    rounded = copy.deepcopy(model)
+    job = ExportJob(model, lambda: (part,), ModelDescription("M", {}, "m"), None, tmp_path, "bfloat16", lambda _: None)
+    TARGETS["onnx"].write(job)
+    kinds = {t.name: t.data_type for t in onnx.load(tmp_path / "model.onnx").graph.initializer}
+    assert kinds["linear.per_token.bias.bfloat16"] == onnx.TensorProto.BFLOAT16
+    assert kinds["linear.per_token.weight_scale"] == onnx.TensorProto.FLOAT
+    round_floats_(rounded, "bfloat16")
+    found = TARGETS["onnx"].open(tmp_path, model).run(part, inputs(3))
+    for name in part.outputs:
+        wanted = run_module(rounded, rounded, [], part, inputs(3)).outputs[name]
+        assert sqnr_db(wanted, found.outputs[name]) > 110, name
+    unrounded = run_module(model, model, [], part, inputs(3)).outputs["per_token"]
+    assert sqnr_db(unrounded, found.outputs["per_token"]) < 80
+
+
 def test_any_specification_is_taken() -> None:
     from fraqat.export import TARGETS
 

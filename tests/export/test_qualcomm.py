@@ -286,3 +286,27 @@ def test_a_grid_that_the_htp_does_not_compute_is_refused(tmp_path: Path) -> None
     job = ExportJob(model, lambda: (), ModelDescription("Toy", {}, "none"), None, tmp_path)
     with pytest.raises(ConfigError, match=r"0\.spec = .* allowed is narrow symmetric weights"):
         target_named("qualcomm").write(job)
+
+
+class Large(nn.Module):
+    """Numbers below -1000 that are no mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * 4000.0 + 1.0
+
+
+def test_large_negative_numbers_keep_their_range() -> None:
+    from fraqat.export.onnx.qualcomm import static_model
+
+    torch.manual_seed(0)
+    model = Large().eval().requires_grad_(False)
+    quantize_(model, SPEC)
+    batches = [{"x": torch.randn(4, 8)}]
+    calibrate_(model, lambda inputs: model(**inputs), batches)
+    part = Part("large", model, ("y",), lambda: batches, {"x": {0: "batch"}})
+    encodings = static_model(part, model, layer_codes(model)).encodings
+    assert encodings.activations["y"].low == pytest.approx(float(model(**batches[0]).min()), rel=0.01)

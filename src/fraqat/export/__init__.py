@@ -11,7 +11,9 @@ from fraqat.export.packed import (
 )
 from fraqat.export.packed_target import run_module
 from fraqat.export.target import (
+    FLOAT_DTYPES,
     Bound,
+    CountsSteps,
     ExportJob,
     FloatDtype,
     Inputs,
@@ -21,14 +23,17 @@ from fraqat.export.target import (
     Outputs,
     Part,
     ShowsWeights,
+    StepsApart,
     Target,
 )
 from fraqat.export.targets import TARGETS, Mismatch, check_model, first_difference, fitted, mismatches, target_named
 
 __all__ = [
+    "FLOAT_DTYPES",
     "MANIFEST_FILE",
     "TARGETS",
     "Bound",
+    "CountsSteps",
     "ExportJob",
     "FloatDtype",
     "Inputs",
@@ -42,6 +47,7 @@ __all__ = [
     "PackedSize",
     "Part",
     "ShowsWeights",
+    "StepsApart",
     "Target",
     "check_model",
     "first_difference",

@@ -56,6 +56,7 @@ class ExecutorchTarget(Target):
             "activation": {"symmetric": False, "range_method": "min_max", "zero_point": "xnnpack"},
         }
     )
+    float_dtypes = ("float32",)
     bound = Bound(
         35.0,
         35.0,

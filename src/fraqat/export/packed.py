@@ -113,7 +113,8 @@ def write_packed_files(
     assert num_file_bytes >= quantized_bytes + num_other_bytes
     bits_per_weight = 8 * (num_file_bytes - num_other_bytes) / num_weights
     size = PackedSize(num_file_bytes, num_weights, num_other_bytes, bits_per_weight)
-    manifest = {"format_version": FORMAT_VERSION, "sha256": sha256_of(path), **dataclasses.asdict(size)}
+    checked = {"format_version": FORMAT_VERSION, "float_dtype": float_dtype, "sha256": sha256_of(path)}
+    manifest = {**checked, **dataclasses.asdict(size)}
     write_json_atomic(folder / MANIFEST_FILE, manifest)
     return size
 

@@ -141,6 +141,30 @@ class ShowsWeights(Protocol):
 
 
 @dataclass(frozen=True)
+class StepsApart:
+    """How far a layer's output on an accelerator is from the exact integers for the same input.
+
+    Args:
+        bits: Of the output.
+        largest: In steps of the output's grid.
+        share_equal: Outputs with the same code.
+    """
+
+    bits: int
+    largest: float
+    share_equal: float
+
+
+@runtime_checkable
+class CountsSteps(Protocol):
+    """An opened export whose outputs are integers of their own."""
+
+    def steps_apart(self, part: Part, found: Sequence[Outputs]) -> Mapping[str, StepsApart]:
+        """Layers of a part against the same graph's exact computation, for what `run` gave."""
+        ...
+
+
+@dataclass(frozen=True)
 class Bound:
     """What an export may differ by from the student.
 
@@ -148,11 +172,13 @@ class Bound:
         sqnr_db: Least ratio of the student's output to the difference, over all inputs compared, of every output.
         layer_sqnr_db: The same for every layer that the runtime shows, given the same input.
         reason: Where the difference comes from.
+        steps: Most steps of a layer's 8-bit output, where the runtime gives integers (`CountsSteps`).
     """
 
     sqnr_db: float
     layer_sqnr_db: float
     reason: str
+    steps: float | None = None
 
 
 class Target(ABC):
@@ -166,6 +192,7 @@ class Target(ABC):
         tasks: Tasks of the recipes that it takes.
         model_classes: Classes of diffusers and transformers that it takes; empty: any.
         defaults: Of the recipe's `quantization` section, for what the user does not set.
+        float_dtypes: Precisions that it can store what is not quantized in.
         exports_all_parts: Whether every part is written, not the first alone.
         bound: What an export may differ by from the student.
     """
@@ -177,6 +204,7 @@ class Target(ABC):
     tasks: ClassVar[tuple[str, ...]] = ("text-to-image", "language", "text-to-speech")
     model_classes: ClassVar[tuple[str, ...]] = ()
     defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    float_dtypes: ClassVar[tuple[FloatDtype, ...]] = ("float32", "bfloat16")
     exports_all_parts: ClassVar[bool] = False
     bound: ClassVar[Bound]
 

@@ -10,7 +10,8 @@ from fraqat.workflows.reporting import report
 from fraqat.workflows.runs import RunFolder
 from fraqat.workflows.sessions import Session, open_session
 from fraqat.workflows.training import layers, resolve_schedule, stages, train
-from fraqat.workflows.verifying import Verified, verify
+from fraqat.workflows.verdict import Verified
+from fraqat.workflows.verifying import verify
 
 __all__ = [
     "Exported",

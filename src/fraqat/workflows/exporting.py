@@ -15,6 +15,7 @@ from torch import nn
 from fraqat.config import Recipe, load_recipe, load_values, merged
 from fraqat.errors import ConfigError, ModelError, OutputError, check_seed, config_error
 from fraqat.export import (
+    FLOAT_DTYPES,
     MANIFEST_FILE,
     ExportJob,
     FloatDtype,
@@ -85,6 +86,13 @@ def export(
     session = session or open_session(recipe)
     check_target(target, recipe, session)
     student = session.load_student(recipe, run.student_path, with_engine=False)
+    if float_dtype not in target.float_dtypes:
+        raise config_error(
+            "float_dtype",
+            float_dtype,
+            allowed=f"{', '.join(target.float_dtypes)} for {target.name}",
+            fix="leave it out",
+        )
     lost = check_grid(student, target, accept_loss=accept_loss)
     if lost:
         progress.warn(f"{len(lost)} layers are quantized anew for {target.name}; the first: {lost[0].to_text()}")
@@ -242,6 +250,20 @@ def _open_source(
     return session, lambda: session.load_student(recipe, run.student_path)
 
 
+@torch.no_grad()
+def round_floats_(student: nn.Module, float_dtype: str) -> None:
+    """Rounds what is not quantized as an export in `float_dtype` stores it, so that the two can be compared."""
+    dtype = FLOAT_DTYPES[float_dtype]
+    quantized = {id(layer.weight) for _, layer in quantized_layers(student)}
+    quantizers = [
+        m for _, layer in quantized_layers(student) for m in (layer.weight_quantizer, layer.activation_quantizer)
+    ]
+    quantized |= {id(tensor) for m in quantizers if m is not None for tensor in (*m.parameters(), *m.buffers())}
+    for tensor in (*student.parameters(), *student.buffers()):
+        if tensor.is_floating_point() and id(tensor) not in quantized:
+            tensor.copy_(tensor.to(dtype))
+
+
 def check_is_packed(folder: Path) -> None:
     """Refuses an export that PyTorch does not run.
 
@@ -254,6 +276,11 @@ def check_is_packed(folder: Path) -> None:
             f"{folder} is an export for {name}, which runs elsewhere. Fix: pass a run or an export of --format packed; "
             "`fraqat verify` runs this one."
         )
+
+
+def stored_dtype(folder: Path) -> str:
+    """The precision in which an export stores what is not quantized."""
+    return str(RunFolder(folder).read_json(folder / MANIFEST_FILE).get("float_dtype", "float32"))
 
 
 def export_format(folder: Path) -> str:

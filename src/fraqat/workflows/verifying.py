@@ -3,88 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fraqat.export import (
+    CountsSteps,
     LayerCodes,
     OpenedExport,
     Outputs,
     Part,
     ShowsWeights,
+    StepsApart,
     layer_codes,
     run_module,
     target_named,
 )
 from fraqat.files import atomic_file, write_json_atomic
 from fraqat.nn import quantized_layers
-from fraqat.table import Table
-from fraqat.workflows.exporting import check_grid, check_target, export_format, fit_
+from fraqat.workflows.exporting import check_grid, check_target, export_format, fit_, round_floats_, stored_dtype
 from fraqat.workflows.progress import Progress
 from fraqat.workflows.runs import RunFolder
 from fraqat.workflows.sessions import Session, open_session
+from fraqat.workflows.verdict import Error, LayerCheck, Verified, judge
 
 NUM_BATCHES = 2
-WEIGHT_SQNR_DB = 100.0
 _SAMPLES_FOLDER = "verify"
-
-
-@dataclasses.dataclass
-class Error:
-    """Squares of a signal and of its error, summed over what was compared."""
-
-    signal: float = 0.0
-    error: float = 0.0
-    largest: float = 0.0
-
-    def add(self, wanted: Tensor, found: Tensor) -> None:
-        """Takes one comparison in; both of the same shape."""
-        difference = (found.double() - wanted.double()).abs()
-        self.signal += float(wanted.double().square().sum())
-        self.error += float(difference.square().sum())
-        self.largest = max(self.largest, float(difference.max()))
-
-    @property
-    def sqnr_db(self) -> float:
-        """Signal over error in dB; infinite where nothing differs, minus infinity where nothing is right."""
-        if math.isnan(self.error):
-            return -math.inf
-        if self.error == 0:
-            return math.inf
-        return 10 * math.log10(self.signal / self.error) if self.signal else -math.inf
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerCheck:
-    """One layer: integers in the file, and its output for the same input."""
-
-    name: str
-    num_differing_codes: int | None
-    error: Error | None = None
-    weight_error: Error | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Verified:
-    """What was found.
-
-    Args:
-        summary: Checks of the whole export with their bounds.
-        layers: One row per layer.
-        holds: Whether every bound holds.
-        first_difference: The first layer, in the order of the model, that breaks its bound; empty if none.
-        samples: Picture, text or sound of the student and of the export for the same prompt, where one was asked for.
-    """
-
-    summary: Table
-    layers: Table
-    holds: bool
-    first_difference: str
-    samples: tuple[Path, ...]
 
 
 def verify(
@@ -118,24 +64,31 @@ def verify(
     if check_grid(student, target, accept_loss=True):
         fit_(student, target, session)
     opened = target.open(folder, student)
+    round_floats_(student, stored_dtype(folder))
     parts = session.export_parts(student)
     codes = layer_codes(student)
     checks = _layer_checks(opened, codes)
     weights = _weight_errors(opened, student)
     whole: dict[str, Error] = {}
     errors: dict[str, Error] = {}
+    steps: dict[str, StepsApart] = {}
     for part in parts if target.exports_all_parts else parts[:1]:
         progress.say(f"comparing {part.name}")
+        kept: list[Outputs] = []
         for inputs in part.batches()[:num_batches]:
-            found = opened.run(part, inputs)
+            kept.append(opened.run(part, inputs))
             wanted = run_module(part.module, student, [], part, inputs)
-            _compare(part.name, found, wanted, student, whole, errors)
+            _compare(part.name, kept[-1], wanted, student, whole, errors)
+        if isinstance(opened, CountsSteps):
+            steps |= opened.steps_apart(part, kept)
     layers = [
-        dataclasses.replace(check, error=errors.get(check.name), weight_error=weights.get(check.name))
+        dataclasses.replace(
+            check, error=errors.get(check.name), weight_error=weights.get(check.name), steps=steps.get(check.name)
+        )
         for check in checks
     ]
     samples = () if prompt is None else _sample(session, run, target.name, opened, parts[0], student, prompt)
-    verified = _judge(layers, whole, target.bound, target.name, samples)
+    verified = judge(layers, whole, target.bound, target.name, samples)
     write_json_atomic(
         run.path / _SAMPLES_FOLDER / f"{target.name}.json",
         {"summary": verified.summary.to_json(), "layers": verified.layers.to_json(), "holds": verified.holds},
@@ -174,66 +127,6 @@ def _compare(
     for name, output in found.layers.items():
         alone = student.get_submodule(name)(found.layer_inputs[name])
         errors.setdefault(name, Error()).add(alone, output)
-
-
-def _judge(
-    layers: list[LayerCheck], whole: dict[str, Error], bound: Any, target: str, samples: tuple[Path, ...]
-) -> Verified:
-    def breaks(check: LayerCheck) -> bool:
-        is_other = check.num_differing_codes != 0
-        if check.weight_error is not None and check.weight_error.sqnr_db < WEIGHT_SQNR_DB:
-            return True
-        return is_other or (check.error is not None and check.error.sqnr_db < bound.layer_sqnr_db)
-
-    broken = [check.name for check in layers if breaks(check)]
-    rows: list[tuple[Any, ...]] = [
-        (c.name, c.num_differing_codes, _rounded(c.error), _finite(c.error.largest) if c.error else None)
-        for c in layers
-    ]
-    table = Table(
-        f"Layers of {target}, each with the input that it got there",
-        ("layer", "codes that differ", "SQNR, dB", "largest error"),
-        tuple(rows),
-    )
-    shown = [check.error for check in layers if check.error is not None]
-    lowest = min((error.sqnr_db for error in shown), default=None)
-    differing = sum(check.num_differing_codes or 0 for check in layers)
-    absent = sum(check.num_differing_codes is None for check in layers)
-    least_weight = min((c.weight_error.sqnr_db for c in layers if c.weight_error is not None), default=None)
-    summary: list[tuple[Any, ...]] = [
-        ("layers whose codes are in the file", len(layers) - absent, len(layers)),
-        ("codes that differ", differing, 0),
-        (
-            "least SQNR of a weight, scales included, dB",
-            _number(least_weight),
-            WEIGHT_SQNR_DB if least_weight else None,
-        ),
-        ("layers whose output was compared", len(shown), None),
-        ("least SQNR of a layer, dB", _number(lowest), _number(bound.layer_sqnr_db) if shown else None),
-    ]
-    for name, error in whole.items():
-        summary.append((f"SQNR of {name}, dB", _number(error.sqnr_db), _number(bound.sqnr_db)))
-        summary.append((f"largest error of {name}", _finite(error.largest), None))
-    holds = not broken and all(error.sqnr_db >= bound.sqnr_db for error in whole.values())
-    first = broken[0] if broken else ""
-    notes = (f"Bounds: {bound.reason}.", f"First layer that breaks its bound: {first or 'none'}.")
-    title = f"{target} against the trained student: {'holds' if holds else 'DOES NOT HOLD'}"
-    return Verified(Table(title, ("check", "found", "bound"), tuple(summary), notes), table, holds, first, samples)
-
-
-def _rounded(error: Error | None) -> Any:
-    return None if error is None else _number(error.sqnr_db)
-
-
-def _number(value: float | None) -> Any:
-    """Infinity as text, which JSON has no number for."""
-    if value is None:
-        return None
-    return round(value, 1) if math.isfinite(value) else ("exact" if value > 0 else "no signal")
-
-
-def _finite(value: float) -> Any:
-    return value if math.isfinite(value) else "not finite"
 
 
 def _sample(

@@ -179,12 +179,24 @@ def observe(observed: ir.Model, graph: FloatGraph, samples: Sequence[Inputs]) ->
         given = [item.name for item in session.get_inputs()]
         order = [item.name for item in session.get_outputs()]
         statistics = {name: RunningStatistics() for name in (*given, *order)}
+        masked = _masked_tensors(graph)
         for sample in samples:
             feeds = all_feeds(sample, host)
             found = run_session(session, {name: feeds[name] for name in given})
             for name, array in (*found.items(), *((name, feeds[name]) for name in given)):
-                statistics[name].update(torch.from_numpy(_without_mask(array)))
+                rest = _without_mask(array) if name in masked else array
+                statistics[name].update(torch.from_numpy(rest))
     return statistics
+
+
+def _masked_tensors(graph: FloatGraph) -> set[str]:
+    """What may hold the minus infinity of a mask: what the host gives, moved or added to scores."""
+    found = set() if graph.host is None else {str(value.name) for value in graph.host.graph.outputs}
+    for node in graph.model.graph:
+        is_passed_on = node.op_type in DATA_MOVEMENT or node.op_type == "Add"
+        if is_passed_on and any(value is not None and str(value.name) in found for value in node.inputs):
+            found |= {str(value.name) for value in node.outputs}
+    return found
 
 
 def _without_mask(array: Array) -> Array:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fraqat.errors import ModelError
-from fraqat.export.target import Inputs, Part
+from fraqat.export.target import FloatDtype, Inputs, Part
 from fraqat.nn import QuantizedLayer, quantized_layers
 
 OPSET = 21
@@ -198,6 +198,37 @@ def replace_layers_(model: Any, lower: Mapping[str, Callable[[Any, Any], Any]]) 
         convenience.replace_nodes_and_values(model.graph, node, [node], list(tape.nodes), [old], [new])
         new.name = label
     model.graph.sort()
+
+
+def store_floats_(model: Any, float_dtype: FloatDtype) -> None:
+    """Stores floats that are not scales in another precision, widened again where they are used.
+
+    Args:
+        model: A lowered graph; constants of a few elements that are no bias stay as they are.
+        float_dtype: `float32` changes nothing.
+    """
+    import onnx_ir
+
+    if float_dtype == "float32":
+        return
+    for name, value in list(model.graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None or tensor.dtype != onnx_ir.DataType.FLOAT or name.endswith("_scale"):
+            continue
+        if tensor.size < _SMALL_TENSOR and not name.endswith(".bias"):
+            continue
+        rounded = torch.from_numpy(tensor.numpy().copy()).to(torch.bfloat16).view(torch.int16).numpy()
+        stored = onnx_ir.Value(name=f"{name}.bfloat16")
+        stored.const_value = onnx_ir.tensor(
+            rounded.view(onnx_ir.DataType.BFLOAT16.numpy()), dtype=onnx_ir.DataType.BFLOAT16, name=stored.name
+        )
+        cast = onnx_ir.node("Cast", [stored], attributes={"to": int(onnx_ir.DataType.FLOAT)})
+        cast.outputs[0].dtype, cast.outputs[0].shape = tensor.dtype, tensor.shape
+        model.graph.register_initializer(stored)
+        model.graph.insert_before(model.graph[0], cast)
+        value.replace_all_uses_with(cast.outputs[0])
+        del model.graph.initializers[name]
+        cast.outputs[0].name = name
 
 
 def save(model: Any, path: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fraqat.errors import ModelError
 from fraqat.export.onnx.encodings import Array, HostPart, all_feeds
 from fraqat.export.onnx.graph import LAYER_INPUTS, LAYER_OUTPUTS
-from fraqat.export.target import Inputs, Outputs, Part
+from fraqat.export.target import Inputs, Outputs, Part, StepsApart
 from fraqat.nn import quantized_layers
 
 PROVIDER = "QNNExecutionProvider"
@@ -42,8 +42,8 @@ class Soc:
 SM8750 = Soc("SM8750", 69, 79)
 """Snapdragon 8 Elite."""
 BALANCED, FASTEST = 2, 3
-"""Efforts of the compiler. 1 is there too and is not offered: it gave a few outputs of a wide convolution 191 steps off. Both of
-these take a kernel for some wide layers whose outputs are up to 2 steps off, 0.23 too high on average."""
+"""Efforts of the compiler. 1 is there too and is not offered: it gave a few outputs of a wide convolution 191 steps off. Both
+of these take a kernel for some wide layers whose outputs are up to 2 steps off, 0.23 too high on average."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,6 @@ def compile_context(
         soc: The chip to compile for.
         folder: Where the two files go; the graph's by default.
         effort: Of the compiler, `BALANCED` or `FASTEST`.
-        effort: 1 to 3; 3 for the fastest graph.
 
     Raises:
         ModelError: The compiler does not take the whole graph.
@@ -159,7 +158,7 @@ class HtpExport:
         """Scales times integers by layer."""
         scales, found = self._stored(SCALE), dict[str, Tensor]()
         for name, codes in self.codes().items():
-            found[name] = codes * torch.from_numpy(scales[name]).reshape(-1, *(1 for _ in codes.shape[1:]))
+            found[name] = codes * torch.tensor(scales[name]).reshape(-1, *(1 for _ in codes.shape[1:]))
         return found
 
     def _stored(self, suffix: str) -> dict[str, Array]:
@@ -188,6 +187,10 @@ class HtpExport:
         layer_inputs = {layer: torch.cat(found[given]) for layer, (given, _) in layers.items()}
         outputs = {layer: torch.cat(found[gives]) for layer, (_, gives) in layers.items()}
         return Outputs({name: torch.cat(found[name]) for name in part.outputs}, outputs, layer_inputs)
+
+    def steps_apart(self, part: Part, found: Sequence[Outputs]) -> Mapping[str, StepsApart]:
+        """The layers against ONNX Runtime's computation of the same nodes on the CPU."""
+        return steps_apart(self._folder / f"{part.name}.onnx", found) if found and found[0].layers else {}
 
     def _open(self, part: Part) -> tuple[onnxruntime.InferenceSession, HostPart | None, LayerTensors]:
         path, host = self._folder / f"{part.name}.onnx", self._folder / f"{part.name}{HOST_SUFFIX}"
@@ -226,21 +229,6 @@ def with_layers_shown(path: Path) -> tuple[Path | bytes, LayerTensors]:
     model.graph.output.extend(types[name] for name in wanted if name in types)
     shown = {value.name for value in model.graph.output}
     return model.SerializeToString(), {layer: names for layer, names in layers.items() if shown.issuperset(names)}
-
-
-@dataclass(frozen=True)
-class StepsApart:
-    """How far a layer's output on the HTP is from ONNX Runtime's for the same input.
-
-    Args:
-        bits: Of the output.
-        largest: In steps of the output's grid.
-        share_equal: Outputs with the same code.
-    """
-
-    bits: int
-    largest: float
-    share_equal: float
 
 
 def steps_apart(path: Path, found: Sequence[Outputs]) -> dict[str, StepsApart]:

@@ -52,13 +52,14 @@ def write_graphs(job: ExportJob, lower: Callable[[Any, dict[str, LayerCodes]], N
         job: What to write, and where to.
         lower: Replaces the `Layer` nodes of a neutral graph by what the target computes.
     """
-    from fraqat.export.onnx.graph import save, trace
+    from fraqat.export.onnx.graph import save, store_floats_, trace
 
     codes = layer_codes(job.student)
     written: dict[str, Any] = {}
     for part in job.parts():
         model = trace(part, job.student)
         lower(model, codes)
+        store_floats_(model, job.float_dtype)
         save(model, job.folder / f"{part.name}.onnx")
         write_files(part, job.folder)
         written[part.name] = describe_part(part)

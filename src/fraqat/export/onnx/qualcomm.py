@@ -54,10 +54,12 @@ class QualcommTarget(Target):
             },
         }
     )
+    float_dtypes = ("float32",)
     bound = Bound(
         sqnr_db=15.0,
         layer_sqnr_db=20.0,
         reason="the same codes; the HTP rounds the output of every operator too, layers with inputs of 8 bits to 8 bits",
+        steps=1.0,
     )
 
     def nearest(self, place: LayerPlace, spec: QuantSpec) -> QuantSpec | None:
