@@ -132,8 +132,8 @@ def _record(
 
 
 def write_table(records: list[dict[str, Any]], path: Path) -> None:
-    """One row per shape and number of tokens, one column per way."""
-    first = records[0]
+    """One row per shape and number of tokens, one column per way; of several measurements the last."""
+    first = records[-1]
     mode = "compiled" if first["compiled"] else "eager"
     lines = [
         "# One linear layer in inference\n",
@@ -146,7 +146,7 @@ def write_table(records: list[dict[str, Any]], path: Path) -> None:
     for r in records:
         low, high = r["ratio_spread"]
         cells.setdefault((r["tokens"], r["in"], r["out"]), {})[r["way"]] = f"{r['ratio']:.2f} ({low:.2f} to {high:.2f})"
-    for (tokens, width, out), row in cells.items():
+    for (tokens, width, out), row in sorted(cells.items()):
         lines.append(f"| {tokens} | {width} -> {out} | " + " | ".join(row[name] for name in WAYS) + " |")
     path.write_text("\n".join(lines) + "\n")
 
@@ -168,7 +168,8 @@ def main() -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with arguments.out.open("a") as stream:
         stream.writelines(json.dumps(record) + "\n" for record in records)
-    write_table(records, arguments.out.with_suffix(".md"))
+    every = [json.loads(line) for line in arguments.out.read_text().splitlines()]
+    write_table([r for r in every if r["compiled"] == arguments.compile], arguments.out.with_suffix(".md"))
     print(arguments.out.with_suffix(".md").read_text())
 
 
