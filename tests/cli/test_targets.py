@@ -145,7 +145,7 @@ def test_a_field_that_contradicts_the_target_is_refused() -> None:
 def test_a_model_without_a_runtime_is_refused_before_training() -> None:
     from fraqat.workflows import open_session
 
-    recipe = load_recipe("color-digits", ("target=gguf",))
+    recipe = load_recipe("color-digits", ("target=gguf", "quantization.weight.scale_dtype=float16"))
     with pytest.raises(ConfigError, match="targets that take SanaTransformer2DModel"):
         open_session(recipe).layers(recipe)
 
@@ -153,6 +153,17 @@ def test_a_model_without_a_runtime_is_refused_before_training() -> None:
 def test_a_channel_grid_may_replace_a_targets_groups() -> None:
     recipe = load_recipe("gemma-2-2b-it-tiny", ("target=vllm", "quantization.weight.granularity=channel"))
     assert recipe.quantization.weight.group_size is None
+
+
+def test_a_recipe_may_make_a_targets_inputs_symmetric_or_is_told_which_field() -> None:
+    with pytest.raises(ConfigError, match=r"activation\.symmetric = True .* target torchao"):
+        load_recipe("gemma-2-2b-it-tiny", ("target=torchao", "quantization.activation.symmetric=true"))
+
+
+@pytest.mark.parametrize("value", ["[onnx]", "{a: b}", "3"])
+def test_a_target_that_is_no_name_is_refused(value: str) -> None:
+    with pytest.raises(ConfigError, match="target"):
+        load_recipe("color-digits", (f"target={value}",))
 
 
 def test_targets_are_listed(fraqat) -> None:

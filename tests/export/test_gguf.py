@@ -104,18 +104,19 @@ def test_inputs_are_rounded_as_q8_0() -> None:
 
 
 WEIGHTS = {
-    "group of 32": (WeightSpec(granularity="group", group_size=32, scale_dtype="bfloat16"), {}),
-    "group of 64": (WeightSpec(granularity="group", group_size=64, scale_dtype="bfloat16"), {}),
-    "channel": (WeightSpec(scale_dtype="bfloat16"), {}),
-    "learned": (WeightSpec(scale_dtype="bfloat16", range_method="learned"), {}),
-    "3.5 bits": (WeightSpec(bits=3.5, scale_dtype="bfloat16"), {}),
+    "group of 32": (WeightSpec(granularity="group", group_size=32, scale_dtype="float16"), {}),
+    "group of 64": (WeightSpec(granularity="group", group_size=64, scale_dtype="float16"), {}),
+    "channel": (WeightSpec(scale_dtype="float16"), {}),
+    "learned": (WeightSpec(scale_dtype="float16", range_method="learned"), {}),
+    "3.5 bits": (WeightSpec(bits=3.5, scale_dtype="float16"), {}),
     "float16 scale": (WeightSpec(scale_dtype="float16"), {}),
+    "bfloat16 scale": (WeightSpec(scale_dtype="bfloat16"), {"scale_dtype": "float16"}),
     "float32 scale": (WeightSpec(), {"scale_dtype": "float16"}),
-    "8 bits": (WeightSpec(bits=8, scale_dtype="bfloat16"), {"bits": 4}),
-    "asymmetric": (WeightSpec(symmetric=False, scale_dtype="bfloat16"), {"symmetric": True}),
-    "group of 16": (WeightSpec(granularity="group", group_size=16, scale_dtype="bfloat16"), {"group_size": 32}),
+    "8 bits": (WeightSpec(bits=8, scale_dtype="float16"), {"bits": 4}),
+    "asymmetric": (WeightSpec(symmetric=False, scale_dtype="float16"), {"symmetric": True}),
+    "group of 16": (WeightSpec(granularity="group", group_size=16, scale_dtype="float16"), {"group_size": 32}),
     "integer scales": (
-        WeightSpec(granularity="group", group_size=32, scale_dtype="bfloat16", group_scale="integer"),
+        WeightSpec(granularity="group", group_size=32, scale_dtype="float16", group_scale="integer"),
         {"group_scale": "float"},
     ),
 }

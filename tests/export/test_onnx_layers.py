@@ -197,6 +197,35 @@ def test_floats_in_bfloat16_are_those_of_the_rounded_model(model: nn.Module, par
     assert sqnr_db(unrounded, found.outputs["per_token"]) < 80
 
 
+def test_a_layer_that_is_called_twice_is_refused(tmp_path: Path) -> None:
+    from fraqat.errors import ConfigError
+    from fraqat.export import TARGETS
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(self.layer(x).relu())
+
+    twice = Twice()
+    quantize_(twice)
+    part = Part("twice", twice, ("y",), lambda: [{"x": torch.ones(2, 4)}], {"x": {0: "batch"}})
+    job = ExportJob(twice, lambda: (part,), ModelDescription("M", {}, "m"), None, tmp_path, say=lambda _: None)
+    with pytest.raises(ConfigError, match="layers that a part calls once"):
+        TARGETS["onnx"].write(job)
+
+
+def test_zero_points_of_other_runtimes_are_not_taken_for_offsets() -> None:
+    from fraqat.export import TARGETS
+
+    spec = QuantSpec(activation=dynamic(symmetric=False, range_method="min_max", zero_point="xnnpack"))
+    found = TARGETS["onnx"].nearest(LayerPlace("a", "Linear", (OUT, IN)), spec)
+    assert found is not None and found.activation is not None
+    assert found.activation.zero_point == "float"
+
+
 def test_any_specification_is_taken() -> None:
     from fraqat.export import TARGETS
 

@@ -85,7 +85,7 @@ class Recipe(BaseModel, ABC):
     @classmethod
     def _default_grid(cls, values: Any) -> Any:
         """What a target computes is the default of everything that the recipe does not set itself."""
-        if not isinstance(values, dict) or values.get("target") is None:
+        if not isinstance(values, dict) or not isinstance(values.get("target"), str):
             return values
         given = values.get("quantization") or {}
         if not isinstance(given, dict):
@@ -93,10 +93,7 @@ class Recipe(BaseModel, ABC):
         defaults = plain(target_named(values["target"]).defaults)
         if "activation" in given and given["activation"] is None:
             defaults.pop("activation", None)
-        weight = given.get("weight") or {}
-        if isinstance(weight, dict) and weight.get("granularity", "group") != "group":
-            for name in ("group_size", "group_scale"):
-                defaults.get("weight", {}).pop(name, None)
+        _drop_what_depends_(defaults, given)
         return {**values, "quantization": merged(defaults, given)}
 
     @model_validator(mode="after")
@@ -253,6 +250,25 @@ def _check_training(recipe: Recipe) -> None:
         raise config_error(
             "train.losses", foreign, allowed=f"{', '.join(recipe.LOSSES)} for {recipe.task}", fix="choose one of these"
         )
+
+
+def _drop_what_depends_(defaults: dict[str, Any], given: dict[str, Any]) -> None:
+    """Leaves out defaults of a target that belong to a choice which the recipe makes otherwise.
+
+    The refusal then names what the recipe says, not what it never said.
+    """
+    dependent = {
+        ("activation", "symmetric", True): ("zero_point",),
+        ("activation", "static", True): ("zero_point",),
+        ("activation", "static", False): ("range_method", "granularity"),
+        ("weight", "granularity", "tensor"): ("group_size", "group_scale"),
+        ("weight", "granularity", "channel"): ("group_size", "group_scale"),
+    }
+    for (section, field_name, value), names in dependent.items():
+        chosen = given.get(section)
+        if isinstance(chosen, dict) and chosen.get(field_name) == value:
+            for name in names:
+                defaults.get(section, {}).pop(name, None)
 
 
 def plain(values: Any) -> Any:

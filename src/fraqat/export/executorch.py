@@ -50,6 +50,7 @@ class ExecutorchTarget(Target):
     name = "executorch-xnnpack"
     summary = "ExecuTorch program (.pte) for ARM and x86 CPUs, by XNNPACK"
     extra = "executorch"
+    requires = ("executorch", "torchao")
     defaults = MappingProxyType(
         {
             "weight": {"scale_dtype": "bfloat16"},
@@ -84,7 +85,10 @@ class ExecutorchTarget(Target):
         """The program in ExecuTorch's runtime."""
         try:
             description = json.loads((folder / LAYERS_FILE).read_text(encoding="utf-8"))
-            program = (folder / f"{description['part']}.pte").read_bytes()
+            part = str(description["part"])
+            if Path(part).name != part:
+                raise ValueError(f"part {part!r} lies outside of the export")
+            program = (folder / f"{part}.pte").read_bytes()
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"{folder} is no ExecuTorch export: {error!r}. Fix: export again.") from error
         return OpenedProgram(program, description)

@@ -51,7 +51,7 @@ class GgufTarget(Target):
     name = "gguf"
     summary = "GGUF Q4_0, for llama.cpp (Gemma-2) and stable-diffusion.cpp (SD3, FLUX)"
     extra = "gguf"
-    requires = ("gguf",)
+    requires = ("gguf", "sentencepiece")
     tasks = ("text-to-image", "language")
     model_classes = _CLASSES
     defaults = MappingProxyType(
@@ -154,11 +154,9 @@ def file_tensors(class_name: str, names: Sequence[str]) -> list[FileTensor]:
 
 
 def _nearest_weight(weight: WeightSpec) -> WeightSpec:
-    changes: dict[str, Any] = {"symmetric": True, "group_scale": "float"}
+    changes: dict[str, Any] = {"symmetric": True, "group_scale": "float", "scale_dtype": "float16"}
     if weight.bits > _WEIGHT_BITS:
         changes["bits"] = float(_WEIGHT_BITS)
-    if weight.scale_dtype == "float32":
-        changes["scale_dtype"] = "float16"
     if weight.granularity is Granularity.GROUP and (weight.group_size or 0) % BLOCK:
         changes["group_size"] = BLOCK
     changes.setdefault("granularity", weight.granularity)

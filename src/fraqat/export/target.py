@@ -265,4 +265,5 @@ def token_int8(activation: ActivationSpec | None) -> ActivationSpec | None:
         static=False,
         symmetric=True,
         range_method=RangeMethod.MAX_ABS,
+        scale_dtype="float32",
     )

@@ -56,6 +56,7 @@ class TorchaoTarget(Target):
     name = "torchao"
     summary = "Hugging Face folder that diffusers and transformers load with torchao installed"
     extra = "optimizers"
+    requires = ("torchao",)
     defaults = MappingProxyType(
         {
             "weight": {"scale_dtype": "bfloat16"},

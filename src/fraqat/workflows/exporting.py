@@ -22,6 +22,7 @@ from fraqat.export import (
     LayerPlace,
     Mismatch,
     Target,
+    check_model,
     mismatches,
     read_manifest,
     target_named,
@@ -85,7 +86,7 @@ def export(
     recipe = run.recipe()
     session = session or open_session(recipe)
     check_target(target, recipe, session)
-    student = session.load_student(recipe, run.student_path, with_engine=False)
+    student = session.load_student(recipe, run.student_path, with_engine=False).cpu()
     if float_dtype not in target.float_dtypes:
         raise config_error(
             "float_dtype",
@@ -127,13 +128,7 @@ def check_target(target: Target, recipe: Recipe, session: Session[Any]) -> None:
     Raises:
         ConfigError: One of these.
     """
-    if recipe.task not in target.tasks:
-        raise config_error(
-            "target",
-            target.name,
-            allowed=f"targets for {recipe.task}",
-            fix=f"{target.name} takes {', '.join(target.tasks)}",
-        )
+    check_model(target, recipe.task, session.known.class_name)
     missing = [name for name in target.requires if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
@@ -259,7 +254,8 @@ def round_floats_(student: nn.Module, float_dtype: str) -> None:
         m for _, layer in quantized_layers(student) for m in (layer.weight_quantizer, layer.activation_quantizer)
     ]
     quantized |= {id(tensor) for m in quantizers if m is not None for tensor in (*m.parameters(), *m.buffers())}
-    for tensor in (*student.parameters(), *student.buffers()):
+    stored = student.state_dict(keep_vars=True)  # tables that a model makes anew, as of positions, lie in no file
+    for tensor in stored.values():
         if tensor.is_floating_point() and id(tensor) not in quantized:
             tensor.copy_(tensor.to(dtype))
 

@@ -31,12 +31,13 @@ class Error:
         difference = (found.double() - wanted.double()).abs()
         self.signal += float(wanted.double().square().sum())
         self.error += float(difference.square().sum())
-        self.largest = max(self.largest, float(difference.max()))
+        largest = float(difference.max())
+        self.largest = largest if math.isnan(largest) else max(self.largest, largest)
 
     @property
     def sqnr_db(self) -> float:
         """Signal over error in dB; infinite where nothing differs, minus infinity where nothing is right."""
-        if math.isnan(self.error):
+        if not math.isfinite(self.error):
             return -math.inf
         if self.error == 0:
             return math.inf
@@ -81,12 +82,10 @@ class Verified:
     layers: Table
     holds: bool
     first_difference: str
-    samples: tuple[Path, ...]
+    samples: tuple[Path, ...] = ()
 
 
-def judge(
-    layers: list[LayerCheck], whole: Mapping[str, Error], bound: Bound, target: str, samples: tuple[Path, ...]
-) -> Verified:
+def judge(layers: list[LayerCheck], whole: Mapping[str, Error], bound: Bound, target: str) -> Verified:
     """Holds what was found against the bounds.
 
     Args:
@@ -94,7 +93,6 @@ def judge(
         whole: Outputs of the parts by name.
         bound: Of the target.
         target: Its name.
-        samples: Files for people to look at.
     """
     broken = [check.name for check in layers if not check.holds(bound)]
     holds = not broken and all(error.sqnr_db >= bound.sqnr_db for error in whole.values())
@@ -103,7 +101,7 @@ def judge(
     title = f"{target} against the trained student: {'holds' if holds else 'DOES NOT HOLD'}"
     rows = (*_layer_checks(layers, bound), *_output_checks(whole, bound))
     summary = Table(title, ("check", "found", "bound"), rows, notes)
-    return Verified(summary, _layer_table(layers, target), holds, first, samples)
+    return Verified(summary, _layer_table(layers, target), holds, first)
 
 
 def _layer_table(layers: list[LayerCheck], target: str) -> Table:

@@ -60,19 +60,38 @@ def verify(
     recipe = run.recipe()
     session = session or open_session(recipe)
     check_target(target, recipe, session)
-    student = session.load_student(recipe, run.student_path, with_engine=False)
+    if prompt is not None:
+        session.check_samples_exports()
+    student = session.load_student(recipe, run.student_path, with_engine=False).cpu()
     if check_grid(student, target, accept_loss=True):
         fit_(student, target, session)
     opened = target.open(folder, student)
     round_floats_(student, stored_dtype(folder))
     parts = session.export_parts(student)
-    codes = layer_codes(student)
-    checks = _layer_checks(opened, codes)
+    layers, whole = _compare_all(
+        opened, student, parts if target.exports_all_parts else parts[:1], num_batches, progress
+    )
+    verified = judge(layers, whole, target.bound, target.name)
+    write_json_atomic(
+        run.path / _SAMPLES_FOLDER / f"{target.name}.json",
+        {"summary": verified.summary.to_json(), "layers": verified.layers.to_json(), "holds": verified.holds},
+    )
+    if prompt is None:
+        return verified
+    samples = _sample(session, run, target.name, opened, parts[0], student, prompt)
+    return dataclasses.replace(verified, samples=samples)
+
+
+def _compare_all(
+    opened: OpenedExport, student: nn.Module, parts: tuple[Part, ...], num_batches: int, progress: Progress
+) -> tuple[list[LayerCheck], dict[str, Error]]:
+    """Every layer, and every output by `PART.NAME`."""
+    checks = _layer_checks(opened, layer_codes(student))
     weights = _weight_errors(opened, student)
     whole: dict[str, Error] = {}
     errors: dict[str, Error] = {}
     steps: dict[str, StepsApart] = {}
-    for part in parts if target.exports_all_parts else parts[:1]:
+    for part in parts:
         progress.say(f"comparing {part.name}")
         kept: list[Outputs] = []
         for inputs in part.batches()[:num_batches]:
@@ -87,13 +106,7 @@ def verify(
         )
         for check in checks
     ]
-    samples = () if prompt is None else _sample(session, run, target.name, opened, parts[0], student, prompt)
-    verified = judge(layers, whole, target.bound, target.name, samples)
-    write_json_atomic(
-        run.path / _SAMPLES_FOLDER / f"{target.name}.json",
-        {"summary": verified.summary.to_json(), "layers": verified.layers.to_json(), "holds": verified.holds},
-    )
-    return verified
+    return layers, whole
 
 
 def _layer_checks(opened: OpenedExport, codes: dict[str, LayerCodes]) -> list[LayerCheck]:

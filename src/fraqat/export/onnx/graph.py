@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fraqat.errors import ModelError
+from fraqat.errors import ModelError, config_error
 from fraqat.export.target import FloatDtype, Inputs, Part
 from fraqat.nn import QuantizedLayer, quantized_layers
 
@@ -173,7 +173,17 @@ def _quiet() -> Generator[None]:
 
 def layer_nodes(model: Any) -> dict[str, Any]:
     """The `Layer` nodes of a neutral graph by layer name."""
-    return {n.attributes["name"].as_string(): n for n in model.graph if n.domain == DOMAIN and n.op_type == LAYER}
+    found: dict[str, Any] = {}
+    for node in model.graph:
+        if node.domain != DOMAIN or node.op_type != LAYER:
+            continue
+        name = node.attributes["name"].as_string()
+        if name in found:
+            raise config_error(
+                "layer", name, allowed="layers that a part calls once", fix="skip the layer, or give each call its own"
+            )
+        found[name] = node
+    return found
 
 
 def replace_layers_(model: Any, lower: Mapping[str, Callable[[Any, Any], Any]]) -> None:
@@ -213,7 +223,7 @@ def store_floats_(model: Any, float_dtype: FloatDtype) -> None:
         return
     for name, value in list(model.graph.initializers.items()):
         tensor = value.const_value
-        if tensor is None or tensor.dtype != onnx_ir.DataType.FLOAT or name.endswith("_scale"):
+        if tensor is None or tensor.dtype != onnx_ir.DataType.FLOAT or name.endswith(("_scale", ".offset")):
             continue
         if tensor.size < _SMALL_TENSOR and not name.endswith(".bias"):
             continue

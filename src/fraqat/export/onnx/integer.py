@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from fraqat.errors import config_error
 from fraqat.export.codes import LayerCodes, layer_codes
 from fraqat.export.target import Bound, ExportJob, LayerPlace, OpenedExport, Part, Target
 from fraqat.nn import QuantSpec
+from fraqat.numerics import ZeroPoint
 
 PARTS_FILE = "parts.json"
 
@@ -31,8 +33,14 @@ class IntegerTarget(Target):
     )
 
     def nearest(self, place: LayerPlace, spec: QuantSpec) -> QuantSpec | None:
-        """Everything: layers that no integer product can compute are floating-point products on the same grids."""
-        return spec
+        """Layers that no integer product can compute are floating-point products on the same grids.
+
+        Zero points per token, which other runtimes measure in ways of their own, are not written; offsets (Eq. 2) are.
+        """
+        activation = spec.activation
+        if activation is None or activation.zero_point is ZeroPoint.FLOAT:
+            return spec
+        return dataclasses.replace(spec, activation=dataclasses.replace(activation, zero_point=ZeroPoint.FLOAT))
 
     def write(self, job: ExportJob) -> None:
         """Writes the graphs and `parts.json`, which names their inputs and outputs."""

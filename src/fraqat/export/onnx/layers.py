@@ -194,23 +194,16 @@ def dequantized_weight(ops: Ops, layer: LayerCodes) -> Value:
     the inputs to 8 bits on its own (49 dB on a 16-bit layer).
     """
     num_rows, num_columns = layer.matrix.shape
-    scale = layer.qparams.scale.float()
+    scale, offset = layer.qparams.scale.float(), layer.qparams.offset
     weight = ops.cast(stored_codes(ops, layer), ir.DataType.FLOAT)
-    if layer.spec.weight.granularity is Granularity.GROUP:
-        num_groups = scale.shape[1]
-        blocks = ops("Reshape", weight, ops.axes(num_groups, -1, num_rows))
-        stored = ops.constant("weight_scale", scale.permute(1, 2, 0).contiguous())
-        weight = ops("Reshape", ops("Mul", blocks, stored), ops.axes(num_columns, num_rows))
-    else:
+    if layer.spec.weight.granularity is not Granularity.GROUP:
         weight = ops("Mul", weight, ops.constant("weight_scale", scale.flatten()))
-    if layer.qparams.offset is None:
-        return weight
-    offset = layer.qparams.offset.float().expand(*scale.shape)
-    blocks = offset.reshape(offset.shape[0], -1, 1).expand(
-        -1, -1, num_columns // max(1, offset.numel() // offset.shape[0])
-    )
-    whole = blocks.reshape(offset.shape[0], -1).expand(num_rows, num_columns)
-    return ops("Add", weight, ops.constant("offset", whole.t().contiguous()))
+        return weight if offset is None else ops("Add", weight, ops.constant("offset", offset.float().flatten()))
+    blocks = ops("Reshape", weight, ops.axes(scale.shape[1], -1, num_rows))
+    blocks = ops("Mul", blocks, ops.constant("weight_scale", scale.permute(1, 2, 0).contiguous()))
+    if offset is not None:
+        blocks = ops("Add", blocks, ops.constant("offset", offset.float().permute(1, 2, 0).contiguous()))
+    return ops("Reshape", blocks, ops.axes(num_columns, num_rows))
 
 
 def _static_codes(ops: Ops, activation: ActivationSpec, qparams: QParams, x: Value) -> tuple[Value, Value, Value]:

@@ -50,7 +50,7 @@ class QdqTarget(Target):
                 "static": True,
                 "granularity": "tensor",
                 "symmetric": False,
-                "range_method": "mse",
+                "range_method": "percentile",
             },
         }
     )

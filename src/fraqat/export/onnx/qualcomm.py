@@ -50,7 +50,7 @@ class QualcommTarget(Target):
                 "static": True,
                 "granularity": "tensor",
                 "symmetric": False,
-                "range_method": "mse",
+                "range_method": "percentile",
             },
         }
     )

@@ -163,6 +163,8 @@ def _many_axes(site: Site) -> Value | None:
         return None
     shape, perm = sizes(x), list(node.attributes["perm"].as_ints())
     kept = [axis for axis, size in enumerate(shape) if size != 1]
+    if len(kept) > _MAX_RANK:
+        return None  # the compiler will refuse it by name
     order = [kept.index(axis) for axis in perm if axis in kept]
     small = site.reshape(x, tuple(shape[axis] for axis in kept))
     moved = site("Transpose", small, shape=tuple(shape[kept[i]] for i in order), perm=tuple(order))

@@ -182,6 +182,19 @@ class Session(ABC, Generic[RecipeT]):
     def export_parts(self, student: nn.Module) -> tuple[Part, ...]:
         """What is exported as graphs; the first one holds the student's quantized layers."""
 
+    def check_samples_exports(self) -> None:
+        """Refuses to sample with an export where the family's generation calls more than its first part.
+
+        Raises:
+            ConfigError: It does.
+        """
+        raise config_error(
+            "prompt",
+            "given",
+            allowed=f"exports of text-to-image models, not of {self.recipe.task}",
+            fix="leave --prompt out; examples/ generates with the exported files",
+        )
+
     def computed_by(
         self, student: nn.Module, run: Callable[[Inputs], Mapping[str, Tensor]]
     ) -> AbstractContextManager[None]:
@@ -192,14 +205,9 @@ class Session(ABC, Generic[RecipeT]):
             run: Inputs of the first of `export_parts` -> its outputs.
 
         Raises:
-            ConfigError: The family's generation calls more than that part.
+            NotImplementedError: `check_samples_exports` refuses.
         """
-        raise config_error(
-            "prompt",
-            "given",
-            allowed=f"exports of text-to-image models, not of {self.recipe.task}",
-            fix="leave --prompt out; examples/ generates with the exported files",
-        )
+        raise NotImplementedError
 
     @abstractmethod
     def original_files(self) -> list[Path]:
