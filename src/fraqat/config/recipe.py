@@ -260,7 +260,7 @@ def _drop_what_depends_(defaults: dict[str, Any], given: dict[str, Any]) -> None
     dependent = {
         ("activation", "symmetric", True): ("zero_point",),
         ("activation", "static", True): ("zero_point",),
-        ("activation", "static", False): ("range_method", "granularity"),
+        ("activation", "static", False): ("range_method",),
         ("weight", "granularity", "tensor"): ("group_size", "group_scale"),
         ("weight", "granularity", "channel"): ("group_size", "group_scale"),
     }
