@@ -266,7 +266,8 @@ def check_is_packed(folder: Path) -> None:
     Raises:
         ModelError: It was written for another target.
     """
-    name = export_format(folder)
+    manifest = RunFolder(folder).read_json(folder / MANIFEST_FILE)
+    name = manifest.get("format", PACKED) if isinstance(manifest, dict) else PACKED
     if name != PACKED:
         raise ModelError(
             f"{folder} is an export for {name}, which runs elsewhere. Fix: pass a run or an export of --format packed; "
@@ -285,9 +286,9 @@ def export_format(folder: Path) -> str:
     Raises:
         ModelError: The folder is no export, or damaged.
     """
-    if (folder / MANIFEST_FILE).is_file() and (folder / "model.safetensors").is_file():
+    if (folder / MANIFEST_FILE).is_file():
         manifest = RunFolder(folder).read_json(folder / MANIFEST_FILE)
-        if "sha256" in manifest:
+        if isinstance(manifest, dict) and "sha256" in manifest:
             return PACKED
     return str(read_manifest(folder)["format"])
 
