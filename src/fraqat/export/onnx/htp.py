@@ -78,7 +78,7 @@ def open_htp(
     Raises:
         ModelError: The HTP does not take the whole graph.
     """
-    import onnxruntime_qnn
+    import onnxruntime_qnn  # pyright: ignore[reportMissingImports]
 
     if not any(device.ep_name == PROVIDER for device in onnxruntime.get_ep_devices()):
         onnxruntime.register_execution_provider_library(PROVIDER, onnxruntime_qnn.get_library_path())
