@@ -17,19 +17,18 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from fraqat import __version__, workflows
 from fraqat.config import Recipe, load_recipe, recipe_names
 from fraqat.data.bad_samples import SkippedSamplesWarning
-from fraqat.distill import StepRecord
 from fraqat.errors import FraqatError, VerificationError
 from fraqat.export import TARGETS
 from fraqat.planning import DEVICES, THIS_MACHINE, PlanOptions, Sharding
 from fraqat.table import Table
 from fraqat.workflows import RunFolder
+from fraqat.workflows.console import ConsoleProgress
 from fraqat.workflows.verifying import NUM_BATCHES
 
 app = typer.Typer(
@@ -64,64 +63,6 @@ class FloatPrecision(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
-class ConsoleProgress:
-    """Progress on stderr: a live line on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, quiet: bool = False):
-        self._quiet = quiet
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.completed}/{task.total}"),
-        )
-        self._bars = Progress(*columns, TextColumn("{task.fields[text]}"), console=_errors, transient=True)
-        self._task: Any = None
-        self._is_live = _errors.is_terminal and not quiet
-
-    def say(self, text: str) -> None:
-        """Prints a line."""
-        self._clear()
-        if not self._quiet:
-            _errors.print(text, markup=False)
-
-    def warn(self, text: str) -> None:
-        """Prints a line that stands out, also when quiet."""
-        self._clear()
-        _errors.print(f"warning: {text}", style="yellow", markup=False)
-
-    def step(self, record: StepRecord) -> None:
-        """Shows stage, bits, loss, step time and time left."""
-        text = (
-            f"stage {record.stage + 1}/{record.num_stages}  {record.bits:g} bits  loss {record.loss:.5f}  "
-            f"{record.step_ms:.0f} ms/step  {_duration(record.left_s)} left"
-        )
-        self._show("training", record.step + 1, record.total_steps, text, max(1, record.total_steps // 10))
-
-    def count(self, what: str, done: int, total: int) -> None:
-        """Shows a count."""
-        self._show(what, done, total, "", total)
-
-    def _show(self, what: str, done: int, total: int, text: str, every: int) -> None:
-        if self._quiet:
-            return
-        if not self._is_live:
-            if done % every == 0 and text:
-                _errors.print(f"{what} {done}/{total}  {text}", markup=False)
-            return
-        if self._task is None:
-            self._bars.start()
-            self._task = self._bars.add_task(what, total=total, text=text)
-        self._bars.update(self._task, description=what, completed=done, total=total, text=text)
-        if done >= total:
-            self._clear()
-
-    def _clear(self) -> None:
-        if self._task is not None:
-            self._bars.stop()
-            self._bars.remove_task(self._task)
-            self._task = None
-
-
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Run folder; what is finished there is not done again")] = Path("runs/demo"),
@@ -130,7 +71,7 @@ def demo(
     quiet: QuietOption = False,
 ) -> None:
     """Quantize the embedded text-to-image pipeline with FraQAT, compare, export and write a page. Minutes on two cores."""
-    tables, page = workflows.demo(out, ConsoleProgress(quiet), tuple(settings or ()))
+    tables, page = workflows.demo(out, ConsoleProgress(_errors, quiet), tuple(settings or ()))
     _print_tables(tables, as_json, page=str(page))
     if not as_json:
         _output.print(f"Page: {page}", markup=False)
@@ -157,7 +98,7 @@ def train(
         return
     if out is None:
         raise typer.BadParameter("is needed, unless with --dry-run", param_hint="--out")
-    run = workflows.train(resolved, out, ConsoleProgress(quiet), with_baselines=baselines)
+    run = workflows.train(resolved, out, ConsoleProgress(_errors, quiet), with_baselines=baselines)
     _print_tables([_result_table(run)], as_json)
 
 
@@ -198,7 +139,7 @@ def evaluate(
 ) -> None:
     """Compare original, baselines and student on the same prompts and seeds."""
     table = workflows.evaluate(
-        RunFolder.open(run), ConsoleProgress(quiet), num_samples=num_samples, overwrite=overwrite
+        RunFolder.open(run), ConsoleProgress(_errors, quiet), num_samples=num_samples, overwrite=overwrite
     )
     _print_tables([table], as_json)
 
@@ -217,7 +158,7 @@ def generate(
     """Make images, texts or speech with the student of a run, or with an exported file."""
     changes = {"sampler": {"num_steps": steps, "guidance_scale": guidance}}
     paths = workflows.generate(
-        source, tuple(prompt), out, ConsoleProgress(quiet), seed=seed, changes=changes, overwrite=overwrite
+        source, tuple(prompt), out, ConsoleProgress(_errors, quiet), seed=seed, changes=changes, overwrite=overwrite
     )
     for path in paths:
         _output.print(str(path), markup=False)
@@ -241,7 +182,7 @@ def export(
     done = workflows.export(
         RunFolder.open(run),
         target,
-        ConsoleProgress(quiet),
+        ConsoleProgress(_errors, quiet),
         float_dtype=float_dtype.value,
         accept_loss=accept_loss,
         overwrite=overwrite,
@@ -265,7 +206,7 @@ def verify(
 ) -> None:
     """Run an export in its target's own runtime beside the trained student. Exit code 7 if a bound does not hold."""
     found = workflows.verify(
-        exported, RunFolder.open(against), ConsoleProgress(quiet), num_batches=num_batches, prompt=prompt
+        exported, RunFolder.open(against), ConsoleProgress(_errors, quiet), num_batches=num_batches, prompt=prompt
     )
     tables = [found.summary, found.layers] if show_layers or as_json else [found.summary]
     _print_tables(tables, as_json, holds=found.holds, samples=[str(path) for path in found.samples])
@@ -350,12 +291,6 @@ def _fitted(table: Table, width: int) -> Table:
     if sum(table.widths()) + gaps <= width or len(table.rows) >= len(table.columns):
         return table
     return table.transposed()
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def _version(value: bool) -> None:

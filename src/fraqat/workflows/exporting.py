@@ -98,18 +98,8 @@ def export(
     if lost:
         progress.warn(f"{len(lost)} layers are quantized anew for {target.name}; the first: {lost[0].to_text()}")
         fit_(student, target, session)
-    origin = Path(session.model_spec.source)
     with atomic_folder(run.export_path(target.name), replace=overwrite) as folder:
-        job = ExportJob(
-            student=student,
-            parts=lambda: session.export_parts(student),
-            description=session.description(),
-            origin=origin if origin.is_dir() else None,
-            folder=folder,
-            float_dtype=float_dtype,
-            say=progress.say,
-        )
-        target.write(job)
+        target.write(_job(student, session, folder, float_dtype, progress))
         write_text_atomic(folder / RECIPE_FILE, recipe.to_yaml())
         if not (folder / MANIFEST_FILE).exists():
             write_manifest(folder, target.name, {"float_dtype": float_dtype, "requantized_layers": len(lost)})
@@ -120,6 +110,21 @@ def export(
     told = "" if bits is None else f", {bits:.3f} bits per quantized weight"
     progress.say(f"{folder}: {num_bytes / 1e6:.2f} MB{told}")
     return Exported(folder, num_bytes, num_weights, bits)
+
+
+def _job(
+    student: nn.Module, session: Session[Any], folder: Path, float_dtype: FloatDtype, progress: Progress
+) -> ExportJob:
+    origin = Path(session.model_spec.source)
+    return ExportJob(
+        student=student,
+        parts=lambda: session.export_parts(student),
+        description=session.description(),
+        origin=origin if origin.is_dir() else None,
+        folder=folder,
+        float_dtype=float_dtype,
+        say=progress.say,
+    )
 
 
 def check_target(target: Target, recipe: Recipe, session: Session[Any]) -> None:

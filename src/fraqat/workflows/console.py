@@ -1,0 +1,79 @@
+"""Progress on a terminal, and in logs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from fraqat.distill import StepRecord
+
+
+class ConsoleProgress:
+    """A live line on a terminal, a line now and then elsewhere.
+
+    Args:
+        console: Of standard error.
+        quiet: Show warnings alone.
+    """
+
+    def __init__(self, console: Console, quiet: bool = False):
+        self._console, self._quiet = console, quiet
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed}/{task.total}"),
+        )
+        self._bars = Progress(*columns, TextColumn("{task.fields[text]}"), console=self._console, transient=True)
+        self._task: Any = None
+        self._is_live = self._console.is_terminal and not quiet
+
+    def say(self, text: str) -> None:
+        """Prints a line."""
+        self._clear()
+        if not self._quiet:
+            self._console.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        """Prints a line that stands out, also when quiet."""
+        self._clear()
+        self._console.print(f"warning: {text}", style="yellow", markup=False)
+
+    def step(self, record: StepRecord) -> None:
+        """Shows stage, bits, loss, step time and time left."""
+        text = (
+            f"stage {record.stage + 1}/{record.num_stages}  {record.bits:g} bits  loss {record.loss:.5f}  "
+            f"{record.step_ms:.0f} ms/step  {_duration(record.left_s)} left"
+        )
+        self._show("training", record.step + 1, record.total_steps, text, max(1, record.total_steps // 10))
+
+    def count(self, what: str, done: int, total: int) -> None:
+        """Shows a count."""
+        self._show(what, done, total, "", total)
+
+    def _show(self, what: str, done: int, total: int, text: str, every: int) -> None:
+        if self._quiet:
+            return
+        if not self._is_live:
+            if done % every == 0 and text:
+                self._console.print(f"{what} {done}/{total}  {text}", markup=False)
+            return
+        if self._task is None:
+            self._bars.start()
+            self._task = self._bars.add_task(what, total=total, text=text)
+        self._bars.update(self._task, description=what, completed=done, total=total, text=text)
+        if done >= total:
+            self._clear()
+
+    def _clear(self) -> None:
+        if self._task is not None:
+            self._bars.stop()
+            self._bars.remove_task(self._task)
+            self._task = None
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
