@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fraqat.errors import ModelError, config_error
 from fraqat.export.codes import LayerCodes, layer_codes
-from fraqat.export.packed import tied_names
+from fraqat.export.packed import float_tensors
 from fraqat.export.packed_target import OpenedModel
 from fraqat.export.rounded import round_inputs_, round_to_int8_per_token
 from fraqat.export.target import (
@@ -101,7 +101,7 @@ class CompressedTensorsTarget(Target):
         schemes = {name: _scheme_of(layer) for name, layer in layers.items()}
         _check_fused(job.student, schemes)
         dtype = FLOAT_DTYPES[job.float_dtype]
-        tensors = _float_tensors(job.student, layers, dtype)
+        tensors = float_tensors(job.student, dtype)
         for name, layer in layers.items():
             tensors |= _layer_tensors(name, layer, schemes[name], dtype)
         save_tensors(tensors, job.folder / WEIGHTS_FILE, {"format": "pt"})
@@ -269,16 +269,6 @@ def _layer_tensors(name: str, layer: LayerCodes, scheme: Scheme, dtype: torch.dt
         f"{name}.weight_packed": pack_int32(layer.matrix, scheme.bits),
         f"{name}.weight_scale": stored.to(dtype),
         f"{name}.weight_shape": torch.tensor([num_rows, num_inputs]),
-    }
-
-
-def _float_tensors(student: nn.Module, layers: Mapping[str, LayerCodes], dtype: torch.dtype) -> dict[str, Tensor]:
-    quantizers = tuple(f"{name}.{part}." for name in layers for part in ("weight_quantizer", "activation_quantizer"))
-    skipped = {f"{name}.weight" for name in layers} | set(tied_names(student))
-    return {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in student.state_dict().items()
-        if name not in skipped and not name.startswith(quantizers)
     }
 
 

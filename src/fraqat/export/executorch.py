@@ -26,8 +26,10 @@ from fraqat.export.target import (
     OpenedExport,
     Outputs,
     Part,
+    PositionalPart,
     Target,
     fitted_weight,
+    samples_of,
 )
 from fraqat.export.torchao_target import token_inputs
 from fraqat.export.torchao_tensors import quiet_torchao, with_torchao_weights
@@ -132,18 +134,6 @@ class OpenedProgram:
         return Outputs(dict(zip(part.outputs, outputs, strict=True)))
 
 
-class _Positional(nn.Module):
-    """A part that takes its inputs by position, as the runtime gives them."""
-
-    def __init__(self, module: nn.Module, names: tuple[str, ...]):
-        super().__init__()
-        self.module, self.names = module, names
-
-    def forward(self, *tensors: Tensor) -> Any:
-        """Calls the part by name."""
-        return self.module(**dict(zip(self.names, tensors, strict=True)))
-
-
 def _nearest_weight(place: LayerPlace, weight: WeightSpec) -> WeightSpec:
     width = place.shape[1]
     has_blocks = width % _BLOCK == 0
@@ -226,7 +216,7 @@ def _lowered(job: ExportJob) -> tuple[bytes, dict[str, Any]]:
     part = job.parts()[0]
     first = part.batches()[0]
     call = next(iter(_calls(part, first, None)))
-    module = _Positional(replaced(part.module, job.student, model), tuple(first)).eval()
+    module = PositionalPart(replaced(part.module, job.student, model), tuple(first)).eval()
     with torch.no_grad():
         exported = torch.export.export(module, tuple(call), strict=False)
     edge = to_edge_transform_and_lower(
@@ -285,10 +275,7 @@ def _calls(part: Part, inputs: Inputs, shapes: Mapping[str, list[int]] | None) -
     Raises:
         ConfigError: Another shape than the program was made for.
     """
-    batched = [name for name in inputs if 0 in part.dynamic_axes.get(name, {})]
-    count = inputs[batched[0]].shape[0] if batched else 1
-    for index in range(count):
-        call = {name: x[index : index + 1] if name in batched else x for name, x in inputs.items()}
+    for call in samples_of(part, inputs):
         for name, x in call.items():
             if shapes is not None and list(x.shape) != shapes.get(name):
                 raise config_error(

@@ -23,7 +23,7 @@ from fraqat.export.gguf_gemma2 import (
     gemma2_tensors,
 )
 from fraqat.export.gguf_names import NAME_TABLES, FileTensor, diffusion_tensors
-from fraqat.export.packed import tied_names
+from fraqat.export.packed import float_tensors, tied_names
 from fraqat.export.packed_target import OpenedModel
 from fraqat.export.rounded import round_inputs_
 from fraqat.export.target import (
@@ -41,7 +41,7 @@ from fraqat.numerics import Granularity
 
 FILE = "model.gguf"
 _CLASSES = (CLASS_NAME, *NAME_TABLES)
-_WEIGHT_BITS, _INPUT_BITS = 4, 8
+_WEIGHT_BITS = 4
 
 
 @final
@@ -85,7 +85,7 @@ class GgufTarget(Target):
         description = job.description
         class_name = description.class_name
         layers = layer_codes(job.student)
-        tensors = _float_tensors(job.student, layers)
+        tensors = float_tensors(job.student)
         entries = file_tensors(class_name, [*tensors, *(f"{name}.weight" for name in layers)])
         architecture = ARCHITECTURE if class_name == CLASS_NAME else NAME_TABLES[class_name].architecture
         writer = gguf.GGUFWriter(job.folder / FILE, architecture)
@@ -161,14 +161,6 @@ def _nearest_weight(weight: WeightSpec) -> WeightSpec:
         changes["group_size"] = BLOCK
     changes.setdefault("granularity", weight.granularity)
     return fitted_weight(weight, **changes)
-
-
-def _float_tensors(student: nn.Module, layers: Mapping[str, LayerCodes]) -> dict[str, Tensor]:
-    """Everything that is not a quantized weight or part of a quantizer; tied tensors once."""
-    quantizers = tuple(f"{name}.{part}." for name in layers for part in ("weight_quantizer", "activation_quantizer"))
-    skipped = {f"{name}.weight" for name in layers} | set(tied_names(student))
-    state = student.state_dict()
-    return {n: t for n, t in state.items() if n not in skipped and not n.startswith(quantizers)}
 
 
 def _check_tied_head(student: nn.Module) -> None:

@@ -101,9 +101,7 @@ def write_packed_files(
     for name, layer in layers.items():
         tensors |= _layer_tensors(name, layer)
     quantized_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
-    others = _other_tensors(model, layers, FLOAT_DTYPES[float_dtype])
-    tied = tied_names(model)
-    others = {name: tensor for name, tensor in others.items() if name not in tied}
+    others, tied = float_tensors(model, FLOAT_DTYPES[float_dtype]), tied_names(model)
     metadata = json.dumps(_metadata(description, layers) | {"tied": tied}, separators=(",", ":"))
     path = folder / WEIGHTS_FILE
     save_tensors(tensors | others, path, {_METADATA_KEY: metadata})
@@ -221,11 +219,18 @@ def _layer_tensors(name: str, layer: QuantizedLayer) -> dict[str, Tensor]:
     return tensors
 
 
-def _other_tensors(model: nn.Module, layers: dict[str, QuantizedLayer], dtype: torch.dtype) -> dict[str, Tensor]:
-    skipped = {f"{name}.weight" for name in layers}
+def float_tensors(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Everything of a student that is no quantized weight and no part of a quantizer; tied tensors once.
+
+    Args:
+        model: Changed by `quantize_`.
+        dtype: Of what is floating-point; None leaves it.
+    """
+    layers = [name for name, _ in quantized_layers(model)]
+    skipped = {f"{name}.weight" for name in layers} | set(tied_names(model))
     prefixes = tuple(f"{name}.{part}." for name in layers for part in ("weight_quantizer", "activation_quantizer"))
     return {
-        name: (t.to(dtype) if t.is_floating_point() else t)
+        name: t.to(dtype) if dtype is not None and t.is_floating_point() else t
         for name, t in model.state_dict().items()
         if name not in skipped and not name.startswith(prefixes)
     }

@@ -79,6 +79,30 @@ class Part:
     files: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
 
 
+class PositionalPart(nn.Module):
+    """A part that takes its inputs in order, so that a tracer sees one name for each.
+
+    Args:
+        module: Called by name.
+        names: Of the inputs.
+    """
+
+    def __init__(self, module: nn.Module, names: tuple[str, ...]):
+        super().__init__()
+        self.module, self.names = module, names
+
+    def forward(self, *tensors: Tensor) -> Any:
+        """Calls the part by name."""
+        return self.module(**dict(zip(self.names, tensors, strict=True)))
+
+
+def samples_of(part: Part, inputs: Inputs) -> list[Inputs]:
+    """The samples of a batch, each with a batch axis of 1, for runtimes with a fixed batch."""
+    batched = {name for name, axes in part.dynamic_axes.items() if 0 in axes and name in inputs}
+    count = next((inputs[name].shape[0] for name in inputs if name in batched), 1)
+    return [{n: v[i : i + 1] if n in batched else v for n, v in inputs.items()} for i in range(count)]
+
+
 @dataclass(frozen=True)
 class ExportJob:
     """What a target gets to write.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from fraqat.errors import config_error
 from fraqat.export import (
     CountsSteps,
     LayerCodes,
@@ -60,8 +62,14 @@ def verify(
     recipe = run.recipe()
     session = session or open_session(recipe)
     check_target(target, recipe, session)
-    if prompt is not None:
-        session.check_samples_exports()
+    stand_in = session.stand_in
+    if prompt is not None and stand_in is None:
+        raise config_error(
+            "prompt",
+            prompt,
+            allowed=f"exports of text-to-image models, not of {recipe.task}",
+            fix="leave --prompt out; examples/ generates with the exported files",
+        )
     student = session.load_student(recipe, run.student_path, with_engine=False).cpu()
     if check_grid(student, target, accept_loss=True):
         fit_(student, target, session)
@@ -76,9 +84,10 @@ def verify(
         run.path / _SAMPLES_FOLDER / f"{target.name}.json",
         {"summary": verified.summary.to_json(), "layers": verified.layers.to_json(), "holds": verified.holds},
     )
-    if prompt is None:
+    if prompt is None or stand_in is None:
         return verified
-    samples = _sample(session, run, target.name, opened, parts[0], student, prompt)
+    with_export = stand_in(student, lambda inputs: opened.run(parts[0], inputs).outputs)
+    samples = _sample(session, run.path / _SAMPLES_FOLDER / target.name, student, with_export, prompt)
     return dataclasses.replace(verified, samples=samples)
 
 
@@ -143,21 +152,14 @@ def _compare(
 
 
 def _sample(
-    session: Session[Any],
-    run: RunFolder,
-    target: str,
-    opened: OpenedExport,
-    part: Part,
-    student: nn.Module,
-    prompt: str,
+    session: Session[Any], folder: Path, student: nn.Module, with_export: AbstractContextManager[None], prompt: str
 ) -> tuple[Path, ...]:
     """The prompt by the original, the student and the export, each from the same noise."""
-    folder = run.path / _SAMPLES_FOLDER / target
     files = {
         "original": session.generate(session.teacher, (prompt,), seed=0)[0],
         "student": session.generate(student, (prompt,), seed=0)[0],
     }
-    with session.computed_by(student, lambda inputs: opened.run(part, inputs).outputs):
+    with with_export:
         files["export"] = session.generate(student, (prompt,), seed=0)[0]
     paths: list[Path] = []
     for name, content in files.items():

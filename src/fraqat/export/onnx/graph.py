@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fraqat.errors import ModelError, config_error
-from fraqat.export.target import FloatDtype, Inputs, Part
+from fraqat.export.target import FloatDtype, Inputs, Part, PositionalPart
 from fraqat.nn import QuantizedLayer, quantized_layers
 
 OPSET = 21
@@ -35,18 +35,6 @@ BATCH = "batch"
 _TRACED_BATCH, _TRACED_SIZE = 32, 1 << 20
 """Conditions of the model's code on sizes must be decided up to here; diffusers' upsampling has one at a batch of 64. The graph
 itself takes any size."""
-
-
-class _Positional(nn.Module):
-    """Takes the inputs in order, so that torch.export sees one name for each."""
-
-    def __init__(self, module: nn.Module, names: tuple[str, ...]):
-        super().__init__()
-        self.module, self.names = module, names
-
-    def forward(self, *args: Tensor) -> Any:
-        """Calls the module by name."""
-        return self.module(**dict(zip(self.names, args, strict=True)))
 
 
 def output_name(layer: str) -> str:
@@ -66,7 +54,7 @@ def trace(part: Part, student: nn.Module) -> Any:
     """
     example = dict(part.batches()[0])
     with _as_nodes(student), _quiet():
-        program = _export(_Positional(part.module, tuple(example)), part, example)
+        program = _export(PositionalPart(part.module, tuple(example)), part, example)
         model = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=True, verbose=False)
     assert model is not None
     graph: Any = model.model.graph
@@ -92,7 +80,7 @@ def _export(module: nn.Module, part: Part, example: Inputs) -> torch.export.Expo
     shapes = tuple({i: sizes[n] for i, n in part.dynamic_axes.get(name, {}).items()} or None for name in example)
     try:
         with torch.no_grad():
-            return torch.export.export(module.eval(), arguments, dynamic_shapes={"args": shapes}, strict=False)
+            return torch.export.export(module.eval(), arguments, dynamic_shapes={"tensors": shapes}, strict=False)
     except (RuntimeError, ValueError, TypeError) as error:
         raise ModelError(
             f"{part.name} ({type(part.module).__name__}) cannot be traced for ONNX: {error}. Fix: make its forward free of "

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fraqat.errors import ModelError
 from fraqat.export.onnx.encodings import Array, HostPart, all_feeds
 from fraqat.export.onnx.graph import LAYER_INPUTS, LAYER_OUTPUTS
-from fraqat.export.target import Inputs, Outputs, Part, StepsApart
+from fraqat.export.target import Inputs, Outputs, Part, StepsApart, samples_of
 from fraqat.nn import quantized_layers
 
 PROVIDER = "QNNExecutionProvider"
@@ -198,14 +198,6 @@ class HtpExport:
             raise ModelError(f"{path} is missing. Fix: export again.")
         model, layers = with_layers_shown(path)
         return open_htp(model, self._soc), HostPart(host) if host.is_file() else None, layers
-
-
-def samples_of(part: Part, inputs: Inputs) -> list[Inputs]:
-    """The samples of a batch, each with a batch axis of 1."""
-    batched = {name for name, axes in part.dynamic_axes.items() if 0 in axes and name in inputs}
-    sizes = {inputs[name].shape[0] for name in batched}
-    count = next(iter(sizes), 1)
-    return [{n: v[i : i + 1] if n in batched else v for n, v in inputs.items()} for i in range(count)]
 
 
 def layer_tensors(model: onnx.ModelProto) -> LayerTensors:

@@ -22,7 +22,7 @@ from fraqat.export.codes import LayerCodes
 from fraqat.export.onnx.graph import layer_nodes, replace_layers_, trace
 from fraqat.export.onnx.layers import Ops, Value
 from fraqat.export.onnx.rewrites import rewrite_
-from fraqat.export.target import Inputs, Part
+from fraqat.export.target import Inputs, Part, samples_of
 
 _HOST_RANK = 1
 _NEVER_ON_HOST = ("Layer", "Gemm", "MatMul", "Conv")
@@ -47,12 +47,7 @@ class FloatGraph:
 
 def single_samples(part: Part, limit: int) -> list[Inputs]:
     """Up to `limit` inputs of one sample each, spread over all batches of a part."""
-    samples: list[Inputs] = []
-    for batch in part.batches():
-        axes = {name: axis for name, dynamic in part.dynamic_axes.items() for axis in dynamic if axis == 0}
-        sizes = {batch[name].shape[0] for name in axes if name in batch}
-        for index in range(next(iter(sizes), 1)):
-            samples.append({n: v[index : index + 1] if n in axes else v for n, v in batch.items()})
+    samples = [sample for batch in part.batches() for sample in samples_of(part, batch)]
     if len(samples) <= limit:
         return samples
     return [samples[round(i * (len(samples) - 1) / max(1, limit - 1))] for i in range(limit)]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fraqat.config import Recipe
 from fraqat.distill import DistillTask
-from fraqat.errors import ModelError, config_error
+from fraqat.errors import ModelError
 from fraqat.export import (
     Inputs,
     LayerPlace,
@@ -86,6 +86,10 @@ class Measurement:
 
     quality: Mapping[str, float | None]
     samples: tuple[bytes, ...]
+
+
+StandIn = Callable[[nn.Module, Callable[[Inputs], Mapping[str, Tensor]]], AbstractContextManager[None]]
+"""The student, and what takes the inputs of the first of `Session.export_parts` and gives its outputs."""
 
 
 class Evaluator(Protocol):
@@ -182,32 +186,10 @@ class Session(ABC, Generic[RecipeT]):
     def export_parts(self, student: nn.Module) -> tuple[Part, ...]:
         """What is exported as graphs; the first one holds the student's quantized layers."""
 
-    def check_samples_exports(self) -> None:
-        """Refuses to sample with an export where the family's generation calls more than its first part.
-
-        Raises:
-            ConfigError: It does.
-        """
-        raise config_error(
-            "prompt",
-            "given",
-            allowed=f"exports of text-to-image models, not of {self.recipe.task}",
-            fix="leave --prompt out; examples/ generates with the exported files",
-        )
-
-    def computed_by(
-        self, student: nn.Module, run: Callable[[Inputs], Mapping[str, Tensor]]
-    ) -> AbstractContextManager[None]:
-        """Lets `run`, another runtime, compute the student wherever `generate` calls it.
-
-        Args:
-            student: The module that is called.
-            run: Inputs of the first of `export_parts` -> its outputs.
-
-        Raises:
-            NotImplementedError: `check_samples_exports` refuses.
-        """
-        raise NotImplementedError
+    @property
+    def stand_in(self) -> StandIn | None:
+        """Lets another runtime compute the student in `generate`; None where `generate` calls more than the first part."""
+        return None
 
     @abstractmethod
     def original_files(self) -> list[Path]:

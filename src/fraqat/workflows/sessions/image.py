@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,13 @@ from fraqat.data.captioned import held_out_prompts
 from fraqat.data.prompts import choose_prompts
 from fraqat.errors import ModelError
 from fraqat.evaluation import ColorDigitsJudge, image_quality, median_psnr_db
-from fraqat.export import Inputs, ModelDescription, Part
+from fraqat.export import ModelDescription, Part
 from fraqat.nn import LayerFamilies, LayerRule
 from fraqat.planning import Workload
 from fraqat.tasks import SamplerSpec, architecture_named
 from fraqat.workflows.images import to_png
 from fraqat.workflows.progress import Progress
-from fraqat.workflows.sessions.base import Measurement, QualityColumn, Session, description_of, release_memory
+from fraqat.workflows.sessions.base import Measurement, QualityColumn, Session, StandIn, description_of, release_memory
 from fraqat.zoo import zoo_path
 
 NUM_SHOWN = 8
@@ -136,16 +135,12 @@ class ImageSession(Session[ImageRecipe]):
 
         return image_parts(self, student)
 
-    def check_samples_exports(self) -> None:
-        """The transformer alone is called."""
-
-    def computed_by(
-        self, student: nn.Module, run: Callable[[Inputs], Mapping[str, Tensor]]
-    ) -> AbstractContextManager[None]:
+    @property
+    def stand_in(self) -> StandIn:
         """The transformer's calls in its pipeline."""
         from fraqat.tasks.diffusion import OUTPUT, computed_by
 
-        return computed_by(student, lambda inputs: run(inputs)[OUTPUT])
+        return lambda student, run: computed_by(student, lambda inputs: run(inputs)[OUTPUT])
 
     def original_files(self) -> list[Path]:
         """The transformer's weight files."""
