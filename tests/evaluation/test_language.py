@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fraqat.data.topics_tasks import CHOICE_TASK, WORDS_TASK, write_topics_tasks
 from fraqat.errors import ConfigError
-from fraqat.evaluation.language import PUBLISHED_TASKS, LmEvalSpec, language_quality, lm_eval_scores
+from fraqat.evaluation.language import PUBLISHED_TASKS, LmEvalSpec, language_quality, language_rows, lm_eval_scores
 
 VOCABULARY = 20
 
@@ -76,6 +76,26 @@ def test_measures_are_the_means_over_predicted_tokens(is_masked: bool) -> None:
     assert found.student_perplexity == pytest.approx(math.exp(nats["student"] / count), rel=1e-5)
     assert found.kl == pytest.approx(kl / count, rel=1e-5)
     assert found.top1_agreement == pytest.approx(agreed / count)
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_rows_are_what_each_row_alone_gives(is_masked: bool) -> None:
+    teacher, student = Bigrams(0), Bigrams(1)
+    found = language_rows(teacher, student, batches(is_masked), BigramTask(), chunk_tokens=4)  # type: ignore[arg-type]
+    rows = [
+        {name: values[i : i + 1] for name, values in batch.items()}
+        for batch in batches(is_masked)
+        for i in range(len(batch["input_ids"]))
+    ]
+    assert len(found.tokens) == len(rows) == 5
+    for i, row in enumerate(rows):
+        alone = language_quality(teacher, student, [row], BigramTask())  # type: ignore[arg-type]
+        num = alone.num_tokens
+        assert found.tokens[i] == num
+        assert float(found.teacher_nats[i]) == pytest.approx(num * math.log(alone.teacher_perplexity), rel=1e-5)
+        assert float(found.student_nats[i]) == pytest.approx(num * math.log(alone.student_perplexity), rel=1e-5)
+        assert float(found.kl[i]) == pytest.approx(num * alone.kl, rel=1e-5)
+        assert float(found.agreed[i]) == pytest.approx(num * alone.top1_agreement)
 
 
 def test_a_model_agrees_with_itself() -> None:

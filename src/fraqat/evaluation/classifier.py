@@ -63,6 +63,24 @@ class ColorDigitClassifier(nn.Module):
         """
         return self.trunk(images)
 
+    def layers(self, images: Tensor) -> list[Tensor]:
+        """Computes the outputs of the four convolution stages.
+
+        Args:
+            images: [N, 3, 32, 32] in [-1, 1].
+
+        Returns:
+            [N, 24, 32, 32], [N, 32, 16, 16], [N, 48, 8, 8] and [N, 64, 4, 4].
+        """
+        outputs, x = [], images
+        for module in self.trunk:
+            if isinstance(module, nn.Flatten):
+                break
+            x = module(x)
+            if isinstance(module, nn.GELU):
+                outputs.append(x)
+        return outputs
+
     def forward(self, images: Tensor) -> ColorDigitLogits:
         """Scores digit, colour and ground.
 

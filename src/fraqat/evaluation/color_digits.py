@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fraqat.data.color_digits import COLOR_NAMES, ColorDigit
 from fraqat.evaluation.classifier import load_classifier
-from fraqat.evaluation.image import Adherence
+from fraqat.evaluation.image import Adherence, AdherenceHits
 
 
 class ColorDigitsJudge:
@@ -29,13 +29,21 @@ class ColorDigitsJudge:
         return self.classifier.features(images)
 
     @torch.no_grad()
+    def layers(self, images: Tensor) -> list[Tensor]:
+        """Outputs [N, C, H, W] of the four convolution stages for images [N, 3, 32, 32] in [-1, 1]."""
+        return self.classifier.layers(images)
+
     def adherence(self, images: Tensor, prompts: Sequence[str]) -> Adherence:
         """Shares of images that show their prompt's digit, colours, and both."""
+        return Adherence(*(float(hits.float().mean()) for hits in self.hits(images, prompts)))
+
+    @torch.no_grad()
+    def hits(self, images: Tensor, prompts: Sequence[str]) -> AdherenceHits:
+        """Which of the images [N, 3, 32, 32] in [-1, 1] show their prompt's digit, colours, and both."""
         wanted = [ColorDigit.from_prompt(prompt) for prompt in prompts]
         logits = self.classifier(images)
         digit = logits.digit.argmax(1) == torch.tensor([item.digit for item in wanted])
         color = logits.color.argmax(1) == torch.tensor([COLOR_NAMES.index(item.color) for item in wanted])
         ground = logits.ground.argmax(1) == torch.tensor([COLOR_NAMES.index(item.ground) for item in wanted])
         colors = color & ground
-        shares = [float(hits.float().mean()) for hits in (digit, colors, digit & colors)]
-        return Adherence(*shares)
+        return AdherenceHits(digit, colors, digit & colors)

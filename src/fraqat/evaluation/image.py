@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from fraqat.data.prompts import PromptSpec
 from fraqat.errors import check_seed, config_error
+from fraqat.evaluation.bootstrap import BootstrapSpec
 from fraqat.evaluation.frechet import frechet_distance
+from fraqat.evaluation.metric_specs import ExtractorSpec, ScoreSpec, check_labels
 from fraqat.nn import STRICT_KEYS
 
 _MAX_PSNR_DB = 99.0
@@ -27,6 +29,9 @@ class EvaluationSpec:
         seed: Seed of the first image; image i of every model starts from the same noise.
         batch_size: Images computed at a time.
         prompts: A published list or a file of prompts; None takes captions of held-out data.
+        extractors: Networks in whose features the images are compared with the original's; none by default.
+        scores: Scores of single images, by models that are not the one that is measured; none by default.
+        bootstrap: Of the 95 % intervals.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_KEYS
@@ -35,6 +40,9 @@ class EvaluationSpec:
     seed: int = 100_000
     batch_size: int = 64
     prompts: PromptSpec | None = None
+    extractors: tuple[ExtractorSpec, ...] = ()
+    scores: tuple[ScoreSpec, ...] = ()
+    bootstrap: BootstrapSpec = field(default_factory=BootstrapSpec)
 
     def __post_init__(self) -> None:
         for name, least in (("num_images", 2), ("batch_size", 1)):
@@ -43,6 +51,8 @@ class EvaluationSpec:
                     f"evaluation.{name}", getattr(self, name), allowed=f"{least} or more", fix="use more"
                 )
         check_seed("evaluation.seed", self.seed)
+        check_labels("evaluation.extractors", self.extractors)
+        check_labels("evaluation.scores", self.scores)
 
 
 class Extractor(Protocol):
@@ -59,6 +69,14 @@ class Adherence(NamedTuple):
     digit: float
     colors: float
     all: float
+
+
+class AdherenceHits(NamedTuple):
+    """Which of N images show the prompt's digit, both its colours, and all of them; bool [N] each."""
+
+    digit: Tensor
+    colors: Tensor
+    all: Tensor
 
 
 class AdherenceJudge(Protocol):

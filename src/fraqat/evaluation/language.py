@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fraqat.distill import Batch, DistillTask
 from fraqat.distill.next_token import logit_chunks, token_rows
 from fraqat.errors import ConfigError, check_seed, config_error
+from fraqat.evaluation.bootstrap import BootstrapSpec, Interval, ratio_interval
 from fraqat.nn import STRICT_KEYS
 
 PUBLISHED_TASKS = ("boolq", "commonsense_qa", "social_iqa", "wikitext")
@@ -81,25 +82,75 @@ class LmEvalSpec:
         check_seed("lm_eval.seed", self.seed)
 
 
-@dataclass
-class _Sums:
-    tokens: int = 0
-    teacher_nats: float = 0.0
-    student_nats: float = 0.0
-    kl: float = 0.0
-    agreed: int = 0
+@dataclass(frozen=True)
+class LanguageRows:
+    """The same by held-out row: sums over its predicted tokens, [number of rows] each, float64.
 
-    def add(self, teacher_TV: Tensor, student_TV: Tensor, next_T: Tensor) -> None:
+    Args:
+        tokens: Predicted tokens.
+        teacher_nats, student_nats: Of -log p(next token).
+        kl: Of KL(teacher || student) in nats.
+        agreed: Tokens where both find the same next token the most probable.
+    """
+
+    tokens: Tensor
+    teacher_nats: Tensor
+    student_nats: Tensor
+    kl: Tensor
+    agreed: Tensor
+
+    def quality(self) -> LanguageQuality:
+        """Over all tokens."""
+        num = float(self.tokens.sum())
+        return LanguageQuality(
+            num_tokens=int(num),
+            teacher_perplexity=math.exp(float(self.teacher_nats.sum()) / num),
+            student_perplexity=math.exp(float(self.student_nats.sum()) / num),
+            kl=float(self.kl.sum()) / num,
+            top1_agreement=float(self.agreed.sum()) / num,
+        )
+
+    def intervals(self, spec: BootstrapSpec) -> dict[str, Interval]:
+        """95 % intervals of `LanguageQuality`'s figures by name, over rows; empty where the spec asks for none.
+
+        The tokens of one row depend on each other, so rows are drawn, and each figure is a ratio of their sums.
+        """
+        found: dict[str, Interval] = {}
+        for name, sums in (
+            ("teacher_perplexity", self.teacher_nats),
+            ("student_perplexity", self.student_nats),
+            ("kl", self.kl),
+            ("top1_agreement", self.agreed),
+        ):
+            interval = ratio_interval(sums, self.tokens, spec)
+            if interval is not None:
+                is_perplexity = name.endswith("perplexity")
+                found[name] = Interval(*map(math.exp, interval)) if is_perplexity else interval
+        return found
+
+
+class _Sums:
+    """Sums by row of one batch."""
+
+    def __init__(self, num_rows: int):
+        self._values = torch.zeros(5, num_rows, dtype=torch.float64)
+
+    def add(self, teacher_TV: Tensor, student_TV: Tensor, next_T: Tensor, row_T: Tensor) -> None:
         log_p_TV, log_q_TV = teacher_TV.log_softmax(-1), student_TV.log_softmax(-1)
         chosen = next_T[:, None]
-        self.tokens += len(next_T)
-        self.teacher_nats -= log_p_TV.gather(1, chosen).double().sum().item()
-        self.student_nats -= log_q_TV.gather(1, chosen).double().sum().item()
-        self.kl += ((log_p_TV - log_q_TV) * log_p_TV.exp()).double().sum().item()
-        self.agreed += int((log_p_TV.argmax(-1) == log_q_TV.argmax(-1)).sum())
+        by_token = (
+            torch.ones_like(next_T),
+            -log_p_TV.gather(1, chosen)[:, 0],
+            -log_q_TV.gather(1, chosen)[:, 0],
+            ((log_p_TV - log_q_TV) * log_p_TV.exp()).double().sum(-1),
+            log_p_TV.argmax(-1) == log_q_TV.argmax(-1),
+        )
+        self._values.index_add_(1, row_T.cpu(), torch.stack([values.double().cpu() for values in by_token]))
+
+    def values(self) -> Tensor:
+        return self._values
 
 
-@torch.no_grad()
 def language_quality(
     teacher: nn.Module,
     student: nn.Module,
@@ -108,6 +159,19 @@ def language_quality(
     *,
     chunk_tokens: int | None = None,
 ) -> LanguageQuality:
+    """`language_rows` over all tokens."""
+    return language_rows(teacher, student, batches, task, chunk_tokens=chunk_tokens).quality()
+
+
+@torch.no_grad()
+def language_rows(
+    teacher: nn.Module,
+    student: nn.Module,
+    batches: Iterable[Batch],
+    task: DistillTask,
+    *,
+    chunk_tokens: int | None = None,
+) -> LanguageRows:
     """Compares both models on held-out rows; the logits of only a chunk of tokens exist at a time.
 
     Args:
@@ -119,7 +183,7 @@ def language_quality(
     Raises:
         ConfigError: No token has a successor.
     """
-    sums = _Sums()
+    found: list[Tensor] = []
     generator = torch.Generator().manual_seed(0)
     for batch in batches:
         inputs = task.make_inputs(batch, generator)
@@ -130,17 +194,14 @@ def language_quality(
         is_counted[:, -1] = 0
         rows = token_rows(predictions[0], is_counted)
         following = tokens.to(rows.device).flatten().roll(-1)
+        sums = _Sums(len(tokens))
         for part, (teacher_TV, student_TV) in logit_chunks(predictions, rows, chunk_tokens):
-            sums.add(teacher_TV, student_TV, following[part])
-    if not sums.tokens:
+            sums.add(teacher_TV, student_TV, following[part], part // tokens.shape[1])
+        found.append(sums.values())
+    together = torch.cat(found, 1) if found else torch.zeros(5, 0)
+    if not together[0].any():
         raise config_error("batches", "no tokens", allowed="rows of two tokens or more", fix="give held-out text")
-    return LanguageQuality(
-        num_tokens=sums.tokens,
-        teacher_perplexity=math.exp(sums.teacher_nats / sums.tokens),
-        student_perplexity=math.exp(sums.student_nats / sums.tokens),
-        kl=sums.kl / sums.tokens,
-        top1_agreement=sums.agreed / sums.tokens,
-    )
+    return LanguageRows(*together)
 
 
 def lm_eval_scores(model: nn.Module, tokenizer: Any, spec: LmEvalSpec | None = None) -> dict[str, dict[str, float]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from fraqat.errors import check_seed, config_error
+from fraqat.evaluation.bootstrap import BootstrapSpec
 from fraqat.evaluation.language import LmEvalSpec
 from fraqat.nn import STRICT_KEYS
 
@@ -20,6 +21,7 @@ class LanguageEvaluationSpec:
         prompts: Texts that every model continues, to be read in the report; empty takes beginnings of held-out rows.
         max_new_tokens: Length of the continuations.
         lm_eval: Tasks of lm-eval that every model does; None does none.
+        bootstrap: Of the 95 % intervals, over rows; lm-eval's scores have none.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_KEYS
@@ -29,6 +31,7 @@ class LanguageEvaluationSpec:
     prompts: tuple[str, ...] = ()
     max_new_tokens: int = 48
     lm_eval: LmEvalSpec | None = None
+    bootstrap: BootstrapSpec = field(default_factory=BootstrapSpec)
 
     def __post_init__(self) -> None:
         for name in ("num_sequences", "batch_size", "max_new_tokens"):
@@ -46,6 +49,7 @@ class SpeechEvaluationSpec:
         recognizer: Speech recognition model of transformers (folder or hub id) that judges intelligibility; None takes the
             one beside a model of the zoo, and elsewhere leaves intelligibility out.
         vocoder: Vocoder of transformers (folder or hub id) for the sounds in the report; None takes Griffin-Lim.
+        bootstrap: Of the 95 % intervals, over phrases.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_KEYS
@@ -55,6 +59,7 @@ class SpeechEvaluationSpec:
     seed: int = 0
     recognizer: str | None = None
     vocoder: str | None = None
+    bootstrap: BootstrapSpec = field(default_factory=BootstrapSpec)
 
     def __post_init__(self) -> None:
         for name in ("num_phrases", "batch_size"):

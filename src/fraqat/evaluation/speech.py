@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fraqat.errors import config_error
+from fraqat.evaluation.bootstrap import BootstrapSpec, Interval, mean_interval, ratio_interval
 
 NUM_CEPSTRA = 13
 _DB_PER_CEPSTRUM = 10 / math.log(10)
@@ -60,12 +61,70 @@ class SpeechQuality:
     teacher_character_error_rate: float | None = None
 
 
+@dataclass(frozen=True)
+class SpeechRows:
+    """The same by utterance; sequences of equal length.
+
+    Args:
+        mel_cepstral_distortion_db, log_spectral_distance_db, length_difference: As in `SpeechQuality`.
+        word_errors, character_errors: Of the student's speech, (errors, words or characters of the text); empty without a
+            recognizer.
+        teacher_word_errors, teacher_character_errors: Of the teacher's speech, the same way.
+    """
+
+    mel_cepstral_distortion_db: tuple[float, ...]
+    log_spectral_distance_db: tuple[float, ...]
+    length_difference: tuple[float, ...]
+    word_errors: tuple[tuple[int, int], ...] = ()
+    character_errors: tuple[tuple[int, int], ...] = ()
+    teacher_word_errors: tuple[tuple[int, int], ...] = ()
+    teacher_character_errors: tuple[tuple[int, int], ...] = ()
+
+    def quality(self) -> SpeechQuality:
+        """Means over utterances, and errors per word or character of all texts."""
+        return SpeechQuality(
+            len(self.length_difference),
+            _mean(self.mel_cepstral_distortion_db),
+            _mean(self.log_spectral_distance_db),
+            _mean(self.length_difference),
+            *(_rate(pairs) if pairs else None for pairs in self._errors().values()),
+        )
+
+    def intervals(self, spec: BootstrapSpec) -> dict[str, Interval]:
+        """95 % intervals of `SpeechQuality`'s figures by name, over utterances; empty where the spec asks for none."""
+        names = ("mel_cepstral_distortion_db", "log_spectral_distance_db", "length_difference")
+        found = {name: mean_interval(getattr(self, name), spec) for name in names}
+        for name, pairs in self._errors().items():
+            if pairs:
+                found[name] = ratio_interval([a for a, _ in pairs], [b for _, b in pairs], spec)
+        return {name: interval for name, interval in found.items() if interval is not None}
+
+    def _errors(self) -> dict[str, tuple[tuple[int, int], ...]]:
+        """In the order of `SpeechQuality`'s rates."""
+        return {
+            "word_error_rate": self.word_errors,
+            "character_error_rate": self.character_errors,
+            "teacher_word_error_rate": self.teacher_word_errors,
+            "teacher_character_error_rate": self.teacher_character_errors,
+        }
+
+
 def speech_quality(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
     texts: Sequence[str] = (),
     recognizer: Recognizer | None = None,
 ) -> SpeechQuality:
+    """`speech_rows` over all utterances."""
+    return speech_rows(student, teacher, texts, recognizer).quality()
+
+
+def speech_rows(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    texts: Sequence[str] = (),
+    recognizer: Recognizer | None = None,
+) -> SpeechRows:
     """Compares what student and teacher say for the same texts.
 
     Args:
@@ -87,19 +146,21 @@ def speech_quality(
         )
     pairs = list(zip(student, teacher, strict=True))
     paths = [align(mel, reference) for mel, reference in pairs]
-    distortions = [_distortion_db(mel[i], ref[j]) for (mel, ref), (i, j) in zip(pairs, paths, strict=True)]
-    distances = [_distance_db(mel[i], ref[j]) for (mel, ref), (i, j) in zip(pairs, paths, strict=True)]
-    lengths = [abs(len(mel) - len(reference)) / len(reference) for mel, reference in pairs]
-    rates: dict[str, float] = {}
+    errors: dict[str, tuple[tuple[int, int], ...]] = {}
     if recognizer is not None:
         heard, heard_teacher = [recognizer(mel) for mel in student], [recognizer(mel) for mel in teacher]
-        rates = {
-            "word_error_rate": word_error_rate(heard, texts),
-            "character_error_rate": character_error_rate(heard, texts),
-            "teacher_word_error_rate": word_error_rate(heard_teacher, texts),
-            "teacher_character_error_rate": character_error_rate(heard_teacher, texts),
+        errors = {
+            "word_errors": _errors(_words(heard), _words(texts)),
+            "character_errors": _errors(_characters(heard), _characters(texts)),
+            "teacher_word_errors": _errors(_words(heard_teacher), _words(texts)),
+            "teacher_character_errors": _errors(_characters(heard_teacher), _characters(texts)),
         }
-    return SpeechQuality(len(pairs), _mean(distortions), _mean(distances), _mean(lengths), **rates)
+    return SpeechRows(
+        tuple(_distortion_db(mel[i], ref[j]) for (mel, ref), (i, j) in zip(pairs, paths, strict=True)),
+        tuple(_distance_db(mel[i], ref[j]) for (mel, ref), (i, j) in zip(pairs, paths, strict=True)),
+        tuple(abs(len(mel) - len(reference)) / len(reference) for mel, reference in pairs),
+        **errors,
+    )
 
 
 def mel_cepstral_distortion_db(
@@ -221,12 +282,20 @@ def _check_bands(mel: Tensor, reference: Tensor) -> None:
 
 def word_error_rate(heard: Sequence[str], texts: Sequence[str]) -> float:
     """Inserted, deleted and replaced words, per word of `texts`, without case and punctuation. Can exceed 1."""
-    return _error_rate([_plain(text).split() for text in heard], [_plain(text).split() for text in texts])
+    return _rate(_errors(_words(heard), _words(texts)))
 
 
 def character_error_rate(heard: Sequence[str], texts: Sequence[str]) -> float:
     """As `word_error_rate`, with characters; runs of spaces count as one."""
-    return _error_rate([list(_plain(text)) for text in heard], [list(_plain(text)) for text in texts])
+    return _rate(_errors(_characters(heard), _characters(texts)))
+
+
+def _words(texts: Sequence[str]) -> list[list[str]]:
+    return [_plain(text).split() for text in texts]
+
+
+def _characters(texts: Sequence[str]) -> list[list[str]]:
+    return [list(_plain(text)) for text in texts]
 
 
 def _plain(text: str) -> str:
@@ -235,16 +304,20 @@ def _plain(text: str) -> str:
     return " ".join(word.strip("'") for word in kept.split() if word.strip("'"))
 
 
-def _error_rate(heard: Sequence[Sequence[str]], wanted: Sequence[Sequence[str]]) -> float:
-    total = sum(len(items) for items in wanted)
-    if len(heard) != len(wanted) or total == 0:
+def _errors(heard: Sequence[Sequence[str]], wanted: Sequence[Sequence[str]]) -> tuple[tuple[int, int], ...]:
+    """Errors and length of each wanted text."""
+    if len(heard) != len(wanted) or not any(wanted):
         raise config_error(
             "numbers of heard and wanted texts",
             (len(heard), len(wanted)),
             allowed="the same number, not all wanted texts empty",
             fix="pass one heard text per wanted text",
         )
-    return sum(edit_distance(a, b) for a, b in zip(heard, wanted, strict=True)) / total
+    return tuple((edit_distance(a, b), len(b)) for a, b in zip(heard, wanted, strict=True))
+
+
+def _rate(pairs: Sequence[tuple[int, int]]) -> float:
+    return sum(errors for errors, _ in pairs) / sum(length for _, length in pairs)
 
 
 def edit_distance(first: Sequence[str], second: Sequence[str]) -> int:

@@ -18,13 +18,17 @@ from fraqat.errors import ModelError, OutputError, config_error
 from fraqat.export import PackedSize, write_packed
 from fraqat.files import atomic_folder, write_json_atomic
 from fraqat.nn import quantized_layers, spec_label
-from fraqat.table import Table
+from fraqat.table import Table, format_value
 from fraqat.workflows.progress import Progress
 from fraqat.workflows.runs import RunFolder
 from fraqat.workflows.sessions import Evaluator, Session, open_session
 
 _FIRST_COLUMNS = ("model", "weights", "size, MB", "distillation loss")
 _LAST_COLUMNS = ("steps", "train, s")
+_INTERVAL_NOTE = (
+    "95 %: interval of the value to its left by bootstrap over the held-out samples of this evaluation, those of one prompt "
+    "and seed together; it does not say how much another training run would differ."
+)
 
 
 def evaluate(
@@ -61,18 +65,22 @@ def evaluate(
     for name in run.untrained_baselines():
         progress.warn(f"baseline {name} is not trained and left out: run `fraqat train --baselines` to add it")
     samples: dict[str, tuple[bytes, ...]] = {}
-    values, samples[ORIGINAL] = _measure(evaluator, ORIGINAL, session.teacher, progress)
-    models = [_original_row(session) | {"quality": values}]
+    measured, samples[ORIGINAL] = _measure(evaluator, ORIGINAL, session.teacher, progress)
+    models = [_original_row(session) | measured]
     for label, method in methods.items():
         student = session.load_student(method.recipe(), method.student_path)
-        values, samples[label] = _measure(evaluator, label, student, progress)
-        models.append(_method_row(session, label, method, student) | {"quality": values})
+        measured, samples[label] = _measure(evaluator, label, student, progress)
+        models.append(_method_row(session, label, method, student) | measured)
         del student  # before the next one is loaded
     _write_samples(run.samples_path, samples, evaluator.sample_suffix)
     evaluation = {
         "prompts": list(evaluator.shown_prompts),
         "columns": [dataclasses.asdict(column) for column in evaluator.columns],
-        "notes": [*evaluator.notes, _loss_note(recipe)],
+        "notes": [
+            *evaluator.notes,
+            *((_INTERVAL_NOTE,) if any(row["intervals"] for row in models) else ()),
+            _loss_note(recipe),
+        ],
         "models": models,
     }
     write_json_atomic(run.evaluation_path, evaluation)
@@ -86,8 +94,8 @@ def quality_table(evaluation: Mapping[str, Any], name: str) -> Table:
         ModelError: The evaluation lacks something, as one of another version does.
     """
     try:
-        columns = evaluation["columns"]
-        titles = (*_FIRST_COLUMNS, *(column["title"] for column in columns), *_LAST_COLUMNS)
+        columns = _with_intervals(evaluation)
+        titles = (*_FIRST_COLUMNS, *(title for title, _, _ in columns), *_LAST_COLUMNS)
         rows = tuple(_cells(row, columns) for row in evaluation["models"])
         notes = tuple(evaluation["notes"])
     except (KeyError, TypeError) as error:
@@ -95,16 +103,36 @@ def quality_table(evaluation: Mapping[str, Any], name: str) -> Table:
     return Table(f"Quality of {name}", titles, rows, notes)
 
 
-def _cells(row: Mapping[str, Any], columns: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
+def _with_intervals(evaluation: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], bool]]:
+    """Title, column, and whether it holds the intervals: after each column where a model has one, as older files have none."""
+    columns: list[tuple[str, Mapping[str, Any], bool]] = []
+    for column in evaluation["columns"]:
+        columns.append((column["title"], column, False))
+        if any(column["key"] in row.get("intervals", {}) for row in evaluation["models"]):
+            columns.append((f"{column['title'].rpartition(', ')[0] or column['title']}, 95 %", column, True))
+    return columns
+
+
+def _cells(row: Mapping[str, Any], columns: Sequence[tuple[str, Mapping[str, Any], bool]]) -> tuple[Any, ...]:
     return (
         row["model"],
         row["weights"],
         round(row["num_file_bytes"] / 1e6, 2),
         row["validation_loss"],
-        *(_shown(row["quality"][column["key"]], column) for column in columns),
+        *(
+            _shown_interval(row, column) if is_interval else _shown(row["quality"][column["key"]], column)
+            for _, column, is_interval in columns
+        ),
         row["num_steps"],
         round(row["train_s"], 1) if row["train_s"] is not None else None,
     )
+
+
+def _shown_interval(row: Mapping[str, Any], column: Mapping[str, Any]) -> str | None:
+    interval = row.get("intervals", {}).get(column["key"])
+    if interval is None:
+        return None
+    return " to ".join(format_value(_shown(interval[end], column)) for end in ("low", "high"))
 
 
 def _shown(value: float | None, column: Mapping[str, Any]) -> float | None:
@@ -116,11 +144,13 @@ def _shown(value: float | None, column: Mapping[str, Any]) -> float | None:
 
 def _measure(
     evaluator: Evaluator, label: str, model: nn.Module, progress: Progress
-) -> tuple[dict[str, float | None], tuple[bytes, ...]]:
+) -> tuple[dict[str, Any], tuple[bytes, ...]]:
+    """Values and intervals as they go into the model's row, and the samples."""
     start = time.perf_counter()
     measurement = evaluator.measure(label, model, progress)
     progress.say(f"{label}: measured in {time.perf_counter() - start:.1f} s")
-    return dict(measurement.quality), measurement.samples
+    intervals = {key: {"low": found.low, "high": found.high} for key, found in measurement.intervals.items()}
+    return {"quality": dict(measurement.quality), "intervals": intervals}, measurement.samples
 
 
 def _loss_note(recipe: Recipe) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,8 @@ from fraqat.config import ORIGINAL, ImageRecipe, Recipe
 from fraqat.data.captioned import held_out_prompts
 from fraqat.data.prompts import choose_prompts
 from fraqat.errors import ModelError
-from fraqat.evaluation import ColorDigitsJudge, image_quality, median_psnr_db
+from fraqat.evaluation import ColorDigitsJudge, image_quality, paired_psnr_db
+from fraqat.evaluation.bootstrap import frechet_interval, mean_interval, median_interval
 from fraqat.export import ModelDescription, Part
 from fraqat.nn import LayerFamilies, LayerRule
 from fraqat.planning import Workload
@@ -23,6 +25,7 @@ from fraqat.tasks import SamplerSpec, architecture_named
 from fraqat.workflows.images import to_png
 from fraqat.workflows.progress import Progress
 from fraqat.workflows.sessions.base import Measurement, QualityColumn, Session, StandIn, description_of, release_memory
+from fraqat.workflows.sessions.image_metrics import Figures, ImageMetrics
 from fraqat.zoo import zoo_path
 
 NUM_SHOWN = 8
@@ -207,13 +210,15 @@ class ImageEvaluator:
         is_judged = recipe.data.source == "color-digits" and listed is None
         self._judge = ColorDigitsJudge(zoo_path("color-digits-classifier")) if is_judged else None
         self.shown_prompts = self._prompts[:NUM_SHOWN]
-        self.columns = _JUDGED if is_judged else _PAIRED
+        self._metrics = ImageMetrics(recipe.evaluation, self._prompts, recipe.model.torch_device)
+        self.columns = (*(_JUDGED if is_judged else _PAIRED), *self._metrics.columns)
         sampler: SamplerSpec = recipe.sampler
         origin = listed.source if listed else "held-out"
         self.notes = (
             f"{num_images} images per model from {origin} prompts, {sampler.num_steps} sampler steps, "
             f"guidance {sampler.guidance_scale:g}, the same prompt and seed in every model.",
             _JUDGED_NOTE if is_judged else "PSNR: median over pairs.",
+            *self._metrics.notes,
         )
 
     def measure(self, label: str, model: nn.Module, progress: Progress) -> Measurement:
@@ -229,19 +234,28 @@ class ImageEvaluator:
             self._reference = images
         if self._reference is None:
             raise ModelError("the original has to be measured before its students. Fix: measure it first.")
-        quality = self._quality(images, self._reference)
-        if label == ORIGINAL:
-            quality |= {"frechet": None, "psnr_db": None}
-        return Measurement(quality, tuple(to_png(image) for image in images[:NUM_SHOWN]))
+        is_original = label == ORIGINAL
+        paired = self._paired(images, self._reference, is_original=is_original)
+        added = self._metrics.measure(images, self._reference, is_original=is_original)
+        return Measurement(
+            paired.quality | added.quality,
+            tuple(to_png(image) for image in images[:NUM_SHOWN]),
+            paired.intervals | added.intervals,
+        )
 
-    def _quality(self, images: Tensor, reference: Tensor) -> dict[str, float | None]:
-        if self._judge is None:
-            return {"psnr_db": median_psnr_db(images, reference)}
-        quality = image_quality(images, reference, self._prompts, self._judge, self._judge)
-        return {
-            "frechet": quality.frechet,
-            "psnr_db": quality.psnr_db,
-            "digit": quality.digit,
-            "colors": quality.colors,
-            "all": quality.all,
-        }
+    def _paired(self, images: Tensor, reference: Tensor, *, is_original: bool) -> Figures:
+        """PSNR and, of the colour digits, the Frechet distance and the judge's shares."""
+        spec, figures = self._spec.bootstrap, Figures()
+        if self._judge is not None:
+            quality = image_quality(images, reference, self._prompts, self._judge, self._judge)
+            hits = self._judge.hits(images * 2 - 1, self._prompts)
+            for name in ("digit", "colors", "all"):
+                figures.add(name, getattr(quality, name), mean_interval(getattr(hits, name), spec))
+            if not is_original:
+                features, originals = (self._judge.features(x * 2 - 1) for x in (images, reference))
+                figures.add("frechet", quality.frechet, frechet_interval(features, originals, spec, paired=True))
+        if is_original:
+            return Figures(figures.quality | {"frechet": None, "psnr_db": None}, figures.intervals)
+        pairs_db = paired_psnr_db(images, reference)
+        figures.add("psnr_db", statistics.median(pairs_db), median_interval(pairs_db, spec))
+        return figures

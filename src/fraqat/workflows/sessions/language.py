@@ -12,7 +12,7 @@ from torch import nn
 
 from fraqat.config import ORIGINAL, LanguageRecipe, Recipe
 from fraqat.data.text import load_text
-from fraqat.evaluation.language import language_quality, lm_eval_scores
+from fraqat.evaluation.language import language_rows, lm_eval_scores
 from fraqat.export import Inputs, ModelDescription, Part
 from fraqat.nn import LayerFamilies, LayerRule
 from fraqat.planning import Workload
@@ -196,7 +196,8 @@ class LanguageEvaluator:
         """Reads the held-out rows with one model, and continues the shown prompts."""
         progress.count(f"reading with {label}", 0, len(self._batches))
         task, teacher = self._session.task, self._session.teacher
-        found = language_quality(teacher, model, self._batches, task)
+        rows = language_rows(teacher, model, self._batches, task)
+        found, intervals = rows.quality(), rows.intervals(self._spec.bootstrap)
         is_original = label == ORIGINAL
         quality: dict[str, float | None] = {
             "perplexity": found.student_perplexity,
@@ -209,7 +210,11 @@ class LanguageEvaluator:
                 name: next((values[m] for m in _METRICS if m in values), None) for name, values in scores.items()
             }
         samples = self._session.generate(model, self.shown_prompts, seed=0)
-        return Measurement(quality, tuple(samples))
+        measured = {"perplexity": "student_perplexity"}
+        if not is_original:
+            measured |= {"kl": "kl", "top1_agreement": "top1_agreement"}
+        shown = {key: intervals[name] for key, name in measured.items() if name in intervals}
+        return Measurement(quality, tuple(samples), shown)
 
     def _beginnings(self) -> tuple[str, ...]:
         rows = [row for batch in self._batches for row in batch["input_ids"]][:NUM_SHOWN]

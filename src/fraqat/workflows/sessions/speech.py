@@ -17,7 +17,7 @@ from fraqat.data.speech_signal import LogMelSpec, write_wav
 from fraqat.data.speech_source import default_speaker, load_speech_data
 from fraqat.errors import ModelError, config_error
 from fraqat.evaluation.phrase_recognizer import load_recognizer
-from fraqat.evaluation.speech import Recognizer, speech_quality
+from fraqat.evaluation.speech import Recognizer, speech_rows
 from fraqat.export import ModelDescription, Part
 from fraqat.nn import LayerFamilies, LayerRule
 from fraqat.planning import Workload
@@ -240,13 +240,15 @@ class SpeechEvaluator:
             self._reference = spoken
         if self._reference is None:
             raise ModelError("the original has to be measured before its students. Fix: measure it first.")
-        found = speech_quality(spoken, self._reference, self._texts, self._recognizer)
+        rows = speech_rows(spoken, self._reference, self._texts, self._recognizer)
+        found, intervals = rows.quality(), rows.intervals(self._session.recipe.evaluation.bootstrap)
         quality: dict[str, float | None] = {
             "mel_cepstral_distortion_db": None if label == ORIGINAL else found.mel_cepstral_distortion_db,
             "log_spectral_distance_db": None if label == ORIGINAL else found.log_spectral_distance_db,
             "word_error_rate": found.word_error_rate,
         }
-        return Measurement(quality, self._session.to_files(model, spoken[:NUM_SHOWN]))
+        shown = {key: intervals[key] for key, value in quality.items() if value is not None and key in intervals}
+        return Measurement(quality, self._session.to_files(model, spoken[:NUM_SHOWN]), shown)
 
 
 def _recognizer(session: SpeechSession) -> Recognizer | None:
