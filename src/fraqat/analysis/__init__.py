@@ -1,5 +1,23 @@
 """Where quantization hurts."""
 
+from fraqat.analysis.bit_widths import DEFAULT_BITS, BitWidths, WidthLoss, losses_over_widths
 from fraqat.analysis.layer_error import LayerError, layer_errors
+from fraqat.analysis.outliers import Outliers, OutlierStatistics, input_outliers, tensor_outliers
+from fraqat.analysis.sensitivity import FamilySum, LayerSensitivity, Sensitivity, layer_sensitivity
 
-__all__ = ["LayerError", "layer_errors"]
+__all__ = [
+    "DEFAULT_BITS",
+    "BitWidths",
+    "FamilySum",
+    "LayerError",
+    "LayerSensitivity",
+    "OutlierStatistics",
+    "Outliers",
+    "Sensitivity",
+    "WidthLoss",
+    "input_outliers",
+    "layer_errors",
+    "layer_sensitivity",
+    "losses_over_widths",
+    "tensor_outliers",
+]

@@ -18,7 +18,7 @@ class LayerError:
     """Signal-to-quantization-noise ratios of one layer, in dB; None where there is no error or no signal.
 
     Args:
-        weight_sqnr_db: Master weight against its quantized form.
+        weight_sqnr_db: Master weight against its quantized form, either with the layer's branch and smoothing, if it has any.
         output_sqnr_db: Output in the teacher against output in the student, both running on the same input of the model:
             it holds the errors of all layers before.
     """
@@ -52,7 +52,9 @@ def layer_errors(
     outputs = [_record_outputs(model, list(layers), forward) for model in (teacher, student)]
     return {
         name: LayerError(
-            weight_sqnr_db=sqnr_db(layer.weight, layer.weight_quantizer(layer.weight)),
+            weight_sqnr_db=sqnr_db(
+                layer.effective_weight(layer.weight), layer.effective_weight(layer.weight_quantizer(layer.weight))
+            ),
             output_sqnr_db=sqnr_db(outputs[0][name], outputs[1][name]) if name in outputs[0] else None,
         )
         for name, layer in layers.items()

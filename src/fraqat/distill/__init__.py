@@ -2,6 +2,7 @@
 
 from fraqat.distill.checkpoint import CheckpointStore, describe_difference
 from fraqat.distill.checkpointing import checkpoint_blocks_, keep_products, repeated_blocks
+from fraqat.distill.code_flips import CODES_EVENT, CodeFlips, FlipCount
 from fraqat.distill.log import LOG_FILE, StepRecord, read_log
 from fraqat.distill.losses import LANGUAGE_LOSSES, OUTPUT_LOSSES, LossSpec, distillation_loss
 from fraqat.distill.optimizers import DeviceOptimizer, HostOptimizer, TrainOptimizer, make_optimizer
@@ -12,16 +13,19 @@ from fraqat.distill.trainer import Distiller, DistillResult
 from fraqat.distill.validation import validation_loss
 
 __all__ = [
+    "CODES_EVENT",
     "LANGUAGE_LOSSES",
     "LOG_FILE",
     "OUTPUT_LOSSES",
     "Batch",
     "BatchStream",
     "CheckpointStore",
+    "CodeFlips",
     "DeviceOptimizer",
     "DistillResult",
     "DistillTask",
     "Distiller",
+    "FlipCount",
     "HostOptimizer",
     "LossSpec",
     "Prediction",

@@ -68,6 +68,7 @@ class TrainSpec:
         validate_every, checkpoint_every: Steps between two; both also happen at the end.
         num_checkpoints_kept: Older ones are removed.
         tensorboard: Write TensorBoard files beside `log.jsonl`.
+        log_code_flips: Every `validate_every` steps, log which share of the weight codes has changed; needs a byte a weight.
         calibration_samples: Samples for static activation ranges (the paper: 100).
     """
 
@@ -98,6 +99,7 @@ class TrainSpec:
     checkpoint_every: int = 100
     num_checkpoints_kept: int = 2
     tensorboard: bool = True
+    log_code_flips: bool = False
     calibration_samples: int = 100
 
     def __post_init__(self) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
 
 from fraqat.errors import config_error
 from fraqat.report.samples import Samples
@@ -57,6 +60,76 @@ class LossCurve:
 
 
 @dataclass(frozen=True)
+class NamedCurve:
+    """Points of one run or one setting, for a plot of several.
+
+    Args:
+        label: Name, shown in the legend.
+        points: (x, y) with ascending x: finished optimizer steps and held-out losses, for example. Values that are not
+            finite, or not positive on a logarithmic axis, are kept here and left out of the plot.
+        stages: The bit widths of the run, in order; empty when not known.
+
+    Raises:
+        ConfigError: x does not ascend.
+    """
+
+    label: str
+    points: tuple[tuple[float, float], ...]
+    stages: tuple[StageSpan, ...] = ()
+
+    def __post_init__(self) -> None:
+        x = [place for place, _ in self.points]
+        if any(second <= first for first, second in pairwise(x)):
+            raise config_error(f"points of curve {self.label!r}", x, allowed="ascending x", fix="sort the points")
+
+
+@dataclass(frozen=True)
+class MeanInterval:
+    """A mean over runs and the interval that holds it.
+
+    Args:
+        label: Name of the method.
+        mean: The mean.
+        low, high: Ends of the interval, for example of 95 %; low <= mean <= high.
+
+    Raises:
+        ConfigError: A value is not finite, or the mean lies outside the interval.
+    """
+
+    label: str
+    mean: float
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        values = (self.low, self.mean, self.high)
+        if not all(math.isfinite(value) for value in values) or not self.low <= self.mean <= self.high:
+            raise config_error(
+                f"interval of {self.label!r}",
+                values,
+                allowed="finite numbers with low <= mean <= high",
+                fix="pass low, mean and high in this order, and leave out methods without an interval",
+            )
+
+
+AnalysisKind = Literal["bits", "outliers", "sensitivity"]
+"""What `fraqat analyze` measures."""
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """One analysis of a model: its tables, of which known columns are drawn (`fraqat.report.analysis_views`).
+
+    Args:
+        kind: What was measured.
+        tables: As `fraqat.workflows.analyzing` makes them, the main one first.
+    """
+
+    kind: AnalysisKind
+    tables: tuple[Table, ...]
+
+
+@dataclass(frozen=True)
 class ReportData:
     """Everything that one page shows.
 
@@ -72,6 +145,9 @@ class ReportData:
         sizes: Bytes on disk and in memory.
         settings: The resolved recipe as YAML text.
         versions: Software and hardware.
+        code_flips: Share of the weight codes that changed since the record before, in %, over finished steps: all layers
+            first, then every family. Empty where it was not recorded.
+        analyses: What `fraqat analyze` found about the model.
     """
 
     title: str
@@ -83,3 +159,5 @@ class ReportData:
     sizes: Table
     settings: str
     versions: Table
+    code_flips: tuple[NamedCurve, ...] = ()
+    analyses: tuple[Analysis, ...] = ()

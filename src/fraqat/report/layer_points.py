@@ -1,11 +1,12 @@
-"""The layers table as points of the SQNR plot."""
+"""Tables of layers as points of plots."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from fraqat.table import Table
 
@@ -14,9 +15,46 @@ _NO_FAMILY = ("", "-", "None")
 _BLOCK = re.compile(r"^(?:.*?\.)?(\d+)(?=\.|$)")
 
 
+class PlacedLayer(Protocol):
+    """What a plot over layers has to know of each."""
+
+    @property
+    def position(self) -> int:
+        """Place in the model."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """Qualified name."""
+        ...
+
+    @property
+    def family(self) -> str:
+        """Layer family, `other` for none."""
+        ...
+
+
+@dataclass(frozen=True)
+class LayerMark:
+    """One layer of a plot with an open and a filled mark.
+
+    Args:
+        position: Place in the model.
+        name: Qualified name.
+        family: Layer family, `other` for none.
+        open_value, filled_value: Values of the two marks; None for none.
+    """
+
+    position: int
+    name: str
+    family: str
+    open_value: float | None
+    filled_value: float | None
+
+
 @dataclass(frozen=True)
 class LayerPoint:
-    """One layer of the plot.
+    """One layer of the SQNR plot.
 
     Args:
         position: Row in the layers table.
@@ -76,21 +114,46 @@ def layer_points(layers: Table) -> tuple[LayerPoint, ...]:
         weight_db, output_db = _finite(value(row, "weight")), _finite(value(row, "output"))
         if weight_db is None and output_db is None:
             continue
-        family = str(value(row, "family"))
         name = str(value(row, "layer") or f"layer {position}")
-        points.append(
-            LayerPoint(position, name, OTHER_FAMILY if family in _NO_FAMILY else family, weight_db, output_db)
-        )
+        points.append(LayerPoint(position, name, family_label(value(row, "family")), weight_db, output_db))
     return tuple(points)
 
 
-def families_of(points: tuple[LayerPoint, ...]) -> tuple[str, ...]:
+def layer_marks(
+    layers: Table, open_column: str, filled_column: str, *, place_column: str = ""
+) -> tuple[LayerMark, ...]:
+    """Two columns of a table of layers as marks, in model order.
+
+    Args:
+        layers: A table with the columns `layer`, `family` and these.
+        open_column, filled_column: Columns of the values; what is no finite number becomes None.
+        place_column: Column of the place in the model; empty where rows are in model order.
+
+    Raises:
+        ValueError: A column is missing.
+    """
+    places = [layers.columns.index(name) for name in ("layer", "family", open_column, filled_column)]
+    place = layers.columns.index(place_column) if place_column else None
+    marks: list[LayerMark] = []
+    for index, row in enumerate(layers.rows):
+        name, family, open_value, filled_value = (row[i] for i in places)
+        position = index if place is None else int(row[place])
+        marks.append(LayerMark(position, str(name), family_label(family), _finite(open_value), _finite(filled_value)))
+    return tuple(sorted(marks, key=lambda mark: mark.position))
+
+
+def family_label(family: Any) -> str:
+    """A family as legends show it."""
+    return OTHER_FAMILY if str(family) in _NO_FAMILY else str(family)
+
+
+def families_of(points: Sequence[PlacedLayer]) -> tuple[str, ...]:
     """Families in the order in which they first occur, `other` last."""
     names = list(dict.fromkeys(point.family for point in points))
     return tuple(sorted(names, key=lambda name: name == OTHER_FAMILY))
 
 
-def blocks_of(points: tuple[LayerPoint, ...]) -> tuple[Block, ...]:
+def blocks_of(points: Sequence[PlacedLayer]) -> tuple[Block, ...]:
     """Runs of layers that belong to one numbered block; layers outside any block are left out."""
     blocks: list[Block] = []
     last_key: str | None = None

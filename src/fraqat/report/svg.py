@@ -74,7 +74,12 @@ def new_figure(width_px: float, height_px: float) -> Generator[Figure]:
 
 
 def to_inline_svg(
-    figure: Figure, *, prefix: str, label: str, titles: Mapping[str, Sequence[str]] | None = None
+    figure: Figure,
+    *,
+    prefix: str,
+    label: str,
+    titles: Mapping[str, Sequence[str]] | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> Markup:
     """Writes a figure of `new_figure` as an `<svg>` element for a page.
 
@@ -83,6 +88,7 @@ def to_inline_svg(
         prefix: Start of all ids, different for every drawing of a page, and its CSS class.
         label: What the drawing shows, for people who do not see it.
         titles: gid of a scatter -> one text per point, shown when the pointer rests on the point.
+        names: Text drawn in the figure -> text that takes its place: names given by users, which matplotlib never sees.
 
     Returns:
         The element, safe to put into HTML: equal text for equal drawings, without scripts, styles or links out of itself.
@@ -93,6 +99,9 @@ def to_inline_svg(
     root = ElementTree.fromstring(stream.getvalue())  # noqa: S314  # matplotlib's own output
     for gid, texts in (titles or {}).items():
         _add_titles(root, gid, texts)
+    for element in root.iter():
+        if _local(element.tag) == "text" and element.text in (names or {}):
+            element.text = (names or {})[element.text or ""]
     used_ids = {link for element in root.iter() for link in _links(element)}
     for parent in list(root.iter()):
         for child in list(parent):
@@ -104,6 +113,21 @@ def to_inline_svg(
         root.attrib.pop(key, None)
     root.attrib.update({"class": f"plot {prefix}", "role": "img", "aria-label": label})
     return Markup(ElementTree.tostring(root, encoding="unicode"))  # noqa: S704  # the serializer escapes
+
+
+def standalone_svg(drawing: Markup, style: str) -> str:
+    """A drawing of `to_inline_svg` as the text of a file that needs no page.
+
+    Args:
+        drawing: One `<svg>` element.
+        style: CSS that sets the page's colours and font.
+    """
+    root = ElementTree.fromstring(drawing)  # noqa: S314  # our own
+    root.set("xmlns", "http://www.w3.org/2000/svg")
+    element = ElementTree.Element("style")
+    element.text = style
+    root.insert(0, element)
+    return ElementTree.tostring(root, encoding="unicode") + "\n"
 
 
 def _local(name: str) -> str:

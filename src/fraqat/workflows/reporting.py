@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from fraqat.config import ORIGINAL, Recipe
-from fraqat.distill import read_log
+from fraqat.distill import CODES_EVENT, read_log
 from fraqat.errors import ConfigError, ModelError, OutputError
 from fraqat.files import write_text_atomic
 from fraqat.table import Table, format_value
+from fraqat.workflows.analyzing import ANALYSIS_FOLDER, read_analyses
 from fraqat.workflows.evaluating import quality_table
 from fraqat.workflows.inspecting import layers_table
 from fraqat.workflows.runs import RunFolder
 
 _SAMPLE_KINDS = {".png": "images", ".txt": "texts", ".wav": "sounds"}
+_FLIP_LABELS = {"all": "all layers", "-": "other"}
 _EVALUATE_AGAIN = "Fix: run `fraqat evaluate RUN --overwrite`."
 
 
@@ -31,7 +33,7 @@ def report(run: RunFolder, *, out: Path | None = None, overwrite: bool = False) 
         ModelError: The run is not finished or not evaluated, or samples are missing, damaged or of different kinds.
         OutputError: The page exists.
     """
-    from fraqat.report import ReportData, render_report
+    from fraqat.report import Analysis, ReportData, render_report
 
     target = out or run.report_path
     if target.exists() and not overwrite:
@@ -49,6 +51,8 @@ def report(run: RunFolder, *, out: Path | None = None, overwrite: bool = False) 
         sizes=_sizes(evaluation),
         settings=recipe.to_yaml(),
         versions=_versions(run),
+        code_flips=_code_flips(run),
+        analyses=tuple(Analysis(kind, tables) for kind, tables in read_analyses(run.path / ANALYSIS_FOLDER)),
     )
     write_text_atomic(target, render_report(data))
     return target
@@ -106,7 +110,7 @@ def _samples(run: RunFolder, evaluation: Mapping[str, Any]) -> Any:
 
 
 def _curve(label: str, run: RunFolder) -> Any:
-    from fraqat.report import LossCurve, StageSpan
+    from fraqat.report import LossCurve
 
     events = read_log(run.path)
     steps = [event for event in events if event["event"] == "step"]
@@ -115,8 +119,31 @@ def _curve(label: str, run: RunFolder) -> Any:
         steps=tuple(event["step"] for event in steps),
         losses=tuple(event["loss"] for event in steps),
         validation=tuple((e["step"], e["loss"]) for e in events if e["event"] == "validation"),
-        stages=tuple(StageSpan(e["bits"], e["step"], e["num_steps"]) for e in events if e["event"] == "stage"),
+        stages=_stages(run),
     )
+
+
+def _code_flips(run: RunFolder) -> Any:
+    """Shares of changed weight codes in %: all layers, then every family, in the order of the log."""
+    from fraqat.report import NamedCurve
+
+    events = [event for event in read_log(run.path) if event["event"] == CODES_EVENT]
+    labels = list(dict.fromkeys(label for event in events for label in event["shares"]))
+    stages = _stages(run)
+    return tuple(
+        NamedCurve(
+            str(_FLIP_LABELS.get(label, label)),
+            tuple((event["step"] + 1, 100 * event["shares"][label]) for event in events if label in event["shares"]),
+            stages,
+        )
+        for label in labels
+    )
+
+
+def _stages(run: RunFolder) -> Any:
+    from fraqat.report import StageSpan
+
+    return tuple(StageSpan(e["bits"], e["step"], e["num_steps"]) for e in read_log(run.path) if e["event"] == "stage")
 
 
 def _sizes(evaluation: Mapping[str, Any]) -> Table:
