@@ -26,7 +26,16 @@ from fraqat.export.target import (
     StepsApart,
     Target,
 )
-from fraqat.export.targets import TARGETS, Mismatch, check_model, first_difference, fitted, mismatches, target_named
+from fraqat.export.targets import (
+    TARGETS,
+    Mismatch,
+    check_model,
+    check_plain,
+    first_difference,
+    fitted,
+    mismatches,
+    target_named,
+)
 
 __all__ = [
     "FLOAT_DTYPES",
@@ -50,6 +59,7 @@ __all__ = [
     "StepsApart",
     "Target",
     "check_model",
+    "check_plain",
     "first_difference",
     "fitted",
     "layer_codes",

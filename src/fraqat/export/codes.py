@@ -47,8 +47,15 @@ def codes_of(name: str, layer: QuantizedLayer) -> LayerCodes:
     """The integers of one layer.
 
     Raises:
-        ConfigError: The layer is not at its final width.
+        ConfigError: The layer is not at its final width, or has a branch or a smoothed input, which no target computes.
     """
+    if layer.has_extras:
+        raise config_error(
+            f"{name}.branch" if layer.branch is not None else f"{name}.smoothing",
+            "set",
+            allowed="layers that are a quantized product alone",
+            fix="export a student trained without quantization.branch and quantization.smoothing",
+        )
     quantizer = layer.weight_quantizer
     if quantizer.bits != quantizer.spec.bits:
         raise config_error(

@@ -135,6 +135,24 @@ def fitted(target: Target, place: LayerPlace, spec: QuantSpec) -> QuantSpec | No
     )
 
 
+def check_plain(student: nn.Module, target: Target) -> None:
+    """Refuses a student that is more than quantized products: no target has a place for a branch or smoothed inputs.
+
+    Raises:
+        ConfigError: A layer has one of these.
+    """
+    for name, layer in quantized_layers(student):
+        if layer.has_extras:
+            has = "a low-rank branch" if layer.branch is not None else "a smoothed input"
+            raise config_error(
+                "target",
+                target.name,
+                allowed=f"students of quantized products alone; layer {name} has {has}",
+                fix="run this student with `fraqat evaluate` or `fraqat generate`, or train one without "
+                "quantization.branch and quantization.smoothing",
+            )
+
+
 def mismatches(student: nn.Module, target: Target) -> Iterator[Mismatch]:
     """The quantized layers of a student that are not on the target's grid."""
     for name, layer in quantized_layers(student):

@@ -1,12 +1,15 @@
 """Quantized layers, and the functions that put them into any model."""
 
 from fraqat.nn.adapters import LowRankAdapter, LowRankSpec
+from fraqat.nn.branch import BranchSpec, LowRankBranch
+from fraqat.nn.branches import BranchFit, add_branches_, initialize_branches_
 from fraqat.nn.families import ALL, LayerFamilies
 from fraqat.nn.integer import why_not_integer
 from fraqat.nn.integer_layers import EngineSpec, IntegerLayers
 from fraqat.nn.layers import QuantizedLayer, QuantLinear, QuantPointwiseConv
 from fraqat.nn.low_rank import add_adapters_, merge_adapters_
 from fraqat.nn.packed import PackedLayer, packed_codes, to_packed_
+from fraqat.nn.smoothing import InputSmoothing, SmoothingSpec
 from fraqat.nn.spec import STRICT_KEYS, ActivationSpec, LayerRule, QuantSpec, WeightSpec
 from fraqat.nn.swap import (
     LayerRow,
@@ -26,12 +29,16 @@ __all__ = [
     "ALL",
     "STRICT_KEYS",
     "ActivationSpec",
+    "BranchFit",
+    "BranchSpec",
     "EngineSpec",
+    "InputSmoothing",
     "IntegerLayers",
     "LayerFamilies",
     "LayerRow",
     "LayerRule",
     "LowRankAdapter",
+    "LowRankBranch",
     "LowRankSpec",
     "PackedLayer",
     "QuantLinear",
@@ -39,11 +46,14 @@ __all__ = [
     "QuantReport",
     "QuantSpec",
     "QuantizedLayer",
+    "SmoothingSpec",
     "WeightSpec",
     "add_adapters_",
+    "add_branches_",
     "calibrate_",
     "describe",
     "granularity_label",
+    "initialize_branches_",
     "merge_adapters_",
     "packed_codes",
     "quantize_",

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from fraqat.nn.adapters import LowRankAdapter
+from fraqat.nn.branch import LowRankBranch
 from fraqat.nn.integer import HasIntegerPath
 from fraqat.nn.quantizers import ActivationQuantizer, WeightQuantizer
+from fraqat.nn.smoothing import InputSmoothing
 from fraqat.nn.spec import QuantSpec
 
-_ATTRIBUTES = ("weight_quantizer", "activation_quantizer", "adapter", "integer")
+_ATTRIBUTES = ("weight_quantizer", "activation_quantizer", "adapter", "smoothing", "branch", "integer")
 _BATCHED = 4
 
 
@@ -31,6 +33,8 @@ class QuantizedLayer(HasIntegerPath):
     weight: Tensor
     weight_quantizer: WeightQuantizer
     adapter: LowRankAdapter | None
+    smoothing: InputSmoothing | None
+    branch: LowRankBranch | None
 
     @property
     def spec(self) -> QuantSpec:
@@ -53,6 +57,37 @@ class QuantizedLayer(HasIntegerPath):
         """What is quantized: the weight, or in low-rank training its sum with the adapter, in float32."""
         return self.weight if self.adapter is None else self.adapter(self.weight)
 
+    @property
+    def has_extras(self) -> bool:
+        """Whether the layer is more than a quantized product: its input is smoothed, or a branch stands beside it."""
+        return self.smoothing is not None or self.branch is not None
+
+    def smoothed(self, x: Tensor) -> Tensor:
+        """The input that quantizer and branch are given: x / s, or x itself."""
+        return x if self.smoothing is None else self.smoothing(x)
+
+    def with_branch(self, y: Tensor, x: Tensor) -> Tensor:
+        """The product y of the codes plus the branch's for the smoothed input x, or y itself."""
+        return y if self.branch is None else y + self.branch(x).to(y.dtype)
+
+    def effective_weight(self, weight: Tensor) -> Tensor:
+        """The one matrix that acts on the layer's own input: (W + U D) diag(1 / s) for W = `weight`, or `weight` itself.
+
+        Args:
+            weight: The layer's weight, or what its quantizer makes of it.
+
+        Returns:
+            Of the weight's shape; float32 or wider where the layer has branch or smoothing.
+        """
+        if not self.has_extras:
+            return weight
+        matrix = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
+        if self.branch is not None:
+            matrix = matrix + self.branch.product()
+        if self.smoothing is not None:
+            matrix = matrix / self.smoothing.scale
+        return matrix.view(weight.shape)
+
 
 class QuantLinear(QuantizedLayer, nn.Linear):
     """y = fake_quantize(x) @ fake_quantize(W)^T + bias; x [..., I], W [O, I], bias [O], y [..., O]."""
@@ -63,11 +98,12 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns y [..., O] for input [..., I]."""
-        y = self.integer_product(input, self.bias, self.weight, self.adapter)
-        if y is not None:
-            return y
-        x, weight = self.quantized_operands(input)
-        return nn.functional.linear(x, weight, self.bias)
+        smoothed = self.smoothed(input)
+        y = self.integer_product(smoothed, self.bias, self.weight, self.adapter)
+        if y is None:
+            x, weight = self.quantized_operands(smoothed)
+            y = nn.functional.linear(x, weight, self.bias)
+        return self.with_branch(y, smoothed)
 
 
 class PointwiseLayer(HasIntegerPath, nn.Conv2d):
@@ -83,10 +119,17 @@ class QuantPointwiseConv(QuantizedLayer, PointwiseLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns y [N, O, H', W'] for input [N, I, H, W] or [I, H, W]."""
-        y = pointwise_product(self, input, self.weight, self.adapter)
-        if y is not None:
-            return y
-        return pointwise_forward(self, self.quantized_operands, input)
+        smoothed = self.smoothed(input)
+        y = pointwise_product(self, smoothed, self.weight, self.adapter)
+        if y is None:
+            y = pointwise_forward(self, self.quantized_operands, smoothed)
+        return self.with_branch(y, strided_input(self, smoothed))
+
+
+def strided_input(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """The pixels of [..., H, W] that a 1x1 convolution looks at."""
+    vertical, horizontal = conv.stride
+    return x if conv.stride == (1, 1) else x[..., ::vertical, ::horizontal]
 
 
 def pointwise_product(
@@ -95,9 +138,7 @@ def pointwise_product(
     """`integer_product` of a 1x1 convolution; None also for an unbatched input."""
     if x.ndim != _BATCHED:
         return None
-    vertical, horizontal = conv.stride
-    strided = x if conv.stride == (1, 1) else x[:, :, ::vertical, ::horizontal]
-    return conv.integer_product(strided, conv.bias, weight, adapter)
+    return conv.integer_product(strided_input(conv, x), conv.bias, weight, adapter)
 
 
 def pointwise_forward(conv: nn.Conv2d, operands: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> Tensor:
@@ -134,12 +175,17 @@ def to_quantized_(module: nn.Module, twin: type[QuantizedLayer], spec: QuantSpec
     layer.weight_quantizer = weight_quantizer
     layer.activation_quantizer = activation_quantizer
     layer.adapter = None
+    layer.smoothing = None
+    layer.branch = None
     layer.integer = None
     return layer.train(layer.training)
 
 
 def to_float_(layer: QuantizedLayer) -> nn.Module:
-    """Undoes `to_quantized_`; the weight keeps its current full-precision values."""
+    """Undoes `to_quantized_`; the weight keeps its current full-precision values, and takes branch and smoothing in."""
+    if layer.has_extras:
+        with torch.no_grad():
+            layer.weight.copy_(layer.effective_weight(layer.weight))
     for name in _ATTRIBUTES:
         delattr(layer, name)
     float_layer: Any = layer

@@ -24,7 +24,7 @@ def add_adapters_(model: nn.Module, spec: LowRankSpec | None = None) -> int:
         How many layers have an adapter.
 
     Raises:
-        ConfigError: Nothing would be trained, or a layer has a learned scale.
+        ConfigError: Nothing would be trained, or a layer has a learned scale, a branch or a smoothed input.
     """
     chosen = [layer for _, layer in quantized_layers(model) if layer.weight.requires_grad]
     if not chosen:
@@ -34,6 +34,10 @@ def add_adapters_(model: nn.Module, spec: LowRankSpec | None = None) -> int:
     if any(layer.weight_quantizer.scale is not None for layer in chosen):
         raise config_error(
             "weight.range_method", "learned", allowed="max_abs or mse in low-rank training", fix="choose another"
+        )
+    if any(layer.has_extras for layer in chosen):
+        raise config_error(
+            "low_rank", "beside a branch", allowed="layers without branch and smoothing", fix="train without low_rank"
         )
     model.requires_grad_(False)
     for layer in chosen:

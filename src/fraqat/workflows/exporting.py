@@ -23,6 +23,7 @@ from fraqat.export import (
     Mismatch,
     Target,
     check_model,
+    check_plain,
     mismatches,
     read_manifest,
     target_named,
@@ -145,8 +146,9 @@ def check_grid(student: nn.Module, target: Target, *, accept_loss: bool) -> list
     """The layers that the target does not compute as they were trained.
 
     Raises:
-        ConfigError: There are some, and the loss is not accepted.
+        ConfigError: There are some, and the loss is not accepted; or the student has branches or smoothed inputs.
     """
+    check_plain(student, target)
     found = list(mismatches(student, target))
     if found and not accept_loss:
         shown = "; ".join(item.to_text() for item in found[:_NUM_NAMED])

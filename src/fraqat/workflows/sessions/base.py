@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fraqat.config import Recipe
 from fraqat.distill import DistillTask
 from fraqat.errors import ModelError
+from fraqat.evaluation import Interval
 from fraqat.export import (
     Inputs,
     LayerPlace,
@@ -39,6 +40,8 @@ from fraqat.nn import (
     QuantReport,
     QuantSpec,
     add_adapters_,
+    add_branches_,
+    describe,
     quantize_,
 )
 from fraqat.planning import Workload
@@ -82,10 +85,12 @@ class Measurement:
     Args:
         quality: Values by column key; None where a value says nothing, as the original's distance to itself.
         samples: A few of what it made, as files (PNG, UTF-8 text or WAV), one for each shown prompt.
+        intervals: 95 % bootstrap intervals by column key, in the unit of the value; keys without one are left out.
     """
 
     quality: Mapping[str, float | None]
     samples: tuple[bytes, ...]
+    intervals: Mapping[str, Interval] = dataclasses.field(default_factory=dict[str, Interval])
 
 
 StandIn = Callable[[nn.Module, Callable[[Inputs], Mapping[str, Tensor]]], AbstractContextManager[None]]
@@ -248,9 +253,9 @@ class Session(ABC, Generic[RecipeT]):
         def fit(name: str, type_name: str, shape: tuple[int, ...], spec: QuantSpec) -> QuantSpec | None:
             return spec if target is None else fitted(target, LayerPlace(name, type_name, shape), spec)
 
-        return quantize_(
-            student, quantization.spec, rules=rules, families=self.families, train=quantization.train, fit=fit
-        )
+        quantize_(student, quantization.spec, rules=rules, families=self.families, train=quantization.train, fit=fit)
+        add_branches_(student, quantization.branch, quantization.smoothing)
+        return describe(student, self.families)
 
     def load_student(self, recipe: Recipe, path: Path, *, with_engine: bool = True) -> nn.Module:
         """The student that a run left.
