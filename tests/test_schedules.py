@@ -337,3 +337,31 @@ def test_names_become_enums() -> None:
     assert spec.kind is ScheduleKind.CUSTOM
     assert spec.unit is StageUnit.STEPS
     assert ScheduleSpec("custom", [[8, 0.5], [4, 0.5]]).stages == ((8.0, 0.5), (4.0, 0.5))
+
+
+def test_warmup_as_a_share_is_warmup_in_steps() -> None:
+    share, steps = (
+        [LearningRateSpec(1.0, "cosine", **warmup).at(step, SCHEDULE) for step in range(40)]
+        for warmup in ({"warmup_share": 0.25}, {"warmup_steps": 10})
+    )
+    assert share == steps
+
+
+@pytest.mark.parametrize(
+    "changes", [{"warmup_share": 1.0}, {"warmup_share": -0.1}, {"warmup_share": 0.1, "warmup_steps": 3}]
+)
+def test_an_impossible_warmup_share_is_named(changes: dict) -> None:
+    with pytest.raises(ConfigError, match="warmup_share"):
+        LearningRateSpec(**changes)
+
+
+@pytest.mark.parametrize("kind", NAMED)
+def test_the_grid_of_stages_changes_neither_widths_nor_steps(kind: ScheduleKind) -> None:
+    own, final = (ScheduleSpec(kind, grid=grid).resolve(4, 100) for grid in ("own", "final"))
+    assert own.stages == final.stages
+    assert (own.on_final_grid, final.on_final_grid) == (False, True)
+
+
+def test_an_unknown_grid_of_stages_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"schedule\.grid"):
+        ScheduleSpec(grid="other")

@@ -42,6 +42,14 @@ class StageUnit(StrEnum):
     STEPS = "steps"
 
 
+class StageGrid(StrEnum):
+    """What a width above the target rounds to. `own`: a grid of that width (Eq. 1 and 2). `final`: the target's grid, of whose
+    error the width decides the share, 2^-(width - target)."""
+
+    OWN = "own"
+    FINAL = "final"
+
+
 class LearningRateKind(StrEnum):
     """`decay_last`: constant through the stages, cosine in the last. `constant`. `cosine`: over all. `restart`: one cosine
     per stage."""
@@ -75,6 +83,7 @@ class ScheduleSpec:
         kind: A named schedule, or `custom`.
         stages: Only with `custom`: (bits, length) in falling order of bits; the last entry is the target.
         unit: What the lengths count: shares of the run (they sum to 1), epochs, or steps.
+        grid: What the widths above the target round to.
 
     Raises:
         ConfigError: Stages out of order, impossible widths or lengths, shares that do not sum to 1.
@@ -85,9 +94,11 @@ class ScheduleSpec:
     kind: ScheduleKind = ScheduleKind.FRACTIONAL
     stages: tuple[tuple[float, float], ...] = ()
     unit: StageUnit = StageUnit.SHARE
+    grid: StageGrid = StageGrid.OWN
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", parse_choice("schedule.kind", self.kind, ScheduleKind))
+        object.__setattr__(self, "grid", parse_choice("schedule.grid", self.grid, StageGrid))
         object.__setattr__(self, "unit", parse_choice("schedule.unit", self.unit, StageUnit))
         object.__setattr__(self, "stages", tuple((float(b), float(n)) for b, n in self.stages))
         if self.kind is ScheduleKind.CUSTOM:
@@ -174,7 +185,8 @@ class ScheduleSpec:
                 fix="train longer or use fewer stages",
             )
         firsts = [sum(steps[:i]) for i in range(len(steps))]
-        return Schedule(tuple(Stage(i, lengths[i][0], firsts[i], steps[i]) for i in range(len(steps))))
+        stages = tuple(Stage(i, lengths[i][0], firsts[i], steps[i]) for i in range(len(steps)))
+        return Schedule(stages, on_final_grid=self.grid is StageGrid.FINAL)
 
     def _check_stages(self) -> None:
         def fail(allowed: str, fix: str) -> None:
@@ -195,9 +207,15 @@ class ScheduleSpec:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The stages of one run. Iterate over it, or ask for the stage of a step."""
+    """The stages of one run. Iterate over it, or ask for the stage of a step.
+
+    Attributes:
+        stages: In order.
+        on_final_grid: Widths above the target are shares of the final grid's error; see `StageGrid`.
+    """
 
     stages: tuple[Stage, ...]
+    on_final_grid: bool = False
 
     @property
     def total_steps(self) -> int:
@@ -223,6 +241,7 @@ class LearningRateSpec:
         peak: Largest value, greater than 0.
         kind: Course over the run.
         warmup_steps: Linear rise from 0 at the start of the run.
+        warmup_share: The same as a share of the run, in [0, 1), instead of `warmup_steps`.
         final_ratio: Share of the peak at the end of a cosine, in [0, 1].
     """
 
@@ -232,6 +251,7 @@ class LearningRateSpec:
     kind: LearningRateKind = LearningRateKind.DECAY_LAST
     warmup_steps: int = 0
     final_ratio: float = 0.0
+    warmup_share: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", parse_choice("learning_rate.kind", self.kind, LearningRateKind))
@@ -239,12 +259,20 @@ class LearningRateSpec:
             raise config_error("learning_rate.peak", self.peak, allowed="a positive number", fix="try 1e-4")
         if self.warmup_steps < 0:
             raise config_error("learning_rate.warmup_steps", self.warmup_steps, allowed="0 or more", fix="use 0")
+        if not 0 <= self.warmup_share < 1 or (self.warmup_share and self.warmup_steps):
+            raise config_error(
+                "learning_rate.warmup_share",
+                self.warmup_share,
+                allowed="[0, 1), and 0 where warmup_steps is given",
+                fix="use one of the two",
+            )
         if not 0 <= self.final_ratio <= 1:
             raise config_error("learning_rate.final_ratio", self.final_ratio, allowed="[0, 1]", fix="use 0")
 
     def at(self, step: int, schedule: Schedule) -> float:
         """Learning rate of step `step`, counted from 0."""
-        warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        warmup_steps = self.warmup_steps or round(self.warmup_share * schedule.total_steps)
+        warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
         return self.peak * warmup * self._course(step, schedule)
 
     def _course(self, step: int, schedule: Schedule) -> float:

@@ -130,3 +130,38 @@ def test_width_may_cross_24_bits_both_ways(tiny: Any, images: Tensor) -> None:
     assert torch.allclose(tiny.proj_out.weight_quantizer(tiny.proj_out.weight), tiny.proj_out.weight, rtol=1e-7, atol=0)
     set_bits_(tiny, 4)
     assert torch.equal(tiny(images), at_4)
+
+
+@pytest.mark.parametrize("method", ["max_abs", "mse", "learned"])
+@pytest.mark.parametrize("bits", [4, 4.25, 5, 8])
+def test_on_the_final_grid_a_width_is_a_share_of_the_error(tiny: Any, method: str, bits: float) -> None:
+    quantize_(tiny, QuantSpec(WeightSpec(range_method=method)))
+    layer = tiny.proj_out
+    final = layer.weight_quantizer(layer.weight).detach()
+    set_bits_(tiny, bits, on_final_grid=True)
+    wanted = layer.weight + (final - layer.weight) * 2.0 ** (4 - bits)
+    torch.testing.assert_close(layer.weight_quantizer(layer.weight), wanted)
+    assert layer.weight_quantizer.is_on_grid is (bits == 4)
+    set_bits_(tiny, 4, on_final_grid=True)
+    assert torch.equal(layer.weight_quantizer(layer.weight), final)
+
+
+def test_on_the_final_grid_gradients_are_shared_in_the_same_way(tiny: Any) -> None:
+    quantize_(tiny, QuantSpec(WeightSpec(range_method="learned")))
+    quantizer, weight = tiny.proj_out.weight_quantizer, tiny.proj_out.weight
+    incoming = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    quantizer(weight).backward(incoming)
+    final, final_scale = weight.grad.clone(), quantizer.scale.grad.clone()
+    weight.grad = quantizer.scale.grad = None
+    set_bits_(tiny, 5, on_final_grid=True)
+    quantizer(weight).backward(incoming)
+    torch.testing.assert_close(weight.grad, (incoming + final) / 2)
+    torch.testing.assert_close(quantizer.scale.grad, final_scale / 2)
+
+
+def test_the_same_width_on_another_grid_is_a_change(tiny: Any, twin_names: tuple[str, ...]) -> None:
+    quantize_(tiny)
+    assert set_bits_(tiny, 5) == len(twin_names)
+    assert set_bits_(tiny, 5) == 0
+    assert set_bits_(tiny, 5, on_final_grid=True) == len(twin_names)
+    assert set_bits_(tiny, 5, on_final_grid=True) == 0

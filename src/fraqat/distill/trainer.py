@@ -16,6 +16,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from fraqat.distill.checkpoint import CheckpointStore
 from fraqat.distill.checkpointing import checkpoint_blocks_
+from fraqat.distill.code_flips import CodeFlipLog
 from fraqat.distill.diagnose import first_non_finite_layer, first_non_finite_parameter
 from fraqat.distill.ema import ParameterAverage
 from fraqat.distill.interrupt import InterruptGuard
@@ -119,11 +120,13 @@ class Distiller:
         self.student.train()
         is_named = False
         try:
-            with InterruptGuard() as guard:
+            with InterruptGuard() as guard, CodeFlipLog(self.student, self.spec, log) as flips:
                 while self.step < self.schedule.total_steps:
                     stage = self._enter_stage(log)
+                    flips.before_step(self.step)
                     record = self._train_step(batches, stage)
                     log.write_step(record)
+                    flips.after_step(record)
                     if self.integers is not None and not is_named:
                         log.write_event("engines", record.step, **self.integers.record())
                         self.say(self.integers.summary())
@@ -158,10 +161,13 @@ class Distiller:
         if self.integers is not None:
             self.integers.refresh_()
 
+    def _set_bits_(self, bits: float) -> None:
+        set_bits_(self.student, bits, on_final_grid=self.schedule.on_final_grid)
+
     def _enter_stage(self, log: RunLog) -> Stage:
         stage = self.schedule.stage_at(self.step)
         if self.step == stage.first_step:
-            set_bits_(self.student, stage.bits)
+            self._set_bits_(stage.bits)
             self._refresh_codes()
             log.write_event("stage", self.step, stage=stage.index, bits=stage.bits, num_steps=stage.num_steps)
         return stage
@@ -228,7 +234,7 @@ class Distiller:
         )
 
     def _finish(self, log: RunLog) -> DistillResult:
-        set_bits_(self.student, self.schedule.stages[-1].bits)
+        self._set_bits_(self.schedule.stages[-1].bits)
         if self.average is not None:
             self.average.copy_to_model()
             self.average = None
@@ -260,7 +266,7 @@ class Distiller:
             return
         state = checkpoint.state
         self.step, self.train_s = checkpoint.step, state["train_s"]
-        set_bits_(self.student, self.schedule.stage_at(self.step - 1).bits)
+        self._set_bits_(self.schedule.stage_at(self.step - 1).bits)
         self.student.load_state_dict(state["student"])
         self._refresh_codes()
         self.optimizer.load_state_dict(state["optimizer"])

@@ -70,7 +70,7 @@ class IntegerLayers:
         layers = dict(quantized_layers(model))
         device = next((p.device for p in (*model.parameters(), *model.buffers())), torch.device("cpu"))
         self.table = EngineTable(device, spec.name, strict=spec.strict, counts_preparation=counts_preparation)
-        shared = _shared_parameters(model)
+        shared = shared_parameters(model)
         self.reasons = {
             name: reason
             for name, layer in layers.items()
@@ -109,12 +109,12 @@ class IntegerLayers:
     def refresh_(self) -> None:
         """Quantizes every weight anew.
 
-        A layer wider than 8 bits takes the floating-point path until it is narrower, and so does one whose scale is trained
-        without its weight.
+        A layer wider than 8 bits takes the floating-point path until it is narrower, one between its weights and the final grid
+        until it is on the grid, and so does one whose scale is trained without its weight.
         """
         for layer, integer in self._layers:
             quantizer = layer.weight_quantizer
-            is_integer = quantizer.bits <= WIDEST_BITS and not _trains_scale_alone(layer)
+            is_integer = quantizer.bits <= WIDEST_BITS and quantizer.is_on_grid and not _trains_scale_alone(layer)
             if is_integer:
                 integer.refresh_(quantizer, layer.master_weight())
             if (layer.integer is not None) != is_integer:
@@ -181,7 +181,7 @@ def _trains_scale_alone(layer: QuantizedLayer) -> bool:
     return scale is not None and scale.requires_grad and not layer.weight.requires_grad
 
 
-def _shared_parameters(model: nn.Module) -> set[int]:
+def shared_parameters(model: nn.Module) -> set[int]:
     """Parameters of more than one module: their gradient is not that of one quantized weight alone."""
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     return {parameter for parameter, count in owners.items() if count > 1}

@@ -63,13 +63,15 @@ class KeepsBufferDtype(nn.Module):
 class WeightQuantizer(KeepsBufferDtype):
     """Fake-quantizes a weight at the current width.
 
-    Buffers: `qmin`, `qmax`, `range_divisor` (0-dim, not saved); `clip_ratio` of the scale's shape, saved, only with range
-    method `mse`.
+    Buffers: `qmin`, `qmax`, `range_divisor`, `error_share` (0-dim, not saved); `clip_ratio` of the scale's shape, saved, only
+    with range method `mse`.
 
     Parameter, only with range method `learned`: `scale`, float32 whatever the model is cast to, of the layout's scale shape,
     saved. What is used is `finish_scale` of it.
 
     Attributes:
+        bits: Current width.
+        is_on_grid: Whether weights are quantized in full, and have codes; not at a wider width on the final grid.
         defers_gradient: Whether backward passes leave the gradient of the quantized weight in `weight.grad` as it is, for
             `finish_gradient_` to complete once per optimizer step.
     """
@@ -77,6 +79,7 @@ class WeightQuantizer(KeepsBufferDtype):
     qmin: Tensor
     qmax: Tensor
     range_divisor: Tensor
+    error_share: Tensor
     clip_ratio: Tensor | None
     scale: nn.Parameter | None
 
@@ -87,8 +90,10 @@ class WeightQuantizer(KeepsBufferDtype):
         self.grid = spec.grid(spec.bits)
         self.is_bypassed = False
         self.defers_gradient = False
+        self.bits = spec.bits
+        self.is_on_grid = True
         device = weight.device
-        for name in ("qmin", "qmax", "range_divisor"):
+        for name in ("qmin", "qmax", "range_divisor", "error_share"):
             self.register_buffer(name, torch.zeros((), dtype=torch.float32, device=device), persistent=False)
         shape = self.layout.scale_shape(tuple(weight.shape))
         has_ratio = spec.range_method is RangeMethod.MSE
@@ -98,20 +103,29 @@ class WeightQuantizer(KeepsBufferDtype):
         is_learned = spec.range_method is RangeMethod.LEARNED
         self.register_parameter("scale", nn.Parameter(self._searched_scale(weight)) if is_learned else None)
 
-    @property
-    def bits(self) -> float:
-        """Current width."""
-        return self.grid.bits
+    def is_at(self, bits: float, *, on_final_grid: bool = False) -> bool:
+        """Whether `set_bits_` with the same arguments would change nothing."""
+        return self.bits == bits and self.grid.bits == (self.spec.bits if on_final_grid else bits)
 
-    def set_bits_(self, bits: float, weight: Tensor) -> None:
+    def set_bits_(self, bits: float, weight: Tensor, *, on_final_grid: bool = False) -> None:
         """Changes the width in place.
+
+        With `on_final_grid` the grid stays that of the final width b, and a wider one, B, is a share of its error:
+        w + (Q_b(w) - w) 2^-(B - b). The error is that of B bits, the values that weights settle on are the final ones.
 
         With `mse` the clipping is searched again for `weight`. A learned scale keeps what was learned, as a factor of what MSE
         clipping gives: s_new = s_old * s_mse(new width) / s_mse(old width). Keeping the covered range instead
         (s_old * divisor_old / divisor_new) would start 8 bits with the clipping that is best for 4 bits, and 4 bits with the
         range that is best for 8: on Gaussian weights per channel 17 and 2.4 dB of SQNR less.
         """
-        if self.scale is None or weight.is_meta:
+        self.bits = bits
+        share = 2.0 ** (self.spec.bits - bits) if on_final_grid else 1.0
+        self.is_on_grid = share == 1.0
+        self.error_share.fill_(share)
+        bits = self.spec.bits if on_final_grid else bits
+        if bits == self.grid.bits:
+            pass  # nothing to convert
+        elif self.scale is None or weight.is_meta:
             self._set_grid_(bits)
         else:
             before = self._searched_scale(weight).double()
@@ -172,6 +186,11 @@ class WeightQuantizer(KeepsBufferDtype):
         """`weight` on the grid, same shape and dtype; straight-through gradient. `weight` itself while bypassed."""
         if self.is_bypassed:
             return weight
+        quantized = self._fake_quantized(weight)
+        # The gradient is shared in the same way: to the weight itself, and through the quantizer to weight and scale.
+        return quantized if self.is_on_grid else torch.lerp(weight, quantized, self.error_share.to(weight.dtype))
+
+    def _fake_quantized(self, weight: Tensor) -> Tensor:
         if self.scale is not None and not self.defers_gradient:
             return fake_quantize_learned(
                 weight, self.scale, self._levels(), self.layout, scale_dtype=self.spec.rounding_dtype
@@ -237,6 +256,7 @@ class WeightQuantizer(KeepsBufferDtype):
     def _write_levels_(self) -> None:
         for name in ("qmin", "qmax", "range_divisor"):
             getattr(self, name).fill_(float(getattr(self.grid, name)))
+        self.error_share.fill_(1.0 if self.is_on_grid else 2.0 ** (self.spec.bits - self.bits))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def move(tensor: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ _FROZEN_ATTRIBUTE = "_fraqat_frozen_parameters"
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer in the report of `quantize_`. `spec` is None for a layer that stays in floating point."""
+    """One layer in the report of `quantize_`. `spec` is None for a layer that stays in floating point; `extras` names what
+    stands beside the quantized product: `smoothed`, `rank 32`."""
 
     name: str
     type_name: str
@@ -34,6 +35,7 @@ class LayerRow:
     is_trainable: bool
     num_parameters: int
     reason: str = ""
+    extras: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class QuantReport:
         return str(self.to_table())
 
     def _cells(self, row: LayerRow) -> tuple[object, ...]:
-        bits = spec_label(row.spec) if row.spec else f"float ({row.reason})"
+        bits = spec_label(row.spec) + row.extras if row.spec else f"float ({row.reason})"
         granularity = granularity_label(row.spec) if row.spec else None
         shape = "x".join(map(str, row.shape))
         return (row.name, row.type_name, row.family, shape, bits, granularity, row.is_trainable, row.num_parameters)
@@ -155,7 +157,7 @@ def scale_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [scale for scale in scales if scale is not None]
 
 
-def set_bits_(model: nn.Module, bits: float, *, where: str | None = None) -> int:
+def set_bits_(model: nn.Module, bits: float, *, where: str | None = None, on_final_grid: bool = False) -> int:
     """Sets the weight width during training.
 
     Args:
@@ -163,6 +165,8 @@ def set_bits_(model: nn.Module, bits: float, *, where: str | None = None) -> int
         bits: New width.
         where: None: every layer, but no layer goes below its own final width (a layer that a rule keeps at 8 bits stays at
             8 while the others fall to 4). A pattern: exactly the matching layers, to exactly this width.
+        on_final_grid: A width above a layer's final one is a share of the final grid's error instead of a grid of its own; see
+            `WeightQuantizer.set_bits_`.
 
     Returns:
         How many layers changed.
@@ -189,8 +193,8 @@ def set_bits_(model: nn.Module, bits: float, *, where: str | None = None) -> int
         layer.weight_quantizer.spec.grid(targets[name])
     num_changed = 0
     for name, layer in chosen:
-        if layer.weight_quantizer.bits != targets[name]:
-            layer.weight_quantizer.set_bits_(targets[name], layer.master_weight())
+        if not layer.weight_quantizer.is_at(targets[name], on_final_grid=on_final_grid):
+            layer.weight_quantizer.set_bits_(targets[name], layer.master_weight(), on_final_grid=on_final_grid)
             num_changed += 1
     return num_changed
 
@@ -235,7 +239,7 @@ def calibrate_(model: nn.Module, forward: Callable[[object], object], batches: I
         return 0
     for quantizer in observed.values():
         quantizer.start_observing()
-    _set_bypassed(layers.values(), True)
+    set_bypassed_(layers.values(), True)
     try:
         for batch in batches:
             forward(batch)
@@ -252,7 +256,7 @@ def calibrate_(model: nn.Module, forward: Callable[[object], object], batches: I
     finally:
         for quantizer in observed.values():
             quantizer.statistics = None
-        _set_bypassed(layers.values(), False)
+        set_bypassed_(layers.values(), False)
     return len(observed)
 
 
@@ -359,7 +363,8 @@ def _restore_fused_encoders_(model: nn.Module) -> None:
             cast(nn.TransformerEncoderLayer, module).activation_relu_or_gelu = module.__dict__.pop(_FUSED_ATTRIBUTE)
 
 
-def _set_bypassed(layers: Iterable[QuantizedLayer], is_bypassed: bool) -> None:
+def set_bypassed_(layers: Iterable[QuantizedLayer], is_bypassed: bool) -> None:
+    """Lets the quantizers of layers pass everything through, or not any more."""
     for layer in layers:
         layer.weight_quantizer.is_bypassed = is_bypassed
         if layer.activation_quantizer is not None:
@@ -391,7 +396,13 @@ def _row(name: str, module: nn.Module, families: LayerFamilies) -> LayerRow:
         is_trainable=any(p.requires_grad for p in parameters.values()),
         num_parameters=sum(p.numel() for p in parameters.values()),
         reason="" if is_quantized else _reason(module),
+        extras=_extras(module) if is_quantized else "",
     )
+
+
+def _extras(layer: QuantizedLayer) -> str:
+    smoothed = "" if layer.smoothing is None else ", smoothed"
+    return smoothed if layer.branch is None else f"{smoothed}, rank {layer.branch.up.shape[1]}"
 
 
 def _reason(module: nn.Module) -> str:
