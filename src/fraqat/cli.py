@@ -17,18 +17,17 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table as RichTable
-from rich.text import Text
 
 from fraqat import __version__, workflows
-from fraqat.config import Recipe, load_recipe, recipe_names
+from fraqat.config import METHODS, Recipe, load_recipe, recipe_names
 from fraqat.data.bad_samples import SkippedSamplesWarning
-from fraqat.errors import FraqatError, VerificationError
+from fraqat.errors import FraqatError, VerificationError, config_error
 from fraqat.export import TARGETS
 from fraqat.planning import DEVICES, THIS_MACHINE, PlanOptions, Sharding
 from fraqat.table import Table
-from fraqat.workflows import RunFolder
-from fraqat.workflows.console import ConsoleProgress
+from fraqat.workflows import AnalysisKind, RunFolder
+from fraqat.workflows.comparing import DEFAULT_METHODS, CompareOptions
+from fraqat.workflows.console import ConsoleProgress, print_table
 from fraqat.workflows.verifying import NUM_BATCHES
 
 app = typer.Typer(
@@ -100,6 +99,68 @@ def train(
         raise typer.BadParameter("is needed, unless with --dry-run", param_hint="--out")
     run = workflows.train(resolved, out, ConsoleProgress(_errors, quiet), with_baselines=baselines)
     _print_tables([_result_table(run)], as_json)
+
+
+@app.command()
+def compare(
+    recipe: RecipeArgument,
+    out: Annotated[Path, typer.Option(help="Folder of the comparison; what is finished there is not done again")],
+    methods: Annotated[str, typer.Option(help="Comma-separated, of: " + ", ".join(METHODS))] = ",".join(
+        DEFAULT_METHODS
+    ),
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds per method")] = 3,
+    rates: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated learning rates that every method is tried at; default: around the recipe's"),
+    ] = None,
+    quality: Annotated[bool, typer.Option("--quality", help="Also sample from every student and judge it")] = False,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Compare methods over seeds: same data and steps, each method at its own best learning rate."""
+    options = CompareOptions(
+        methods=tuple(name.strip() for name in methods.split(",")),
+        num_seeds=seeds,
+        rates=_numbers("--rates", rates),
+        measures_quality=quality,
+    )
+    found = workflows.compare(load_recipe(recipe, tuple(settings or ())), out, options, ConsoleProgress(_errors, quiet))
+    _print_tables([found.rates_table(), found.to_table()], as_json)
+
+
+@app.command()
+def analyze(
+    recipe: RecipeArgument,
+    what: Annotated[
+        AnalysisKind,
+        typer.Option(
+            help="Loss over widths; outliers of inputs and weights; loss with each layer quantized alone and left out"
+        ),
+    ],
+    bits: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated widths, with --what bits; default: 8 to 2 with the fractional ones"),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for tables, drawings and a page; RUN/analysis adds them to the report of RUN"),
+    ] = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+    overwrite: OverwriteOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure what quantization does to a recipe's model before anything is trained."""
+    tables = workflows.analyze(
+        load_recipe(recipe, tuple(settings or ())),
+        what,
+        ConsoleProgress(_errors, quiet),
+        bits=None if bits is None else _numbers("--bits", bits),
+        folder=out,
+        overwrite=overwrite,
+    )
+    _print_tables(tables, as_json)
 
 
 @app.command()
@@ -245,6 +306,13 @@ def inspect(
     _print_tables([workflows.inspect(source)], as_json)
 
 
+def _numbers(option: str, text: str | None) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise config_error(option, text, allowed="numbers with commas between them", fix="write 1e-4,3e-4") from None
+
+
 def _print_dry_run(recipe: Recipe, as_json: bool) -> None:
     stages, layers = workflows.stages(recipe), workflows.layers(recipe).to_table()
     if as_json:
@@ -271,26 +339,7 @@ def _print_tables(tables: list[Table], as_json: bool, **extra: Any) -> None:
         sys.stdout.write("\n\n".join(str(table) for table in tables) + "\n")
         return
     for table in tables:
-        table = _fitted(table, _output.width)
-        rich_table = RichTable(
-            title=Text(table.title, style="bold"), title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
-        )
-        for i, column in enumerate(table.columns):
-            is_number = all(isinstance(row[i], int | float | None) for row in table.rows)
-            rich_table.add_column(column, justify="right" if is_number else "left", no_wrap=True)
-        for cells in table.to_cells():
-            rich_table.add_row(*(Text(cell) for cell in cells))
-        _output.print(rich_table)
-        for note in table.notes:
-            _output.print(note, style="dim", markup=False)
-
-
-def _fitted(table: Table, width: int) -> Table:
-    """The table, or its transposed form where only that fits a narrow terminal."""
-    gaps = 2 * (len(table.columns) - 1)
-    if sum(table.widths()) + gaps <= width or len(table.rows) >= len(table.columns):
-        return table
-    return table.transposed()
+        print_table(_output, table)
 
 
 def _version(value: bool) -> None:

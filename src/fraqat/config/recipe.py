@@ -15,7 +15,16 @@ from fraqat.config.problems import explain_problems
 from fraqat.distill import TrainSpec
 from fraqat.errors import ConfigError, config_error
 from fraqat.export import LayerPlace, check_model, first_difference, target_named
-from fraqat.nn import ALL, STRICT_KEYS, ActivationSpec, LayerRule, QuantSpec, WeightSpec
+from fraqat.nn import (
+    ALL,
+    STRICT_KEYS,
+    ActivationSpec,
+    BranchSpec,
+    LayerRule,
+    QuantSpec,
+    SmoothingSpec,
+    WeightSpec,
+)
 from fraqat.schedules import ScheduleKind, ScheduleSpec, StageUnit
 from fraqat.tasks import ModelSpec
 
@@ -26,7 +35,7 @@ _BASELINE_SECTIONS = ("quantization", "schedule", "train")
 _SHARED_TRAIN_FIELDS = ("batch_size", "seed", "epochs", "losses", "teacher")
 _ANY_LAYER = LayerPlace("any", "Linear", (32, 1024))
 # What does not change the trained weights is left out of the fingerprint that a checkpoint must share.
-_FREE_TRAIN_FIELDS = ("validate_every", "checkpoint_every", "num_checkpoints_kept", "tensorboard")
+_FREE_TRAIN_FIELDS = ("validate_every", "checkpoint_every", "num_checkpoints_kept", "tensorboard", "log_code_flips")
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,8 @@ class QuantizationSpec:
         rules: Exceptions in order, after the model family's own.
         family_rules: Begin with the exceptions of the model's family, such as a last layer with 16-bit inputs.
         train: Family that is trained alone: FF, Attn, TF; All trains everything.
+        branch: A low-rank branch in 16 bits beside every quantized layer (SVDQuant, DiTAS, SVDQAT); null: none.
+        smoothing: Divide the input of every quantized layer by a factor per channel, chosen from calibration data; null: no.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_KEYS
@@ -47,6 +58,8 @@ class QuantizationSpec:
     rules: tuple[LayerRule, ...] = ()
     family_rules: bool = True
     train: str = ALL
+    branch: BranchSpec | None = None
+    smoothing: SmoothingSpec | None = None
 
     @property
     def spec(self) -> QuantSpec:
@@ -115,6 +128,7 @@ class Recipe(BaseModel, ABC):
         if self.train.steps and self.schedule.unit is not StageUnit.EPOCHS:
             self.schedule.resolve(target, self.train.steps)
         _check_rules(self.quantization)
+        _check_branch(self)
         _check_training(self)
         _check_target(self)
         for name in self.baselines:
@@ -157,14 +171,28 @@ class Recipe(BaseModel, ABC):
                 allowed=f"the sections {', '.join(_BASELINE_SECTIONS)}",
                 fix="remove the others",
             )
-        try:
-            changed = type(self).model_validate(self._baseline_values(name, changes))
-        except ValidationError as error:
-            raise ConfigError(f"baselines.{name}: {explain_problems(error, type(self))}") from None
+        changed = self.with_method(name, changes, where=f"baselines.{name}")
         self._check_shared(name, changed)
         return changed
 
-    def _baseline_values(self, name: str, changes: dict[str, Any]) -> dict[str, Any]:
+    def with_method(self, name: str, changes: Mapping[str, Any], *, where: str | None = None) -> Self:
+        """This recipe with another way to quantize or train; model, data and evaluation are the same.
+
+        Args:
+            name: Becomes the last part of the recipe's name.
+            changes: Of the sections quantization, schedule and train. A schedule that names its kind replaces the whole
+                section, and 0 steps make the schedule constant.
+            where: What an error is about; None is the method's name.
+
+        Raises:
+            ConfigError: The changed recipe is impossible.
+        """
+        try:
+            return type(self).model_validate(self._changed_values(name, changes))
+        except ValidationError as error:
+            raise ConfigError(f"{where or f'method {name}'}: {explain_problems(error, type(self))}") from None
+
+    def _changed_values(self, name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
         values: dict[str, Any] = self.model_dump(mode="json", exclude={"baselines"})
         values["name"] = f"{self.name}/{name}"
         if "kind" in (changes.get("schedule") or {}):
@@ -172,7 +200,7 @@ class Recipe(BaseModel, ABC):
         if (changes.get("train") or {}).get("steps") == 0:
             values["train"]["epochs"] = None
             values["schedule"] = {"kind": "constant"}
-        return merged(values, changes)
+        return merged(values, plain(changes))
 
     def _check_shared(self, name: str, changed: Recipe) -> None:
         is_untrained = changed.train.steps == 0
@@ -217,6 +245,24 @@ def _check_rules(quantization: QuantizationSpec) -> None:
                 below[0],
                 allowed=f"quantization.weight.bits = {lowest:g}, where the schedule ends, or more",
                 fix="set quantization.weight.bits to the lowest width and raise the other layers by rules",
+            )
+
+
+def _check_branch(recipe: Recipe) -> None:
+    """Branch and smoothing are more than a target computes, and a branch is one low-rank product, an adapter another."""
+    for name in ("branch", "smoothing"):
+        if getattr(recipe.quantization, name) is None:
+            continue
+        if recipe.target is not None:
+            raise config_error(
+                f"quantization.{name}",
+                "set",
+                allowed=f"null for target {recipe.target}, which computes quantized products alone",
+                fix=f"remove quantization.{name}, or remove target and run the student with fraqat itself",
+            )
+        if recipe.train.low_rank is not None:
+            raise config_error(
+                f"quantization.{name}", "set", allowed="null with train.low_rank", fix="remove one of the two"
             )
 
 

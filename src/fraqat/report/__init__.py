@@ -1,6 +1,7 @@
 """From plain data to one self-contained HTML page: tables, plots, and what every model made: images, texts or sounds."""
 
 from fraqat.report.analysis_views import analysis_drawings
+from fraqat.report.comparison import ComparisonData, render_comparison
 from fraqat.report.curve_plots import bit_width_svg, flip_svg, interval_svg, validation_svg
 from fraqat.report.data import (
     Analysis,
@@ -19,6 +20,7 @@ from fraqat.report.samples import SampleKind, SampleRow, Samples
 __all__ = [
     "Analysis",
     "AnalysisKind",
+    "ComparisonData",
     "LayerScale",
     "LossCurve",
     "MeanInterval",
@@ -35,6 +37,7 @@ __all__ = [
     "layer_svg",
     "loss_svg",
     "render_analysis",
+    "render_comparison",
     "render_report",
     "sqnr_svg",
     "svg_file",

@@ -38,7 +38,7 @@ def render_report(data: ReportData) -> str:
         HTML text; equal for equal data and versions of matplotlib.
     """
     return (
-        _templates()
+        page_templates()
         .get_template("page.html.j2")
         .render(
             title=data.title,
@@ -68,7 +68,7 @@ def render_analysis(title: str, summary: str, analysis: Analysis, settings: str,
         versions: Software and hardware.
     """
     return (
-        _templates()
+        page_templates()
         .get_template("analysis_page.html.j2")
         .render(
             title=title,
@@ -83,14 +83,15 @@ def render_analysis(title: str, summary: str, analysis: Analysis, settings: str,
 
 def svg_file(drawing: Markup) -> str:
     """A drawing of a page as the text of an SVG file with the page's colours and font, light and dark."""
-    css = _templates().get_template("page.css.j2").render()
+    css = page_templates().get_template("page.css.j2").render()
     colors = css[: css.index("*, *::before")]
     font = "svg { font: 12px system-ui, sans-serif; background: var(--surface); stroke-linejoin: round; }"
     return standalone_svg(drawing, re.sub(r"\s+", " ", colors).strip() + " " + font)
 
 
 @cache
-def _templates() -> Environment:
+def page_templates() -> Environment:
+    """The templates of all pages: every text is escaped."""
     loader = PackageLoader("fraqat.report", ".")
     return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 

@@ -1,5 +1,7 @@
 """One function per verb of the command line, on top of everything else."""
 
+from fraqat.workflows.analyzing import AnalysisKind, analyze
+from fraqat.workflows.comparing import CompareOptions, Comparison, compare
 from fraqat.workflows.demo import demo
 from fraqat.workflows.evaluating import evaluate, quality_table
 from fraqat.workflows.exporting import Exported, check_packed, export, generate
@@ -14,13 +16,18 @@ from fraqat.workflows.verdict import Verified
 from fraqat.workflows.verifying import verify
 
 __all__ = [
+    "AnalysisKind",
+    "CompareOptions",
+    "Comparison",
     "Exported",
     "Progress",
     "RunFolder",
     "Session",
     "SilentProgress",
     "Verified",
+    "analyze",
     "check_packed",
+    "compare",
     "demo",
     "evaluate",
     "export",

@@ -1,4 +1,4 @@
-"""Progress on a terminal, and in logs."""
+"""Progress and tables on a terminal, and in logs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table as RichTable
+from rich.text import Text
 
 from fraqat.distill import StepRecord
+from fraqat.table import Table
 
 
 class ConsoleProgress:
@@ -77,3 +80,26 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Prints a table with its notes, transposed where only that fits the terminal."""
+    table = _fitted(table, console.width)
+    rich_table = RichTable(
+        title=Text(table.title, style="bold"), title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
+    for i, column in enumerate(table.columns):
+        is_number = all(isinstance(row[i], int | float | None) for row in table.rows)
+        rich_table.add_column(column, justify="right" if is_number else "left", no_wrap=True)
+    for cells in table.to_cells():
+        rich_table.add_row(*(Text(cell) for cell in cells))
+    console.print(rich_table)
+    for note in table.notes:
+        console.print(note, style="dim", markup=False)
+
+
+def _fitted(table: Table, width: int) -> Table:
+    gaps = 2 * (len(table.columns) - 1)
+    if sum(table.widths()) + gaps <= width or len(table.rows) >= len(table.columns):
+        return table
+    return table.transposed()

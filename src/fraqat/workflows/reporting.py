@@ -16,7 +16,7 @@ from fraqat.workflows.evaluating import quality_table
 from fraqat.workflows.inspecting import layers_table
 from fraqat.workflows.runs import RunFolder
 
-_SAMPLE_KINDS = {".png": "images", ".txt": "texts", ".wav": "sounds"}
+SAMPLE_KINDS = {".png": "images", ".txt": "texts", ".wav": "sounds"}
 _FLIP_LABELS = {"all": "all layers", "-": "other"}
 _EVALUATE_AGAIN = "Fix: run `fraqat evaluate RUN --overwrite`."
 
@@ -96,14 +96,14 @@ def _samples(run: RunFolder, evaluation: Mapping[str, Any]) -> Any:
     labels = [row["model"] for row in evaluation["models"]]
     paths = {label: sorted((run.samples_path / label).glob("[0-9]*.*")) for label in labels}
     suffixes = sorted({path.suffix for found in paths.values() for path in found})
-    if len(suffixes) != 1 or suffixes[0] not in _SAMPLE_KINDS:
+    if len(suffixes) != 1 or suffixes[0] not in SAMPLE_KINDS:
         found = f"{' and '.join(suffixes)} files" if suffixes else "no files"
         raise ModelError(
-            f"{run.samples_path} holds {found}: allowed is one of {', '.join(_SAMPLE_KINDS)}. {_EVALUATE_AGAIN}"
+            f"{run.samples_path} holds {found}: allowed is one of {', '.join(SAMPLE_KINDS)}. {_EVALUATE_AGAIN}"
         )
     rows = tuple(SampleRow(label, tuple(path.read_bytes() for path in paths[label])) for label in labels)
     try:
-        return Samples(SampleKind(_SAMPLE_KINDS[suffixes[0]]), prompts, rows)
+        return Samples(SampleKind(SAMPLE_KINDS[suffixes[0]]), prompts, rows)
     except ConfigError as error:
         what, _, _ = str(error).partition(" Fix: ")
         raise ModelError(f"{run.samples_path} cannot be shown: {what} {_EVALUATE_AGAIN}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from fraqat.analysis import layer_errors
 from fraqat.config import Recipe, load_values
 from fraqat.distill import Batch, Distiller, DistillResult, hold_teacher_, validation_loss
 from fraqat.files import atomic_file, folder_lock, save_tensors, write_json_atomic
-from fraqat.nn import QuantReport, calibrate_, describe, merge_adapters_
+from fraqat.nn import QuantReport, calibrate_, describe, initialize_branches_, merge_adapters_
 from fraqat.schedules import Schedule, StageUnit
 from fraqat.table import Table
 from fraqat.workflows.progress import Progress
@@ -110,45 +111,82 @@ def resolve_schedule(recipe: Recipe, steps_per_epoch: int, shared_steps: int | N
 
 
 def _train_one(session: Session[Any], recipe: Recipe, run: RunFolder, progress: Progress) -> None:
-    label = recipe.label
     if run.is_finished:
-        progress.say(f"{label}: finished already, nothing to do")
+        progress.say(f"{recipe.label}: finished already, nothing to do")
         return
+    student, result = train_student(session, recipe, run, progress)
+    _write_result(session, run, student, result)
+    progress.say(f"{recipe.label}: held-out distillation loss {result.validation_loss:.5f}")
+
+
+def train_student(
+    session: Session[Any], recipe: Recipe, run: RunFolder, progress: Progress
+) -> tuple[nn.Module, DistillResult]:
+    """Trains a new student to the end of a recipe, from the newest checkpoint of the run's folder if there is one.
+
+    Args:
+        session: Models and data.
+        recipe: The session's own, or one that shares model and data with it.
+        run: Gets checkpoints and log; `student.safetensors` and `result.json` are the caller's to write.
+        progress: Told what happens.
+
+    Raises:
+        FraqatError: See the errors of `Distiller.run`.
+    """
+    label = recipe.label
     progress.say(f"{label}: preparing model and data")
     task, teacher = session.task, session.teacher
     schedule = _shared_schedule(session, recipe)  # encodes what is not encoded yet, before a student takes memory
     student, _ = session.new_student(recipe)
+    _initialize_branches_(session, recipe, student, progress)
     if num_calibrated := calibrate_(
         student, partial(cast(Any, task).predict, student), _calibration_batches(session, recipe)
     ):
         progress.say(f"{label}: static activation ranges of {num_calibrated} layers calibrated")
     if schedule is None:
         hold_teacher_(teacher, student, recipe.train.teacher.dtype)  # as a student that is trained has it
-        result = DistillResult(0, 0.0, validation_loss(task, teacher, student, recipe.train))
-    else:
-        stages = ", ".join(f"{stage.bits:g} ({stage.num_steps})" for stage in schedule)
-        progress.say(f"{label}: {schedule.total_steps} steps, bits (steps): {stages}")
-        distiller = Distiller(
-            task,
-            teacher,
-            student,
-            schedule,
-            recipe.train,
-            run.path,
-            fingerprint=recipe.fingerprint(),
-            on_step=progress.step,
-            say=progress.say,
-            warn=progress.warn,
-        )
-        result = distiller.run()
-        merge_adapters_(student)
-    _write_result(session, run, student, result)
-    progress.say(f"{label}: held-out distillation loss {result.validation_loss:.5f}")
+        return student, DistillResult(0, 0.0, validation_loss(task, teacher, student, recipe.train))
+    stages = ", ".join(f"{stage.bits:g} ({stage.num_steps})" for stage in schedule)
+    progress.say(f"{label}: {schedule.total_steps} steps, bits (steps): {stages}")
+    distiller = Distiller(
+        task,
+        teacher,
+        student,
+        schedule,
+        recipe.train,
+        run.path,
+        fingerprint=recipe.fingerprint(),
+        on_step=progress.step,
+        say=progress.say,
+        warn=progress.warn,
+    )
+    result = distiller.run()
+    merge_adapters_(student)
+    return student, result
 
 
 def _calibration_batches(session: Session[Any], recipe: Recipe) -> Iterator[Batch]:
     """A generator, so that nothing is encoded for a student without static activations."""
     yield from session.task.calibration_batches(recipe.train.calibration_samples, recipe.train.batch_size)
+
+
+def _initialize_branches_(session: Session[Any], recipe: Recipe, student: nn.Module, progress: Progress) -> None:
+    smoothing, num_samples = recipe.quantization.smoothing, recipe.train.calibration_samples
+    if recipe.quantization.branch is None and smoothing is None:
+        return
+    # An average over the sampler's steps needs them one by one; a larger batch holds samples of several.
+    has_momentum = smoothing is not None and smoothing.momentum is not None
+    batches = session.task.calibration_batches(num_samples, 1 if has_momentum else recipe.train.batch_size)
+    fits = initialize_branches_(student, partial(cast(Any, session.task).predict, student), batches)
+    if fits:
+        median = (
+            statistics.median(getattr(fit, name) for fit in fits.values()) for name in ("plain_sqnr_db", "sqnr_db")
+        )
+        before, after = median
+        progress.say(
+            f"{recipe.label}: smoothing and branches of {len(fits)} layers set from {num_samples} samples; median SQNR of "
+            f"their outputs {before:.1f} -> {after:.1f} dB"
+        )
 
 
 def _shared_schedule(session: Session[Any], recipe: Recipe) -> Schedule | None:

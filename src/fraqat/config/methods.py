@@ -1,0 +1,138 @@
+"""Methods by name: what each changes in a recipe, and nothing else, so that they can be compared on the same terms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from fraqat.errors import config_error
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to quantize a model.
+
+    Args:
+        name: On the command line and in tables.
+        summary: One line.
+        changes: Sections of a recipe that make it this method; what they leave out is the recipe's own.
+        peer: Name of an outside program that trains instead of ours; see `fraqat.baselines`. Empty for our own.
+        searches_scales: LAPQ's search of all layers' step sizes, instead of training.
+    """
+
+    name: str
+    summary: str
+    changes: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    peer: str = ""
+    searches_scales: bool = False
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it takes training steps."""
+        return self.changes.get("train", {}).get("steps") != 0
+
+
+_COSINE = {"learning_rate": {"kind": "cosine"}}
+_DECAY_LAST = {"learning_rate": {"kind": "decay_last"}}
+# A weight that has passed the edge between two codes has done what its gradient asked; momentum would push it on.
+_LITTLE_MOMENTUM = {"betas": [0.5, 0.999]}
+_UNTRAINED = {"schedule": {"kind": "constant"}, "train": {"steps": 0}}
+
+_RANK = 16  # the paper's for Sana 600M and PixArt-Sigma
+_SVDQUANT = {"smoothing": {"activation_only": True}, "branch": {"rank": _RANK, "iterations": 100}}
+_DITAS_BRANCH = {"rank": _RANK, "start": "error", "iterations": 10}
+# torchao has scales of its own; what ours would be is left at its default.
+_PEER_GRID = {"quantization": {"weight": {"range_method": "max_abs", "scale_dtype": "float32"}}}
+_PEER = _PEER_GRID | {"schedule": {"kind": "constant"}, "train": _COSINE}
+_PEER_UNTRAINED = _PEER_GRID | _UNTRAINED
+
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {
+        method.name: method
+        for method in (
+            Method("dynamic", "weights rounded as they are, no training", _UNTRAINED),
+            Method(
+                "vanilla-qat",
+                "trained at the final width, cosine learning rate",
+                {"schedule": {"kind": "constant"}, "train": _COSINE},
+            ),
+            Method(
+                "fraqat",
+                "our default: learned scales, Table 4's widths on the final grid, little momentum, cosine learning rate",
+                {
+                    "quantization": {"weight": {"range_method": "learned"}},
+                    "schedule": {"kind": "fractional", "grid": "final"},
+                    "train": _COSINE | _LITTLE_MOMENTUM,
+                },
+            ),
+            Method(
+                "little-momentum",
+                "vanilla QAT with the first beta of Adam at 0.5",
+                {"schedule": {"kind": "constant"}, "train": _COSINE | _LITTLE_MOMENTUM},
+            ),
+            Method(
+                "final-grid",
+                "Table 4's widths as shares of the final grid's error, cosine learning rate",
+                {"schedule": {"kind": "fractional", "grid": "final"}, "train": _COSINE},
+            ),
+            Method(
+                "paper",
+                "FraQAT as published: Table 4, max-abs scales, constant learning rate",
+                {
+                    "quantization": {"weight": {"range_method": "max_abs"}},
+                    "schedule": {"kind": "fractional"},
+                    "train": {"learning_rate": {"kind": "constant"}},
+                },
+            ),
+            Method(
+                "fractional",
+                "Table 4's widths, learning rate decays at the final width",
+                {"schedule": {"kind": "fractional"}, "train": _DECAY_LAST},
+            ),
+            Method(
+                "integer",
+                "8, 7, 6, 5, 4 bits, learning rate decays at the final width",
+                {"schedule": {"kind": "integer"}, "train": _DECAY_LAST},
+            ),
+            Method(
+                "simple",
+                "16, 8, 4 bits, learning rate decays at the final width",
+                {"schedule": {"kind": "simple"}, "train": _DECAY_LAST},
+            ),
+            Method(
+                "lsq",
+                "LSQ: learned scales that train at the weights' own rate, final width, cosine",
+                {
+                    "quantization": {"weight": {"range_method": "learned"}},
+                    "schedule": {"kind": "constant"},
+                    "train": _COSINE | {"scale_rate": 1.0},
+                },
+            ),
+            Method(
+                "lapq",
+                "LAPQ: step sizes of all layers searched together on the loss, no training",
+                {"quantization": {"weight": {"range_method": "learned"}}, **_UNTRAINED},
+                searches_scales=True,
+            ),
+            Method(
+                "torchao-dynamic", "torchao's dynamic quantization, no training", _PEER_UNTRAINED, "torchao-dynamic"
+            ),
+            Method("torchao-qat", "torchao's QATConfig, cosine", _PEER, "torchao-qat"),
+            Method("torchao-parq", "torchao's PARQ, cosine", _PEER, "torchao-parq"),
+        )
+    }
+)
+"""Name -> method."""
+
+
+def method_named(name: str) -> Method:
+    """A method by name.
+
+    Raises:
+        ConfigError: There is none of that name.
+    """
+    if name not in METHODS:
+        raise config_error("methods", name, allowed=", ".join(METHODS), fix="choose from these")
+    return METHODS[name]

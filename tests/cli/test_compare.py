@@ -1,0 +1,104 @@
+"""`fraqat compare`: the same terms for all methods, each at its own best rate, and nothing done twice."""
+
+import json
+from pathlib import Path
+
+import pytest
+from cli_helpers import TINY_ARGUMENTS
+
+from fraqat.config import METHODS, load_recipe
+from fraqat.workflows import RunFolder
+
+ARGUMENTS = ("color-digits", "--quiet", *TINY_ARGUMENTS)
+CHOICES = ("--methods", "dynamic,vanilla-qat,simple", "--seeds", "2", "--rates", "1e-4,1e-2")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("compared") / "comparison"
+
+
+@pytest.fixture
+def compared(fraqat, folder: Path) -> dict:
+    outcome = fraqat("compare", *ARGUMENTS, "--out", folder, *CHOICES, "--json")
+    assert outcome.code == 0, outcome.err
+    return json.loads(outcome.out) | {"file": json.loads((folder / "comparison.json").read_text())}
+
+
+def test_every_method_has_its_own_best_rate_and_every_seed(compared: dict) -> None:
+    methods = {result["method"]: result for result in compared["file"]["methods"]}
+    assert list(methods) == ["dynamic", "vanilla-qat", "simple"]
+    assert methods["dynamic"]["rate"] is None and len(methods["dynamic"]["records"]) == 1
+    for name in ("vanilla-qat", "simple"):
+        tried = {float(rate): loss for rate, loss in methods[name]["tried"].items()}
+        assert set(tried) == {1e-4, 1e-2}
+        assert methods[name]["rate"] == min(tried, key=lambda rate: tried[rate])
+        assert [record["seed"] for record in methods[name]["records"]] == [1, 2]
+        assert {record["num_steps"] for record in methods[name]["records"]} == {9}
+
+
+def test_the_ratio_is_that_of_the_seeds(compared: dict) -> None:
+    losses = {r["method"]: [x["test_loss"] for x in r["records"]] for r in compared["file"]["methods"]}
+    rows = {row["method"]: row for row in compared["tables"][1]["rows"]}
+    (a, b), (c, d) = losses["simple"], losses["vanilla-qat"]
+    assert rows["simple"]["ratio"] == pytest.approx((a / c * b / d) ** 0.5)
+    assert rows["simple"]["ratio low"] < rows["simple"]["ratio"] < rows["simple"]["ratio high"]
+    assert rows["vanilla-qat"]["ratio"] == 1
+
+
+def test_what_is_finished_is_not_done_again(compared: dict, fraqat, folder: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/*/*/record.json")}
+    outcome = fraqat("compare", *ARGUMENTS, "--out", folder, *CHOICES, "--json")
+    assert outcome.code == 0
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*/*/*/record.json")} == before
+    assert json.loads(outcome.out)["tables"] == compared["tables"]
+
+
+def test_methods_share_model_data_and_steps(compared: dict, folder: Path) -> None:
+    runs = [RunFolder(path.parent).recipe() for path in folder.glob("*/*/seed-1/record.json")]
+    assert len(runs) == 2
+    first, second = runs
+    assert first.data == second.data and first.train.steps == second.train.steps
+    assert first.schedule != second.schedule
+
+
+def test_halves_are_disjoint(compared: dict) -> None:
+    records = [record for result in compared["file"]["methods"] for record in result["records"]]
+    assert all(record["choice_loss"] != record["test_loss"] for record in records)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--methods", "vanilla-qat,best"), "methods 'best' allowed dynamic fix choose"),
+        (("--methods", "vanilla-qat,vanilla-qat"), "--methods different names"),
+        (("--rates", "1e-4,fast"), "--rates numbers with commas"),
+        (("--rates", "-1"), "--rates different positive numbers"),
+        (("--set", "train.steps=0"), "train.steps 1 or more"),
+    ],
+)
+def test_bad_input_is_named(fraqat, tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
+    outcome = fraqat("compare", *ARGUMENTS, "--out", tmp_path / "new", *arguments)
+    assert outcome.code == 2
+    assert all(word.lower() in outcome.err.lower() for word in words.split())
+    assert not (tmp_path / "new").exists()
+
+
+def test_another_folder_is_left_alone(fraqat, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    outcome = fraqat("compare", *ARGUMENTS, "--out", tmp_path)
+    assert outcome.code == 6 and "nothing was changed" in outcome.err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_comparison_on_another_recipe_is_left_alone(compared: dict, fraqat, folder: Path) -> None:
+    outcome = fraqat("compare", *ARGUMENTS, "--set", "train.steps=10", "--out", folder, *CHOICES)
+    assert outcome.code == 6 and "train.steps" in outcome.err
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("recipe", ["color-digits", "gemma-2-2b-it-tiny", "speecht5-tiny"])
+def test_every_method_fits_every_family(name: str, recipe: str) -> None:
+    changed = load_recipe(recipe).with_method(name, METHODS[name].changes)
+    assert changed.label == name
+    assert (changed.train.steps == 0) is not METHODS[name].is_trained
