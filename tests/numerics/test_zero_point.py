@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fraqat import ActivationSpec, QuantSpec
 from fraqat.errors import ConfigError
-from fraqat.export.torchao_tensors import quiet_torchao
 from fraqat.nn.integer import why_not_integer
 from fraqat.nn.quantizers import ActivationQuantizer
 from fraqat.numerics import ZeroPoint
+from fraqat.quiet import quiet_torchao
 
 HALF = 128  # the runtimes' codes are signed
 

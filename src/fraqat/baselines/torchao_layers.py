@@ -5,11 +5,8 @@ Shape suffixes: N samples, H and W pixels, I and O channels in and out, T tokens
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections import defaultdict
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, cast
@@ -21,8 +18,7 @@ from fraqat.baselines.layers import LayerScheme, PeerLayer
 from fraqat.distill import TrainSpec
 from fraqat.errors import config_error
 from fraqat.nn.layers import pointwise_forward
-
-_NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
+from fraqat.quiet import quiet_torchao
 
 
 @dataclass(frozen=True)
@@ -217,22 +213,6 @@ class ParqOptimizer:
     def step(self) -> None:
         """AdamW on the float copies, then the proximal map."""
         self._inner.step()
-
-
-@contextmanager
-def quiet_torchao() -> Generator[None]:
-    """torchao warns at its import about libraries that we do not use."""
-    loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="torchao")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _check_torchao() -> None:

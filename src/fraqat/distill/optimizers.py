@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,12 +14,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fraqat.distill.spec import TrainSpec
 from fraqat.errors import config_error
+from fraqat.quiet import quiet_torchao
 
 _BLOCK = 256
 """Elements of an 8-bit state that share a scale."""
 _CODES, _SCALE, _SIGNED = "codes", "scale", "signed"
 _RATE_FACTOR = "rate_factor"
-_NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 
 
 class TrainOptimizer(Protocol):
@@ -240,7 +239,7 @@ def _adamw_8bit(groups: list[dict[str, Any]], spec: TrainSpec) -> torch.optim.Op
             allowed="adamw where torchao is not installed",
             fix="pip install 'fraqat[optimizers]', or set train.optimizer: adamw",
         )
-    with _quiet_import():
+    with quiet_torchao():
         from torchao.optim import AdamW8bit
         from torchao.optim.subclass_8bit import OptimState8bit
     for is_signed in (True, False):
@@ -267,7 +266,7 @@ def _to_plain(value: Any) -> Any:
 def _from_plain(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    with _quiet_import():
+    with quiet_torchao():
         from torchao.optim.subclass_8bit import OptimState8bit
     codes, scale = value[_CODES], value[_SCALE]
     state = OptimState8bit.zeros(
@@ -296,17 +295,3 @@ def _without_cache_warning() -> Generator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not implement _stable_hash_for_caching", category=UserWarning)
         yield
-
-
-@contextmanager
-def _quiet_import() -> Generator[None]:
-    """torchao warns at its import about libraries that we do not use."""
-    loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -32,10 +32,11 @@ from fraqat.export.target import (
     samples_of,
 )
 from fraqat.export.torchao_target import token_inputs
-from fraqat.export.torchao_tensors import quiet_torchao, with_torchao_weights
+from fraqat.export.torchao_tensors import with_torchao_weights
 from fraqat.files import write_json_atomic
 from fraqat.nn import QuantSpec, WeightSpec
 from fraqat.numerics import Granularity, ZeroPoint
+from fraqat.quiet import quiet_torchao
 
 LAYERS_FILE = "layers.json"
 """Names of inputs and outputs, and layer -> where its integers lie in the `.pte` file."""

@@ -31,7 +31,6 @@ from fraqat.export.target import (
 from fraqat.export.torchao_tensors import (
     flatten_state,
     quantization_config,
-    quiet_torchao,
     read_state,
     stored_codes,
     with_torchao_weights,
@@ -39,6 +38,7 @@ from fraqat.export.torchao_tensors import (
 from fraqat.files import save_tensors, write_json_atomic
 from fraqat.nn import ActivationSpec, QuantSpec, unquantize_
 from fraqat.numerics import Granularity, RangeMethod, ZeroPoint
+from fraqat.quiet import quiet_torchao
 
 CONFIG_FILE = "config.json"
 _PIPELINE_FILE = "model_index.json"

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
-import warnings
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -18,8 +15,8 @@ from torch import Tensor, nn
 
 from fraqat.export.codes import LayerCodes, layer_codes
 from fraqat.nn import unquantize_
+from fraqat.quiet import quiet_torchao
 
-_NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 _INPUTS = "int8_asym_per_token"
 """A plain string: as a member of torchao's enumeration it cannot be read back from safetensors."""
 
@@ -122,19 +119,3 @@ def quantization_config(bits: int, group_size: int | None, *, has_inputs: bool) 
         else IntxWeightOnlyConfig(weight_dtype=dtype, granularity=granularity)
     )
     return {"quant_method": "torchao", "quant_type": {"default": config_to_dict(config)}}
-
-
-@contextmanager
-def quiet_torchao() -> Generator[None]:
-    """torchao warns at its import about libraries that we do not use."""
-    loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="torchao")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -24,11 +24,12 @@ from fraqat.analysis import (
     tensor_outliers,
 )
 from fraqat.config import Recipe
-from fraqat.distill import Batch, hold_teacher_, validation_loss
+from fraqat.distill import hold_teacher_, validation_loss
 from fraqat.errors import ModelError, OutputError, config_error
 from fraqat.files import explain_os_errors, write_json_atomic, write_text_atomic
-from fraqat.nn import LayerFamilies, calibrate_, describe, initialize_branches_
+from fraqat.nn import LayerFamilies, describe
 from fraqat.table import Table, format_value
+from fraqat.workflows.calibration import calibrated_student
 from fraqat.workflows.progress import Progress
 from fraqat.workflows.runs import environment
 from fraqat.workflows.sessions import Session, open_session
@@ -206,22 +207,9 @@ def _summary(kind: AnalysisKind, table: Table) -> str:
 def _student(session: Session[Any], recipe: Recipe, progress: Progress) -> nn.Module:
     """The student as training begins with it, at its final width."""
     progress.say(f"{recipe.label}: preparing model and data")
-    student, _ = session.new_student(recipe)
-    predict, quantization = partial(cast(Any, session.task).predict, student), recipe.quantization
-    if quantization.branch is not None or quantization.smoothing is not None:
-        # as training sets them: an average over the sampler's steps needs these one by one
-        has_momentum = quantization.smoothing is not None and quantization.smoothing.momentum is not None
-        initialize_branches_(student, predict, _calibration_batches(session, recipe, 1 if has_momentum else None))
-    count = calibrate_(student, predict, _calibration_batches(session, recipe))
-    if count:
-        progress.say(f"{recipe.label}: static activation ranges of {count} layers calibrated")
+    student = calibrated_student(session, recipe, progress)
     hold_teacher_(session.teacher, student, recipe.train.teacher.dtype)
     return student
-
-
-def _calibration_batches(session: Session[Any], recipe: Recipe, batch_size: int | None = None) -> Iterator[Batch]:
-    """A generator, so that nothing is encoded for a student without static activations."""
-    yield from session.task.calibration_batches(recipe.train.calibration_samples, batch_size or recipe.train.batch_size)
 
 
 def _bits(session: Session[Any], recipe: Recipe, progress: Progress, bits: tuple[float, ...]) -> list[Table]:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from fraqat.analysis import layer_errors
 from fraqat.config import Recipe, load_values
-from fraqat.distill import Batch, Distiller, DistillResult, hold_teacher_, validation_loss
+from fraqat.distill import Distiller, DistillResult, hold_teacher_, validation_loss
 from fraqat.files import atomic_file, folder_lock, save_tensors, write_json_atomic
-from fraqat.nn import QuantReport, calibrate_, describe, initialize_branches_, merge_adapters_
+from fraqat.nn import QuantReport, describe, merge_adapters_
 from fraqat.schedules import Schedule, StageUnit
 from fraqat.table import Table
+from fraqat.workflows.calibration import calibrated_student
 from fraqat.workflows.progress import Progress
 from fraqat.workflows.runs import RunFolder
 from fraqat.workflows.sessions import Session, open_session
@@ -137,12 +135,7 @@ def train_student(
     progress.say(f"{label}: preparing model and data")
     task, teacher = session.task, session.teacher
     schedule = _shared_schedule(session, recipe)  # encodes what is not encoded yet, before a student takes memory
-    student, _ = session.new_student(recipe)
-    _initialize_branches_(session, recipe, student, progress)
-    if num_calibrated := calibrate_(
-        student, partial(cast(Any, task).predict, student), _calibration_batches(session, recipe)
-    ):
-        progress.say(f"{label}: static activation ranges of {num_calibrated} layers calibrated")
+    student = calibrated_student(session, recipe, progress)
     if schedule is None:
         hold_teacher_(teacher, student, recipe.train.teacher.dtype)  # as a student that is trained has it
         return student, DistillResult(0, 0.0, validation_loss(task, teacher, student, recipe.train))
@@ -163,30 +156,6 @@ def train_student(
     result = distiller.run()
     merge_adapters_(student)
     return student, result
-
-
-def _calibration_batches(session: Session[Any], recipe: Recipe) -> Iterator[Batch]:
-    """A generator, so that nothing is encoded for a student without static activations."""
-    yield from session.task.calibration_batches(recipe.train.calibration_samples, recipe.train.batch_size)
-
-
-def _initialize_branches_(session: Session[Any], recipe: Recipe, student: nn.Module, progress: Progress) -> None:
-    smoothing, num_samples = recipe.quantization.smoothing, recipe.train.calibration_samples
-    if recipe.quantization.branch is None and smoothing is None:
-        return
-    # An average over the sampler's steps needs them one by one; a larger batch holds samples of several.
-    has_momentum = smoothing is not None and smoothing.momentum is not None
-    batches = session.task.calibration_batches(num_samples, 1 if has_momentum else recipe.train.batch_size)
-    fits = initialize_branches_(student, partial(cast(Any, session.task).predict, student), batches)
-    if fits:
-        median = (
-            statistics.median(getattr(fit, name) for fit in fits.values()) for name in ("plain_sqnr_db", "sqnr_db")
-        )
-        before, after = median
-        progress.say(
-            f"{recipe.label}: smoothing and branches of {len(fits)} layers set from {num_samples} samples; median SQNR of "
-            f"their outputs {before:.1f} -> {after:.1f} dB"
-        )
 
 
 def _shared_schedule(session: Session[Any], recipe: Recipe) -> Schedule | None:
