@@ -29,6 +29,11 @@ class Method:
     searches_scales: bool = False
 
     @property
+    def is_recipe(self) -> bool:
+        """Whether changes of a recipe are all there is to it."""
+        return not self.peer and not self.searches_scales
+
+    @property
     def is_trained(self) -> bool:
         """Whether it takes training steps."""
         return self.changes.get("train", {}).get("steps") != 0
@@ -127,12 +132,16 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 """Name -> method."""
 
 
-def method_named(name: str) -> Method:
+def method_named(name: str, field: str = "methods") -> Method:
     """A method by name.
+
+    Args:
+        name: Of `METHODS`.
+        field: What an error is about.
 
     Raises:
         ConfigError: There is none of that name.
     """
     if name not in METHODS:
-        raise config_error("methods", name, allowed=", ".join(METHODS), fix="choose from these")
+        raise config_error(field, name, allowed=", ".join(METHODS), fix="choose from these")
     return METHODS[name]

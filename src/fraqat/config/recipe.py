@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fraqat.config.methods import METHODS, method_named
 from fraqat.config.problems import explain_problems
 from fraqat.distill import TrainSpec
 from fraqat.errors import ConfigError, config_error
@@ -70,6 +71,7 @@ class QuantizationSpec:
 class Recipe(BaseModel, ABC):
     """Everything that decides a run; each model family adds its data and evaluation. Unknown keys are refused.
 
+    `preset` names a method of `fraqat.config.METHODS`: what it changes is the default of quantization, schedule and training.
     `target` names what the result is for (`fraqat targets`): it sets the grid, kind of scale and activations that the
     recipe does not set itself, and refuses what the target does not compute.
     """
@@ -81,6 +83,7 @@ class Recipe(BaseModel, ABC):
 
     name: str
     task: Any
+    preset: str | None = None
     target: str | None = None
     model: ModelSpec
     data: Any
@@ -96,18 +99,15 @@ class Recipe(BaseModel, ABC):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_grid(cls, values: Any) -> Any:
-        """What a target computes is the default of everything that the recipe does not set itself."""
-        if not isinstance(values, dict) or not isinstance(values.get("target"), str):
+    def _fill_defaults(cls, values: Any) -> Any:
+        """What a target computes, then what a preset says, is the default of everything that the recipe does not set."""
+        if not isinstance(values, dict):
             return values
-        given = values.get("quantization") or {}
-        if not isinstance(given, dict):
-            return values
-        defaults = plain(target_named(values["target"]).defaults)
-        if "activation" in given and given["activation"] is None:
-            defaults.pop("activation", None)
-        _drop_what_depends_(defaults, given)
-        return {**values, "quantization": merged(defaults, given)}
+        if isinstance(values.get("target"), str):
+            values = _with_target(values)
+        if isinstance(values.get("preset"), str):
+            values = _with_preset(values)
+        return values
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -140,6 +140,8 @@ class Recipe(BaseModel, ABC):
         """What the method is called in tables: a baseline's own name, `fraqat`, or what the schedule and steps say."""
         if "/" in self.name:
             return self.name.rsplit("/", 1)[-1]
+        if self.preset is not None:
+            return self.preset
         if self.train.steps == 0:
             return "post-training"
         kind = self.schedule.kind.value
@@ -193,7 +195,7 @@ class Recipe(BaseModel, ABC):
             raise ConfigError(f"{where or f'method {name}'}: {explain_problems(error, type(self))}") from None
 
     def _changed_values(self, name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-        values: dict[str, Any] = self.model_dump(mode="json", exclude={"baselines"})
+        values: dict[str, Any] = self.model_dump(mode="json", exclude={"baselines", "preset"})
         values["name"] = f"{self.name}/{name}"
         if "kind" in (changes.get("schedule") or {}):
             values["schedule"] = {}
@@ -226,11 +228,41 @@ class Recipe(BaseModel, ABC):
 
     def fingerprint(self) -> dict[str, Any]:
         """The settings that decide the trained weights."""
-        values = self.model_dump(mode="json", exclude={"name", "evaluation", "baselines"})
+        values = self.model_dump(mode="json", exclude={"name", "preset", "evaluation", "baselines"})
         for name in _FREE_TRAIN_FIELDS:
             del values["train"][name]
         del values["model"]["device"]
         return values
+
+
+def _with_target(values: dict[str, Any]) -> dict[str, Any]:
+    given = values.get("quantization") or {}
+    if not isinstance(given, dict):
+        return values
+    defaults = plain(target_named(values["target"]).defaults)
+    if "activation" in given and given["activation"] is None:
+        defaults.pop("activation", None)
+    _drop_what_depends_(defaults, given)
+    return {**values, "quantization": merged(defaults, given)}
+
+
+def _with_preset(values: dict[str, Any]) -> dict[str, Any]:
+    method = method_named(values["preset"], field="preset")
+    if not method.is_recipe:
+        raise config_error(
+            "preset",
+            method.name,
+            allowed=", ".join(name for name, one in METHODS.items() if one.is_recipe),
+            fix="compare it with `fraqat compare`, where it runs through other code",
+        )
+    filled = dict(values)
+    for section, defaults in plain(method.changes).items():
+        given = values.get(section) or {}
+        if not isinstance(given, dict):
+            continue
+        is_replaced = section == "schedule" and "kind" in given
+        filled[section] = given if is_replaced else merged(defaults, given)
+    return filled
 
 
 def _check_rules(quantization: QuantizationSpec) -> None:
