@@ -5,6 +5,7 @@ import pytest
 from fraqat.config import load_values
 from fraqat.errors import ConfigError
 from fraqat.export import target_named
+from fraqat.schedules import ScheduleSpec
 
 IMAGE = {"model": {"source": "x"}, "sampler": {"height": 32, "width": 32}}
 
@@ -15,10 +16,15 @@ def test_a_preset_is_the_default_of_what_the_recipe_does_not_set() -> None:
     assert recipe.label == "fraqat"
     assert recipe.train.betas == (0.5, 0.999) and recipe.train.steps == 50
     assert recipe.quantization.weight.range_method == "learned"
-    assert (recipe.schedule.kind, recipe.schedule.grid) == ("fractional", "final")
-    changed = load_values(values | {"schedule": {"kind": "constant"}, "train": {"steps": 50, "betas": [0.8, 0.99]}})
-    assert (changed.schedule.kind, changed.schedule.grid) == ("constant", "own")
+    assert recipe.schedule.kind == "constant"
+    changed = load_values(values | {"train": {"steps": 50, "betas": [0.8, 0.99]}})
     assert changed.train.betas == (0.8, 0.99)
+
+
+def test_a_schedule_of_the_recipe_replaces_that_of_a_preset() -> None:
+    values = {"name": "own", "preset": "final-grid", **IMAGE, "train": {"steps": 50}}
+    assert load_values(values).schedule == ScheduleSpec("fractional", grid="final")
+    assert load_values(values | {"schedule": {"kind": "simple"}}).schedule == ScheduleSpec("simple")
 
 
 def test_the_paper_preset_is_the_paper() -> None:

@@ -4,13 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from cli_helpers import TINY_ARGUMENTS
 
 from fraqat.config import METHODS, load_recipe
 from fraqat.workflows import RunFolder
+from fraqat.workflows.comparing import held_out_half
 
 ARGUMENTS = ("color-digits", "--quiet", *TINY_ARGUMENTS)
-CHOICES = ("--methods", "dynamic,vanilla-qat,simple", "--seeds", "2", "--rates", "1e-4,1e-2")
+CHOICES = ("--methods", "dynamic,vanilla-qat,simple,torchao-qat", "--seeds", "2", "--rates", "1e-4,1e-2")
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +29,9 @@ def compared(fraqat, folder: Path) -> dict:
 
 def test_every_method_has_its_own_best_rate_and_every_seed(compared: dict) -> None:
     methods = {result["method"]: result for result in compared["file"]["methods"]}
-    assert list(methods) == ["dynamic", "vanilla-qat", "simple"]
+    assert list(methods) == ["dynamic", "vanilla-qat", "simple", "torchao-qat"]
     assert methods["dynamic"]["rate"] is None and len(methods["dynamic"]["records"]) == 1
-    for name in ("vanilla-qat", "simple"):
+    for name in ("vanilla-qat", "simple", "torchao-qat"):
         tried = {float(rate): loss for rate, loss in methods[name]["tried"].items()}
         assert set(tried) == {1e-4, 1e-2}
         assert methods[name]["rate"] == min(tried, key=lambda rate: tried[rate])
@@ -56,15 +58,54 @@ def test_what_is_finished_is_not_done_again(compared: dict, fraqat, folder: Path
 
 def test_methods_share_model_data_and_steps(compared: dict, folder: Path) -> None:
     runs = [RunFolder(path.parent).recipe() for path in folder.glob("*/*/seed-1/record.json")]
-    assert len(runs) == 2
-    first, second = runs
-    assert first.data == second.data and first.train.steps == second.train.steps
-    assert first.schedule != second.schedule
+    assert len(runs) == 3
+    assert len({str(run.data) for run in runs}) == len({run.train.steps for run in runs}) == 1
+    assert len({str(run.schedule) for run in runs}) == 2
 
 
-def test_halves_are_disjoint(compared: dict) -> None:
-    records = [record for result in compared["file"]["methods"] for record in result["records"]]
-    assert all(record["choice_loss"] != record["test_loss"] for record in records)
+class Rows:
+    """Held-out rows in batches, the last one with a single row."""
+
+    def __init__(self, num_rows: int):
+        self.rows = torch.arange(num_rows)
+
+    def validation_batches(self, batch_size: int) -> list[dict]:
+        return [{"x": x, "text": [str(int(i)) for i in x]} for x in self.rows.split(batch_size)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 9, 20])
+def test_halves_are_disjoint_and_whole(batch_size: int) -> None:
+    first, second = (held_out_half(Rows(9), batch_size, half) for half in (0, 1))
+    assert sorted(int(i) for batch in (*first, *second) for i in batch["x"]) == list(range(9))
+    assert {int(i) % 2 for batch in first for i in batch["x"]} == {0}
+    assert all(len(batch["x"]) == len(batch["text"]) > 0 for batch in (*first, *second))
+
+
+def test_a_seed_that_chose_is_not_trained_again(fraqat, tmp_path: Path) -> None:
+    arguments = (*ARGUMENTS, "--set", "train.seed=1", "--out", tmp_path / "c")
+    assert fraqat("compare", *arguments, "--methods", "vanilla-qat", "--seeds", "1", "--rates", "1e-4").code == 0
+    logs = list((tmp_path / "c").glob("*/*/*/log.jsonl"))
+    assert len(logs) == 1
+    assert sum('"event": "step"' in line for line in logs[0].read_text().splitlines()) == 9
+    assert (logs[0].parent / "student.safetensors").exists()
+
+
+def test_a_rate_that_diverges_is_not_chosen(fraqat, tmp_path: Path) -> None:
+    outcome = fraqat(
+        *("compare", *ARGUMENTS, "--out", tmp_path / "c", "--methods", "vanilla-qat", "--seeds", "1", "--json"),
+        *("--rates", "1e-4,1e30"),
+    )
+    assert outcome.code == 0, outcome.err
+    (method,) = json.loads((tmp_path / "c" / "comparison.json").read_text())["methods"]
+    assert method["rate"] == 1e-4 and method["tried"] == {"0.0001": method["tried"]["0.0001"], "1e+30": None}
+
+
+def test_the_documentation_names_every_method() -> None:
+    table = Path("docs/comparing.md").read_text(encoding="utf-8").split("| method | what it is |")[1]
+    named = {
+        name for line in table.splitlines() if line.startswith("| `") for name in line.split("|")[1].split("`")[1::2]
+    }
+    assert named == set(METHODS)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +116,7 @@ def test_halves_are_disjoint(compared: dict) -> None:
         (("--rates", "1e-4,fast"), "--rates numbers with commas"),
         (("--rates", "-1"), "--rates different positive numbers"),
         (("--set", "train.steps=0"), "train.steps 1 or more"),
+        (("--set", "preset=fraqat"), "preset null"),
     ],
 )
 def test_bad_input_is_named(fraqat, tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:

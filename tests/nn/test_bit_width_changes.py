@@ -165,3 +165,10 @@ def test_the_same_width_on_another_grid_is_a_change(tiny: Any, twin_names: tuple
     assert set_bits_(tiny, 5) == 0
     assert set_bits_(tiny, 5, on_final_grid=True) == len(twin_names)
     assert set_bits_(tiny, 5, on_final_grid=True) == 0
+
+
+def test_below_the_final_width_there_is_no_share(tiny: Any) -> None:
+    quantize_(tiny)
+    set_bits_(tiny, 3, where="proj_out", on_final_grid=True)
+    quantizer = tiny.proj_out.weight_quantizer
+    assert (quantizer.bits, quantizer.grid.bits, quantizer.is_on_grid) == (3, 3, True)

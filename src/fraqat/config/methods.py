@@ -65,10 +65,10 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             ),
             Method(
                 "fraqat",
-                "our default: learned scales, Table 4's widths on the final grid, little momentum, cosine learning rate",
+                "our default: learned scales, little momentum, cosine; no fractional widths, which did not help here",
                 {
                     "quantization": {"weight": {"range_method": "learned"}},
-                    "schedule": {"kind": "fractional", "grid": "final"},
+                    "schedule": {"kind": "constant"},
                     "train": _COSINE | _LITTLE_MOMENTUM,
                 },
             ),
@@ -120,6 +120,21 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 "LAPQ: step sizes of all layers searched together on the loss, no training",
                 {"quantization": {"weight": {"range_method": "learned"}}, **_UNTRAINED},
                 searches_scales=True,
+            ),
+            Method(
+                "svdquant",
+                "SVDQuant: smoothing, 16-bit low-rank branch, quantized residual; no training",
+                {"quantization": _SVDQUANT, **_UNTRAINED},
+            ),
+            Method(
+                "svdqat",
+                "SVDQuant's residual and branch, both trained, cosine",
+                {"quantization": _SVDQUANT, "schedule": {"kind": "constant"}, "train": _COSINE},
+            ),
+            Method(
+                "ditas",
+                "DiTAS: smoothing gathered over the sampler's steps, branch fitted to the error; no training",
+                {"quantization": {"smoothing": {"momentum": 0.9}, "branch": _DITAS_BRANCH}, **_UNTRAINED},
             ),
             Method(
                 "torchao-dynamic", "torchao's dynamic quantization, no training", _PEER_UNTRAINED, "torchao-dynamic"

@@ -26,6 +26,7 @@ from fraqat.nn import (
     SmoothingSpec,
     WeightSpec,
 )
+from fraqat.numerics import RangeMethod
 from fraqat.schedules import ScheduleKind, ScheduleSpec, StageUnit
 from fraqat.tasks import ModelSpec
 
@@ -322,6 +323,13 @@ def _check_training(recipe: Recipe) -> None:
             recipe.train.batch_size,
             allowed=f"at most data.num_train = {recipe.num_train}",
             fix="use a smaller batch or more data",
+        )
+    if recipe.train.ema_decay is not None and recipe.quantization.weight.range_method is RangeMethod.LEARNED:
+        raise config_error(
+            "train.ema_decay",
+            recipe.train.ema_decay,
+            allowed="null with learned scales (quantization.weight.range_method: learned)",
+            fix="use range_method: mse, or leave ema_decay out",
         )
     foreign = [term.name for term in recipe.train.losses if term.name not in recipe.LOSSES]
     if foreign:

@@ -1,4 +1,4 @@
-"""How many weight codes change during training, at the current width."""
+"""How many weight codes change during training, on the current grid."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ class FlipCount:
 
 
 class CodeFlips:
-    """Counts the weight codes that changed between two moments; a layer whose width changed in between starts again.
+    """Counts the weight codes that changed between two moments; a layer whose grid changed in between starts again.
+
+    With `schedule.grid: final` the grid is the last one in every stage, and so are the codes.
 
     Keeps the codes of every quantized layer: one byte a weight up to 8 bits. Nothing of the model is changed, and no random
     number is drawn.
@@ -51,11 +53,11 @@ class CodeFlips:
     @property
     def is_current(self) -> bool:
         """Whether codes are kept, and all of them at the width that their layer has now."""
-        return self._bits == [layer.weight_quantizer.bits for _, layer in self._layers]
+        return self._bits == [layer.weight_quantizer.grid.bits for _, layer in self._layers]
 
     def start(self) -> None:
         """Keeps the codes as they are now; `count` compares with these."""
-        self._bits = [layer.weight_quantizer.bits for _, layer in self._layers]
+        self._bits = [layer.weight_quantizer.grid.bits for _, layer in self._layers]
         self._codes = [_codes(layer) for _, layer in self._layers]
 
     def count(self) -> dict[str, FlipCount]:
@@ -68,7 +70,7 @@ class CodeFlips:
             self.start()
             return found
         for index, (family, layer) in enumerate(self._layers):
-            codes, bits = _codes(layer), layer.weight_quantizer.bits
+            codes, bits = _codes(layer), layer.weight_quantizer.grid.bits
             if bits == self._bits[index]:
                 before = found.get(family, FlipCount(0, 0))
                 num_changed = int((codes != self._codes[index]).sum())

@@ -118,7 +118,7 @@ class Distiller:
             self.say(f"going on from the checkpoint after step {self.step}")
         batches = iter(self.stream)
         self.student.train()
-        is_named = False
+        num_named = -1
         try:
             with InterruptGuard() as guard, CodeFlipLog(self.student, self.spec, log) as flips:
                 while self.step < self.schedule.total_steps:
@@ -127,10 +127,10 @@ class Distiller:
                     record = self._train_step(batches, stage)
                     log.write_step(record)
                     flips.after_step(record)
-                    if self.integers is not None and not is_named:
+                    if self.integers is not None and self.integers.num_now != num_named:
                         log.write_event("engines", record.step, **self.integers.record())
                         self.say(self.integers.summary())
-                        is_named = True
+                        num_named = self.integers.num_now
                     self.on_step(record)
                     is_last = self.step == self.schedule.total_steps
                     if self.step % self.spec.validate_every == 0 and not is_last:

@@ -110,7 +110,7 @@ def low_rank_factors(weight_OK: Tensor, rank: int, *, exact: bool = True) -> tup
     Numerics: float64 where exact.
     """
     if not exact and min(weight_OK.shape) >= 2 * (rank + _OVERSAMPLED):
-        with torch.random.fork_rng(devices=[weight_OK.device] if weight_OK.is_cuda else []):
+        with torch.random.fork_rng():
             torch.manual_seed(0)
             left_OR, values_R, right_KR = torch.svd_lowrank(weight_OK, rank + _OVERSAMPLED, niter=2)
         right_RK = right_KR.t()

@@ -268,7 +268,8 @@ def _fit_(layer: QuantizedLayer, inputs: _LayerInputs) -> BranchFit:
         for candidate in candidates:
             smoothed_OK = fitting.smooth_(candidate)
             errors.append(fitting.put_(smoothed_OK, fitting.target(smoothed_OK), exact=False))
-        exponents = candidates[errors.index(min(errors))]
+        finite = [math.inf if math.isnan(error) else error for error in errors]
+        exponents = candidates[finite.index(min(finite))]
     smoothed_OK = fitting.smooth_(exponents)
     error = _iterate_(fitting, smoothed_OK)
     return BranchFit(exponents, fitting.sqnr_db(fitting.plain_error), fitting.sqnr_db(error))
@@ -282,7 +283,7 @@ def _iterate_(fitting: _Fitting, smoothed_OK: Tensor) -> float:
     for _ in range(1, 1 if branch is None else branch.spec.iterations):
         target_OK = fitting.left_by_residual(smoothed_OK)
         error = fitting.put_(smoothed_OK, target_OK, exact=True)
-        if error >= best:
+        if not error < best:
             return fitting.put_(smoothed_OK, best_target, exact=True)
         best, best_target = error, target_OK
     return best

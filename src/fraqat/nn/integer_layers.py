@@ -136,6 +136,11 @@ class IntegerLayers:
         for layer, _ in self._layers:
             _set_integer_(layer, None)
 
+    @property
+    def num_now(self) -> int:
+        """Layers that compute by integers at the current widths."""
+        return sum(layer.integer is not None for layer, _ in self._layers) + self.num_packed
+
     def record(self) -> dict[str, Any]:
         """What was chosen and why, for a log: JSON values."""
         chosen = [
@@ -143,15 +148,15 @@ class IntegerLayers:
             for c in self.table.choices
         ]
         floating = {"floating_point": _count(self.reasons), "unavailable": self.table.reasons}
-        return {"num_layers": self.num_layers, "chosen": chosen, **floating}
+        return {"num_layers": self.num_layers, "num_now": self.num_now, "chosen": chosen, **floating}
 
     def summary(self) -> str:
         """One line: how many layers, and which engines compute them."""
         counts = _count({str(choice.shape): choice.engine for choice in self.table.choices})
         engines = ", ".join(f"{name} ({count} shapes)" for name, count in counts.items()) or "none yet"
-        return (
-            f"integer products in {self.num_layers} layers, {len(self.reasons)} in floating point; engines: {engines}"
-        )
+        wider = self.num_layers - self.num_now
+        later = f", {wider} more once they are on their final grid or at 8 bits" if wider else ""
+        return f"integer products in {self.num_now} layers{later}, {len(self.reasons)} in floating point; engines: {engines}"
 
     def to_table(self) -> Table:
         """Which engine computes which shape, with the times measured."""

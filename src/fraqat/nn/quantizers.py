@@ -105,13 +105,15 @@ class WeightQuantizer(KeepsBufferDtype):
 
     def is_at(self, bits: float, *, on_final_grid: bool = False) -> bool:
         """Whether `set_bits_` with the same arguments would change nothing."""
+        on_final_grid = on_final_grid and bits > self.spec.bits
         return self.bits == bits and self.grid.bits == (self.spec.bits if on_final_grid else bits)
 
     def set_bits_(self, bits: float, weight: Tensor, *, on_final_grid: bool = False) -> None:
         """Changes the width in place.
 
         With `on_final_grid` the grid stays that of the final width b, and a wider one, B, is a share of its error:
-        w + (Q_b(w) - w) 2^-(B - b). The error is that of B bits, the values that weights settle on are the final ones.
+        w + (Q_b(w) - w) 2^-(B - b). The error is that of B bits, the values that weights settle on are the final ones. Widths
+        from b down have a grid of their own in any case.
 
         With `mse` the clipping is searched again for `weight`. A learned scale keeps what was learned, as a factor of what MSE
         clipping gives: s_new = s_old * s_mse(new width) / s_mse(old width). Keeping the covered range instead
@@ -119,6 +121,7 @@ class WeightQuantizer(KeepsBufferDtype):
         range that is best for 8: on Gaussian weights per channel 17 and 2.4 dB of SQNR less.
         """
         self.bits = bits
+        on_final_grid = on_final_grid and bits > self.spec.bits
         share = 2.0 ** (self.spec.bits - bits) if on_final_grid else 1.0
         self.is_on_grid = share == 1.0
         self.error_share.fill_(share)

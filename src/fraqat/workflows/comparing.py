@@ -15,8 +15,15 @@ from torch import Tensor, nn
 
 from fraqat.baselines import CalibrationLoss, search_step_sizes_, train_peer
 from fraqat.config import ORIGINAL, Method, Recipe, load_recipe, merged, method_named, plain
-from fraqat.distill import Batch, DistillResult, DistillTask, describe_difference, validation_loss
-from fraqat.errors import OutputError, config_error
+from fraqat.distill import (
+    Batch,
+    DistillResult,
+    DistillTask,
+    describe_difference,
+    hold_teacher_,
+    validation_loss,
+)
+from fraqat.errors import ModelError, NonFiniteLossError, OutputError, config_error
 from fraqat.files import (
     atomic_file,
     atomic_folder,
@@ -26,11 +33,13 @@ from fraqat.files import (
     write_json_atomic,
     write_text_atomic,
 )
+from fraqat.nn import merge_adapters_
+from fraqat.workflows.calibration import calibrated_student
 from fraqat.workflows.comparison import Comparison, MethodResult, RunRecord, comparison_page, run_name
 from fraqat.workflows.progress import Progress
 from fraqat.workflows.runs import RunFolder
 from fraqat.workflows.sessions import Session, open_session
-from fraqat.workflows.training import resolve_schedule, train_student
+from fraqat.workflows.training import resolve_schedule, train_student, with_absolute_paths
 
 DEFAULT_METHODS = ("dynamic", "vanilla-qat", "paper", "fraqat")
 RESULT = "comparison.json"
@@ -94,12 +103,20 @@ def compare(
     """
     if recipe.train.steps == 0:
         raise config_error("train.steps", 0, allowed="1 or more to compare methods", fix="set train.steps")
+    if recipe.preset is not None:
+        raise config_error(
+            "preset",
+            recipe.preset,
+            allowed="null to compare methods, since they would all begin from it",
+            fix="pass --set preset=null, and --set what all methods should share",
+        )
+    recipe = with_absolute_paths(recipe)
     methods = [method_named(name) for name in options.methods]
     rates = options.rates or _rates_around(recipe.train.learning_rate.peak)
     for method in methods:
         _recipe_of(recipe, method, rates[0], 1)  # what is impossible is said before anything is trained
     _claim_folder(folder, recipe)
-    runner = _Runner(recipe, folder, progress, session or open_session(recipe), options.measures_quality)
+    runner = _Runner(recipe, folder, progress, session or open_session(recipe), options)
     with folder_lock(folder):
         results = tuple(_compare_one(runner, method, rates, options.num_seeds) for method in methods)
         comparison = Comparison(recipe, results, runner.columns)
@@ -111,23 +128,40 @@ def compare(
 class _Runner:
     """Trains single students of one comparison and remembers them on disk."""
 
-    def __init__(self, recipe: Recipe, folder: Path, progress: Progress, session: Session[Any], measures_quality: bool):
+    def __init__(
+        self, recipe: Recipe, folder: Path, progress: Progress, session: Session[Any], options: CompareOptions
+    ):
         self.recipe, self.folder, self.progress, self.session = recipe, folder, progress, session
         self.columns: tuple[tuple[str, str, float], ...] = ()
         self.prompts: tuple[str, ...] = ()
-        self._evaluator = session.evaluator(None) if measures_quality else None
-        self._has_original = False
+        self._kept_seeds = range(1, options.num_seeds + 1)
+        self._evaluator = session.evaluator(None) if options.measures_quality else None
+        values = recipe.to_values()
+        self._measured_with = {name: values[name] for name in ("evaluation", "sampler") if name in values}
+        for half in (0, 1):
+            if not held_out_half(session.task, recipe.train.batch_size, half):
+                raise config_error(
+                    "data.num_validation", 1, allowed="2 or more to choose rates and to compare", fix="hold out more"
+                )
         if self._evaluator is not None:
             self.columns = tuple((c.key, c.title, c.factor) for c in self._evaluator.columns)
             self.prompts = self._evaluator.shown_prompts
+            # Before anything is trained: train.teacher.dtype changes the teacher.
+            original = self._evaluator.measure(ORIGINAL, session.teacher, progress)
+            self._keep_samples(folder / ORIGINAL / "samples", original.samples)
+
+    def choose(self, method: Method, rates: Sequence[float]) -> dict[float, float | None]:
+        """Loss of every rate on the half that chooses; None where training diverged or the loss is not a number."""
+        seed = self.recipe.train.seed
+        return {rate: self.run(method, rate, seed, is_final=False).choice_loss for rate in rates}
 
     def run(self, method: Method, rate: float | None, seed: int, *, is_final: bool) -> RunRecord:
         """One student; a final one is kept and its quality measured, if that was asked for."""
         recipe = _recipe_of(self.recipe, method, rate, seed)
         run = RunFolder.create(self.folder / method.name / run_name(rate, seed), recipe)
         path = run.path / _RECORD
-        record = RunRecord(**run.read_json(path)) if path.exists() else None
-        needs_quality = is_final and self._evaluator is not None and (record is None or not record.quality)
+        record = _read_record(run, path) if path.exists() else None
+        needs_quality = is_final and self._evaluator is not None and not self._has_quality(record)
         needs_student = is_final and not method.peer and not run.student_path.exists()
         if record is not None and not needs_student and not (needs_quality and method.peer):
             if not needs_quality:
@@ -135,19 +169,28 @@ class _Runner:
             student = self.session.load_student(recipe, run.student_path)
         else:
             if record is not None:  # it chose a rate, and its weights were not kept
-                shutil.rmtree(run.path)
+                _remove(run.path)
                 run = RunFolder.create(run.path, recipe)
-            student, record = self._train(method, recipe, run, rate)
-            if is_final and not method.peer:
+            try:
+                student, record = self._train(method, recipe, run, rate)
+            except NonFiniteLossError as error:
+                if is_final:
+                    raise
+                self.progress.warn(f"{method.name}, rate {rate}: {error}")
+                student, record = None, RunRecord(method.name, rate, seed, None, None, 0, 0.0)
+            if student is not None and not method.peer and (is_final or seed in self._kept_seeds):
                 with atomic_file(run.student_path) as target:
                     save_tensors(student.state_dict(), target)
-        if needs_quality:
+        if needs_quality and student is not None:
             quality = self._measure(f"{method.name}, seed {seed}", student, run.samples_path)
-            record = dataclasses.replace(record, quality=quality)
+            record = dataclasses.replace(record, quality=quality, measured_with=self._measured_with)
         write_json_atomic(path, dataclasses.asdict(record))
         shutil.rmtree(run.path / _CHECKPOINTS, ignore_errors=True)
-        self.progress.say(f"{method.name}, rate {rate}, seed {seed}: test loss {record.test_loss:.5g}")
+        self.progress.say(f"{method.name}, rate {rate}, seed {seed}: test loss {record.test_loss}")
         return record
+
+    def _has_quality(self, record: RunRecord | None) -> bool:
+        return record is not None and bool(record.quality) and record.measured_with == self._measured_with
 
     def _train(self, method: Method, recipe: Recipe, run: RunFolder, rate: float | None) -> tuple[nn.Module, RunRecord]:
         student, result = self._trained_by_peer(method, recipe) if method.peer else self._trained(method, recipe, run)
@@ -159,10 +202,12 @@ class _Runner:
         if not method.searches_scales:
             return train_student(self.session, recipe, run, self.progress)
         session = self.session
-        student, _ = session.new_student(recipe)
+        student = calibrated_student(session, recipe, self.progress)
+        hold_teacher_(session.teacher, student, recipe.train.teacher.dtype)
         loss = CalibrationLoss(session.task, session.teacher, student, recipe.train)
         start = time.perf_counter()
         search_step_sizes_(student, loss)
+        merge_adapters_(student)
         return student.eval(), DistillResult(0, time.perf_counter() - start, 0.0)
 
     def _trained_by_peer(self, method: Method, recipe: Recipe) -> tuple[nn.Module, DistillResult]:
@@ -178,18 +223,15 @@ class _Runner:
         assert schedule is not None
         return schedule.total_steps
 
-    def _half_loss(self, student: nn.Module, recipe: Recipe, half: int) -> float:
+    def _half_loss(self, student: nn.Module, recipe: Recipe, half: int) -> float | None:
         task = self.session.task
         batches = held_out_half(task, recipe.train.batch_size, half)
-        return validation_loss(task, self.session.teacher, student, recipe.train, batches)
+        loss = validation_loss(task, self.session.teacher, student, recipe.train, batches)
+        return loss if math.isfinite(loss) else None
 
     def _measure(self, label: str, student: nn.Module, samples: Path) -> dict[str, float | None]:
         evaluator = self._evaluator
         assert evaluator is not None
-        if not self._has_original:
-            original = evaluator.measure(ORIGINAL, self.session.teacher, self.progress)
-            self._keep_samples(self.folder / ORIGINAL / "samples", original.samples)
-            self._has_original = True
         measured = evaluator.measure(label, student, self.progress)
         self._keep_samples(samples, measured.samples)
         return dict(measured.quality)
@@ -202,29 +244,52 @@ class _Runner:
 
 
 def held_out_half(task: DistillTask, batch_size: int, half: int) -> list[Batch]:
-    """Every second held-out sample, from the first (half 0) or the second (half 1) of each batch on."""
-    return [_every_second(batch, half) for batch in task.validation_batches(batch_size)]
-
-
-def _every_second(batch: Batch, start: int) -> Batch:
-    return {name: value[start::2] if _is_column(value) else value for name, value in batch.items()}
+    """Every second held-out sample, from the first (half 0) or the second (half 1) on; batches without one are left out."""
+    found: list[Batch] = []
+    num_seen = 0
+    for batch in task.validation_batches(batch_size):
+        size = len(next(iter(batch.values())))
+        first = (half + num_seen) % 2
+        num_seen += size
+        if first < size:
+            found.append({name: value[first::2] if _is_column(value) else value for name, value in batch.items()})
+    return found
 
 
 def _is_column(value: Any) -> bool:
-    return isinstance(value, Tensor | list | tuple)
+    return isinstance(value, list | tuple) or (isinstance(value, Tensor) and value.ndim > 0)
 
 
 def _compare_one(runner: _Runner, method: Method, rates: Sequence[float], num_seeds: int) -> MethodResult:
-    own_seed = runner.recipe.train.seed
     if not method.is_trained:
-        return MethodResult(method.name, None, {}, (runner.run(method, None, own_seed, is_final=True),))
-    tried = {rate: runner.run(method, rate, own_seed, is_final=False).choice_loss for rate in rates}
-    best = min(tried, key=lambda rate: tried[rate])
+        return MethodResult(method.name, None, {}, (runner.run(method, None, runner.recipe.train.seed, is_final=True),))
+    tried = runner.choose(method, rates)
+    finite = {rate: loss for rate, loss in tried.items() if loss is not None}
+    if not finite:
+        raise NonFiniteLossError(f"{method.name} diverged at every rate: {list(rates)}. Fix: pass smaller --rates.")
+    best = min(finite, key=lambda rate: finite[rate])
     records = tuple(runner.run(method, best, seed, is_final=True) for seed in range(1, num_seeds + 1))
     return MethodResult(method.name, best, tried, records)
 
 
+def _read_record(run: RunFolder, path: Path) -> RunRecord:
+    try:
+        return RunRecord(**run.read_json(path))
+    except TypeError as error:
+        raise ModelError(f"{path} is no record of this version: {error}. Fix: compare in a new folder.") from None
+
+
+def _remove(folder: Path) -> None:
+    """Aside first: an interruption leaves either the whole run or none."""
+    aside = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    shutil.rmtree(aside)
+
+
 def _recipe_of(recipe: Recipe, method: Method, rate: float | None, seed: int) -> Recipe:
+    if method.peer:
+        recipe = recipe.model_copy(update={"target": None})  # its grid is its own
     train: dict[str, Any] = {"seed": seed, "tensorboard": False}
     if rate is not None:
         train["learning_rate"] = {"peak": rate}
@@ -250,4 +315,4 @@ def _claim_folder(folder: Path, recipe: Recipe) -> None:
 
 
 def _rates_around(peak: float) -> tuple[float, ...]:
-    return (peak / 3, peak, peak * 3)
+    return tuple(float(f"{rate:.3g}") for rate in (peak / 3, peak, peak * 3))

@@ -27,19 +27,21 @@ class RunRecord:
     Args:
         method, rate, seed: Which; a method that does not train has no rate.
         choice_loss: Distillation loss on the half of the held-out data that chooses learning rates.
-        test_loss: The same on the other half, which decides nothing.
+        test_loss: The same on the other half, which decides nothing. Both are None where training diverged.
         num_steps, train_s: Optimizer steps, and their seconds.
         quality: Values of the evaluation's columns, empty where they were not measured.
+        measured_with: The recipe's settings of evaluation and sampler at that time.
     """
 
     method: str
     rate: float | None
     seed: int
-    choice_loss: float
-    test_loss: float
+    choice_loss: float | None
+    test_loss: float | None
     num_steps: int
     train_s: float
     quality: dict[str, float | None] = field(default_factory=dict[str, float | None])
+    measured_with: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,18 @@ class MethodResult:
 
     method: str
     rate: float | None
-    tried: dict[float, float]
+    tried: dict[float, float | None]
     records: tuple[RunRecord, ...]
+
+    @property
+    def losses(self) -> list[float]:
+        """Test losses of the seeds."""
+        return [record.test_loss for record in self.records if record.test_loss is not None]
+
+    @property
+    def is_at_edge(self) -> bool:
+        """Whether the best rate is the smallest or largest of several that were tried."""
+        return len(self.tried) > 1 and self.rate in (min(self.tried), max(self.tried))
 
 
 @dataclass(frozen=True)
@@ -82,7 +94,10 @@ class Comparison:
         """The loss of every method at every rate, on the half of the held-out data that chooses."""
         rates = sorted({rate for result in self.results for rate in result.tried})
         rows = tuple((r.method, *(r.tried.get(rate) for rate in rates)) for r in self.results if r.tried)
-        note = f"Distillation loss on the half of the held-out data that chooses, seed {self.recipe.train.seed}."
+        note = (
+            f"Distillation loss on the half of the held-out data that chooses, seed {self.recipe.train.seed}; "
+            "none where training diverged."
+        )
         return Table("Learning rates", ("method", *(f"{rate:g}" for rate in rates)), rows, (note,))
 
     def to_json(self) -> dict[str, Any]:
@@ -98,12 +113,11 @@ class Comparison:
 
     def loss_interval(self, result: MethodResult) -> Interval:
         """Mean of the test loss over seeds."""
-        return mean_interval([record.test_loss for record in result.records])
+        return mean_interval(result.losses)
 
     def ratio(self, result: MethodResult) -> Interval:
         """Test loss over the reference's, seed by seed; a method without training has one value against every seed."""
-        losses = [record.test_loss for record in result.records]
-        base = [record.test_loss for record in self.reference.records]
+        losses, base = result.losses, self.reference.losses
         count = max(len(losses), len(base))
         return ratio_interval(*(values * count if len(values) == 1 else values for values in (losses, base)))
 
@@ -115,18 +129,24 @@ class Comparison:
         return (result.method, result.rate, len(result.records), *ends, *quality)
 
     def _notes(self) -> tuple[str, ...]:
-        train = self.recipe.train
-        return (
-            f"Distillation loss on the half of the held-out data that chose nothing; {train.steps} steps of batch "
-            f"{train.batch_size}; mean over seeds, low and high of its 95 % interval (Student's t). Ratio: geometric mean of "
-            f"the seeds' ratios to {self.reference.method}. Every method had the same data, noise, seeds and steps, and its "
-            "own best learning rate of the same grid.",
-        )
+        steps = max(record.num_steps for result in self.results for record in result.records)
+        notes = [
+            f"Distillation loss on the half of the held-out data that chose nothing; {steps} steps of batch "
+            f"{self.recipe.train.batch_size} for the methods that train; mean over seeds, low and high of its 95 % interval "
+            f"(Student's t). Ratio: geometric mean of the seeds' ratios to {self.reference.method}. Methods that train had the "
+            "same data, noise, seeds and steps, and each its own best learning rate of the same grid."
+        ]
+        edge = [result.method for result in self.results if result.is_at_edge]
+        if edge:
+            notes.append(
+                f"Best at an end of the learning rates tried, so a wider grid may be better: {', '.join(edge)}."
+            )
+        return tuple(notes)
 
 
 def run_name(rate: float | None, seed: int) -> str:
     """Folder of a run below its method's."""
-    return f"{'no-training' if rate is None else f'rate-{rate:g}'}/seed-{seed}"
+    return f"{'no-training' if rate is None else f'rate-{rate!r}'}/seed-{seed}"
 
 
 def comparison_page(comparison: Comparison, folder: Path, prompts: tuple[str, ...]) -> str:
@@ -145,7 +165,7 @@ def comparison_page(comparison: Comparison, folder: Path, prompts: tuple[str, ..
             ratios=tuple(
                 MeanInterval(n, r.mean, r.low, r.high) for n, r in ratios if r.low is not None and r.high is not None
             ),
-            curves=tuple(_curve(folder, result) for result in comparison.results if result.rate is not None),
+            curves=tuple(curve for result in comparison.results if (curve := _curve(folder, result)).points),
             samples=_samples(comparison, folder, prompts),
             settings=comparison.recipe.to_yaml(),
             versions=Table("Versions", ("part", "version"), tuple(environment().items())),
@@ -161,8 +181,12 @@ def _summary(comparison: Comparison) -> str:
     interval = "" if ratio.low is None or ratio.high is None else f" ({ratio.low:.3f} to {ratio.high:.3f})"
     return (
         f"{best.method} has the lowest held-out distillation loss: {ratio.mean:.3f}{interval} times that of "
-        f"{comparison.reference.method}, over {len(best.records)} seeds."
+        f"{comparison.reference.method}, over {_count(len(best.records), 'seed')}."
     )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _folder_of(folder: Path, result: MethodResult) -> Path:

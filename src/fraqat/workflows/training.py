@@ -79,7 +79,7 @@ def train(
     Raises:
         FraqatError: See the errors of `Distiller.run` and `RunFolder.create`.
     """
-    recipe = _with_absolute_paths(recipe)
+    recipe = with_absolute_paths(recipe)
     run = RunFolder.create(folder, recipe)
     session = session or open_session(recipe)
     with folder_lock(run.path):
@@ -138,6 +138,7 @@ def train_student(
     student = calibrated_student(session, recipe, progress)
     if schedule is None:
         hold_teacher_(teacher, student, recipe.train.teacher.dtype)  # as a student that is trained has it
+        merge_adapters_(student)
         return student, DistillResult(0, 0.0, validation_loss(task, teacher, student, recipe.train))
     stages = ", ".join(f"{stage.bits:g} ({stage.num_steps})" for stage in schedule)
     progress.say(f"{label}: {schedule.total_steps} steps, bits (steps): {stages}")
@@ -164,7 +165,7 @@ def _shared_schedule(session: Session[Any], recipe: Recipe) -> Schedule | None:
     return resolve_schedule(recipe, steps_per_epoch, main.total_steps if main else None)
 
 
-def _with_absolute_paths(recipe: Recipe) -> Recipe:
+def with_absolute_paths(recipe: Recipe) -> Recipe:
     """Local files and folders are recorded so that they are found from any working directory."""
     values = recipe.to_values()
     for place in _PATHS:
