@@ -1,0 +1,127 @@
+"""Methods on the tiny teachers, over seeds, each at its own best learning rate: the tables of docs/results/quality_DATE.md.
+
+Runs `fraqat compare` on every family, or goes on with what is in the folder, and joins the results: for each method the ratio
+of its test loss to vanilla QAT's in each family, and over all families the geometric mean with the 95 % interval over seeds.
+
+    OMP_NUM_THREADS=1 python benchmarks/quality.py --work runs/quality --date 2026-11-23 \
+        --family pixart-sigma --family flux-schnell --methods vanilla-qat,fraqat --seeds 5 --rates 1e-4,2e-4,4e-4
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fraqat.analysis.intervals import Interval, mean_interval
+from fraqat.config import load_recipe
+from fraqat.table import Table, format_value
+from fraqat.workflows import CompareOptions, Comparison, SilentProgress, compare
+
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+FAMILIES = ("sana-600m", "sd3.5-medium", "pixart-sigma", "flux-schnell", "gemma-2-2b-it", "speecht5")
+SETTINGS = ("train.batch_size=16", "quantization.weight.range_method=learned")
+"""The same scales for all methods that do not choose them, and a batch that lets many runs fit into an hour."""
+
+
+def overall(comparisons: Mapping[str, Comparison], method: str) -> Interval | None:
+    """Ratio to the reference over all families that have the method: mean of logarithms by seed, then over seeds."""
+    logs: dict[int, list[float]] = {}
+    for comparison in comparisons.values():
+        result = next((r for r in comparison.results if r.method == method), None)
+        if result is None or result.rate is None:
+            return None
+        base = {record.seed: record.test_loss for record in comparison.reference.records}
+        for record in result.records:
+            reference = base.get(record.seed)
+            if record.test_loss is not None and reference is not None:
+                logs.setdefault(record.seed, []).append(math.log(record.test_loss / reference))
+    whole = [statistics.fmean(values) for values in logs.values() if len(values) == len(comparisons)]
+    if not whole:
+        return None
+    interval = mean_interval(whole)
+    low, high = (None if end is None else math.exp(end) for end in (interval.low, interval.high))
+    return Interval(math.exp(interval.mean), low, high)
+
+
+def markdown(comparisons: Mapping[str, Comparison], command: str, date: str) -> str:
+    """The page: the joint table, then the tables of every family."""
+    names = list(dict.fromkeys(result.method for c in comparisons.values() for result in c.results))
+    rows: list[Sequence[Any]] = []
+    for name in names:
+        ratios = [_ratio(comparison, name) for comparison in comparisons.values()]
+        rows.append((name, *map(_text, ratios), _text(overall(comparisons, name))))
+    note = (
+        "Ratio of the distillation loss on held-out data that chose nothing to that of vanilla QAT: geometric mean over "
+        "seeds, in brackets its 95 % interval. All families: geometric mean over families, interval over seeds."
+    )
+    joint = Table("Ratio to vanilla QAT", ("method", *comparisons, "all families"), tuple(rows), (note,))
+    parts = [f"# Quality, {date}", f"```\n{command}\n```", _markdown_table(joint)]
+    for family, comparison in comparisons.items():
+        parts += [f"## {family}", _markdown_table(comparison.to_table()), _markdown_table(comparison.rates_table())]
+    return "\n\n".join(parts) + "\n"
+
+
+def _ratio(comparison: Comparison, method: str) -> Interval | None:
+    result = next((r for r in comparison.results if r.method == method), None)
+    if result is None:
+        return None
+    return Interval(1.0, None, None) if result is comparison.reference else comparison.ratio(result)
+
+
+def _text(interval: Interval | None) -> str | None:
+    if interval is None:
+        return None
+    ends = "" if interval.low is None or interval.high is None else f" ({interval.low:.3f} to {interval.high:.3f})"
+    return f"{interval.mean:.3f}{ends}"
+
+
+def _markdown_table(table: Table) -> str:
+    lines = ["| " + " | ".join(table.columns) + " |", "|" + " --- |" * len(table.columns)]
+    lines += ["| " + " | ".join(format_value(value) for value in row) + " |" for row in table.rows]
+    return "\n".join([*lines, "", *table.notes])
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--work", type=Path, required=True, help="folder of the runs; what is finished is not done again"
+    )
+    parser.add_argument("--date", required=True, help="of the results' file")
+    parser.add_argument("--family", dest="families", action="append", choices=FAMILIES, help="default: all")
+    parser.add_argument("--methods", default="vanilla-qat,fraqat")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--rates", default="1e-4,2e-4,4e-4")
+    parser.add_argument("--set", dest="settings", action="append", default=[], help="further change of the recipes")
+    arguments = parser.parse_args()
+    families = arguments.families or list(FAMILIES)
+    options = CompareOptions(
+        methods=tuple(arguments.methods.split(",")),
+        num_seeds=arguments.seeds,
+        rates=tuple(float(rate) for rate in arguments.rates.split(",")),
+    )
+    settings = (*SETTINGS, *arguments.settings)
+    comparisons = {
+        family: compare(load_recipe(f"{family}-tiny", settings), arguments.work / family, options, SilentProgress())
+        for family in families
+    }
+    chosen = " ".join(f"--family {family}" for family in families)
+    changes = "".join(f" --set {setting}" for setting in arguments.settings)
+    command = (
+        f"OMP_NUM_THREADS=1 python benchmarks/quality.py --work runs/quality --date {arguments.date} {chosen} "
+        f"--methods {arguments.methods} --seeds {arguments.seeds} --rates {arguments.rates}{changes}"
+    )
+    target = RESULTS / f"quality_{arguments.date}.md"
+    target.write_text(markdown(comparisons, command, arguments.date))
+    values = {family: comparison.to_json() for family, comparison in comparisons.items()}
+    target.with_suffix(".json").write_text(json.dumps(values, indent=1) + "\n")
+    print(target.read_text())
+
+
+if __name__ == "__main__":
+    main()
