@@ -52,7 +52,9 @@ def test_outliers_has_a_row_for_every_quantized_layer_and_files_are_written_once
     assert refused.code == 6
     assert "exists already. Fix: pass --overwrite or another --out." in refused.err
     assert {path: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
+    (tmp_path / "a" / "outliers-3.svg").write_text("of an analysis with more drawings")
     assert fraqat(*arguments, "--overwrite").code == 0
+    assert {path.name for path in (tmp_path / "a").iterdir()} == names
 
 
 @pytest.mark.xdist_group("cli")

@@ -11,6 +11,8 @@ from fraqat.config import METHODS, load_recipe
 from fraqat.workflows import RunFolder
 from fraqat.workflows.comparing import held_out_half
 
+pytestmark = pytest.mark.xdist_group("compare")  # the comparison is made once, by one process
+
 ARGUMENTS = ("color-digits", "--quiet", *TINY_ARGUMENTS)
 CHOICES = ("--methods", "dynamic,vanilla-qat,simple,torchao-qat", "--seeds", "2", "--rates", "1e-4,1e-2")
 

@@ -219,7 +219,7 @@ def test_casting_the_model_keeps_the_quantizers_in_float32(dtype: torch.dtype) -
     layer = quantized_linear(spec)
     layer.activation_quantizer.scale.fill_(0.0123)
     before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
-    assert len(before) == 5
+    assert len(before) == 6
     layer.to(dtype)
     assert layer.weight.dtype is dtype
     for name, buffer in layer.named_buffers():

@@ -165,8 +165,9 @@ def _write(files: AnalysisFiles, recipe: Recipe, tables: Sequence[Table]) -> Non
     )
     with explain_os_errors(files.folder):
         files.folder.mkdir(parents=True, exist_ok=True)
-    for index, drawing in enumerate(analysis_drawings(analysis)):
-        write_text_atomic(files.drawing(index), svg_file(drawing))
+    drawings = {files.drawing(index): svg_file(drawing) for index, drawing in enumerate(analysis_drawings(analysis))}
+    for path, text in drawings.items():
+        write_text_atomic(path, text)
     write_text_atomic(files.page, page)
     values = {
         "kind": files.kind.value,
@@ -175,6 +176,8 @@ def _write(files: AnalysisFiles, recipe: Recipe, tables: Sequence[Table]) -> Non
         "environment": versions,
     }
     write_json_atomic(files.tables, values)
+    for stale in set(files.existing()) - {files.tables, files.page, *drawings}:
+        stale.unlink()  # an earlier analysis had more drawings
 
 
 def _summary(kind: AnalysisKind, table: Table) -> str:
@@ -196,7 +199,7 @@ def _summary(kind: AnalysisKind, table: Table) -> str:
             if known:
                 row = max(known, key=lambda row: row[column])
                 phrases.append(f"of {what}s {format_value(row[column])} ({row[0]})")
-        return f"Largest kurtosis, 3 for a normal distribution: {', '.join(phrases)}."
+        return f"Largest kurtosis, 3 for a normal distribution: {', '.join(phrases) or 'of no layer'}."
     first, rises = table.rows[0], table.columns.index("rise alone")
     return (
         f"Quantized alone, {first[0]} raises the held-out distillation loss most, by {format_value(first[rises])}; "
