@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fraqat.analysis.intervals import Interval, mean_interval
+from fraqat.analysis.intervals import SeedMean, mean_over_seeds
 from fraqat.config import load_recipe
 from fraqat.table import Table, format_value
 from fraqat.workflows import CompareOptions, Comparison, SilentProgress, compare
@@ -28,7 +28,7 @@ SETTINGS = ("train.batch_size=16", "quantization.weight.range_method=learned")
 """The same scales for all methods that do not choose them, and a batch that lets many runs fit into an hour."""
 
 
-def overall(comparisons: Mapping[str, Comparison], method: str) -> Interval | None:
+def overall(comparisons: Mapping[str, Comparison], method: str) -> SeedMean | None:
     """Ratio to the reference over all families that have the method: mean of logarithms by seed, then over seeds."""
     logs: dict[int, list[float]] = {}
     for comparison in comparisons.values():
@@ -43,9 +43,9 @@ def overall(comparisons: Mapping[str, Comparison], method: str) -> Interval | No
     whole = [statistics.fmean(values) for values in logs.values() if len(values) == len(comparisons)]
     if not whole:
         return None
-    interval = mean_interval(whole)
+    interval = mean_over_seeds(whole)
     low, high = (None if end is None else math.exp(end) for end in (interval.low, interval.high))
-    return Interval(math.exp(interval.mean), low, high)
+    return SeedMean(math.exp(interval.mean), low, high)
 
 
 def markdown(comparisons: Mapping[str, Comparison], command: str, date: str) -> str:
@@ -66,14 +66,14 @@ def markdown(comparisons: Mapping[str, Comparison], command: str, date: str) -> 
     return "\n\n".join(parts) + "\n"
 
 
-def _ratio(comparison: Comparison, method: str) -> Interval | None:
+def _ratio(comparison: Comparison, method: str) -> SeedMean | None:
     result = next((r for r in comparison.results if r.method == method), None)
     if result is None:
         return None
-    return Interval(1.0, None, None) if result is comparison.reference else comparison.ratio(result)
+    return SeedMean(1.0, None, None) if result is comparison.reference else comparison.ratio(result)
 
 
-def _text(interval: Interval | None) -> str | None:
+def _text(interval: SeedMean | None) -> str | None:
     if interval is None:
         return None
     ends = "" if interval.low is None or interval.high is None else f" ({interval.low:.3f} to {interval.high:.3f})"

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fraqat.analysis.bypass import kept_switches, kept_widths, layers_of, set_bypassed_
+from fraqat.analysis.bypass import kept_switches, kept_widths, layers_of
 from fraqat.errors import config_error
-from fraqat.nn import QuantizedLayer
+from fraqat.nn import QuantizedLayer, set_bypassed_
 
 DEFAULT_BITS = (8.0, 7.0, 6.0, 5.5, 5.0, 4.75, 4.5, 4.25, 4.0, 3.0, 2.0)
 """The widths of the fractional schedule, and two below."""

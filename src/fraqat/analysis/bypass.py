@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from fraqat.errors import config_error
-from fraqat.nn import QuantizedLayer, quantized_layers
+from fraqat.nn import QuantizedLayer, quantized_layers, set_bypassed_
 
 
 def layers_of(model: nn.Module) -> dict[str, QuantizedLayer]:
@@ -30,14 +30,6 @@ def layers_of(model: nn.Module) -> dict[str, QuantizedLayer]:
             fix="release_ the engine first",
         )
     return layers
-
-
-def set_bypassed_(layers: Iterable[QuantizedLayer], *, weights: bool, inputs: bool) -> None:
-    """Leaves weights and inputs of layers in floating point (True), or quantizes them (False)."""
-    for layer in layers:
-        layer.weight_quantizer.is_bypassed = weights
-        if layer.activation_quantizer is not None:
-            layer.activation_quantizer.is_bypassed = inputs
 
 
 @contextmanager

@@ -14,7 +14,7 @@ _NORMAL_975 = 1.959964
 
 
 @dataclass(frozen=True)
-class Interval:
+class SeedMean:
     """A mean and its 95 % confidence interval; `low` and `high` are None for a single value."""
 
     mean: float
@@ -22,7 +22,7 @@ class Interval:
     high: float | None
 
 
-def mean_interval(values: Sequence[float]) -> Interval:
+def mean_over_seeds(values: Sequence[float]) -> SeedMean:
     """Mean with Student's interval, for values that are about normal.
 
     Args:
@@ -30,21 +30,21 @@ def mean_interval(values: Sequence[float]) -> Interval:
     """
     mean = statistics.fmean(values)
     if len(values) < 2:
-        return Interval(mean, None, None)
+        return SeedMean(mean, None, None)
     half = t_975(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return Interval(mean, mean - half, mean + half)
+    return SeedMean(mean, mean - half, mean + half)
 
 
-def ratio_interval(values: Sequence[float], reference: Sequence[float]) -> Interval:
+def ratio_over_seeds(values: Sequence[float], reference: Sequence[float]) -> SeedMean:
     """Geometric mean of paired ratios, value i over reference i, with the interval of their logarithms.
 
     Args:
         values: Positive, one per seed.
         reference: Positive, of the same seeds in the same order.
     """
-    logs = mean_interval([math.log(value / base) for value, base in zip(values, reference, strict=True)])
+    logs = mean_over_seeds([math.log(value / base) for value, base in zip(values, reference, strict=True)])
     low, high = (None if end is None else math.exp(end) for end in (logs.low, logs.high))
-    return Interval(math.exp(logs.mean), low, high)
+    return SeedMean(math.exp(logs.mean), low, high)
 
 
 def t_975(degrees: int) -> float:

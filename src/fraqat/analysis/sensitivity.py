@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fraqat.analysis.bypass import kept_switches, layers_of, set_bypassed_
+from fraqat.analysis.bypass import kept_switches, layers_of
 from fraqat.analysis.layer_error import sqnr_db
-from fraqat.nn import QuantizedLayer
+from fraqat.nn import QuantizedLayer, set_bypassed_
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from fraqat.nn.swap import (
     quantized_layers,
     scale_parameters,
     set_bits_,
+    set_bypassed_,
     spec_label,
     unquantize_,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "quantized_layers",
     "scale_parameters",
     "set_bits_",
+    "set_bypassed_",
     "spec_label",
     "to_packed_",
     "unquantize_",

@@ -146,12 +146,12 @@ def _gather(
     handles = [
         layer.register_forward_pre_hook(_hook_for(gathered[name]), with_kwargs=True) for name, layer in layers.items()
     ]
-    set_bypassed_(layers.values(), True)
+    set_bypassed_(layers.values(), weights=True, inputs=True)
     try:
         for batch in batches:
             forward(batch)
     finally:
-        set_bypassed_(layers.values(), False)
+        set_bypassed_(layers.values(), weights=False, inputs=False)
         for handle in handles:
             handle.remove()
     return gathered
@@ -185,9 +185,9 @@ class _Fitting:
         self.x_max_K = inputs.maximum.value_K
         self.w_max_K = self.weight.flatten(1).abs().amax(0)
         with _plain(layer, self.weight):
-            set_bypassed_([layer], True)
+            set_bypassed_([layer], weights=True, inputs=True)
             self.wanted = [layer(x) for x in self.samples]
-            set_bypassed_([layer], False)
+            set_bypassed_([layer], weights=False, inputs=False)
             self._renew_quantizers_()
             self.plain_error = self.error()
         self.power = sum(float(y.double().square().sum()) for y in self.wanted)

@@ -239,7 +239,7 @@ def calibrate_(model: nn.Module, forward: Callable[[object], object], batches: I
         return 0
     for quantizer in observed.values():
         quantizer.start_observing()
-    set_bypassed_(layers.values(), True)
+    set_bypassed_(layers.values(), weights=True, inputs=True)
     try:
         for batch in batches:
             forward(batch)
@@ -256,7 +256,7 @@ def calibrate_(model: nn.Module, forward: Callable[[object], object], batches: I
     finally:
         for quantizer in observed.values():
             quantizer.statistics = None
-        set_bypassed_(layers.values(), False)
+        set_bypassed_(layers.values(), weights=False, inputs=False)
     return len(observed)
 
 
@@ -363,12 +363,12 @@ def _restore_fused_encoders_(model: nn.Module) -> None:
             cast(nn.TransformerEncoderLayer, module).activation_relu_or_gelu = module.__dict__.pop(_FUSED_ATTRIBUTE)
 
 
-def set_bypassed_(layers: Iterable[QuantizedLayer], is_bypassed: bool) -> None:
-    """Lets the quantizers of layers pass everything through, or not any more."""
+def set_bypassed_(layers: Iterable[QuantizedLayer], *, weights: bool, inputs: bool) -> None:
+    """Leaves weights and inputs of layers in floating point (True), or quantizes them (False)."""
     for layer in layers:
-        layer.weight_quantizer.is_bypassed = is_bypassed
+        layer.weight_quantizer.is_bypassed = weights
         if layer.activation_quantizer is not None:
-            layer.activation_quantizer.is_bypassed = is_bypassed
+            layer.activation_quantizer.is_bypassed = inputs
 
 
 def _matches(rule: LayerRule, name: str, type_name: str, families: LayerFamilies) -> bool:

@@ -38,7 +38,7 @@ from fraqat.workflows.calibration import calibrated_student
 from fraqat.workflows.comparison import Comparison, MethodResult, RunRecord, comparison_page, run_name
 from fraqat.workflows.progress import Progress
 from fraqat.workflows.runs import RunFolder
-from fraqat.workflows.sessions import Session, open_session
+from fraqat.workflows.sessions import QualityColumn, Session, open_session
 from fraqat.workflows.training import resolve_schedule, train_student, with_absolute_paths
 
 DEFAULT_METHODS = ("dynamic", "vanilla-qat", "paper", "fraqat")
@@ -132,7 +132,7 @@ class _Runner:
         self, recipe: Recipe, folder: Path, progress: Progress, session: Session[Any], options: CompareOptions
     ):
         self.recipe, self.folder, self.progress, self.session = recipe, folder, progress, session
-        self.columns: tuple[tuple[str, str, float], ...] = ()
+        self.columns: tuple[QualityColumn, ...] = ()
         self.prompts: tuple[str, ...] = ()
         self._kept_seeds = range(1, options.num_seeds + 1)
         self._evaluator = session.evaluator(None) if options.measures_quality else None
@@ -144,7 +144,7 @@ class _Runner:
                     "data.num_validation", 1, allowed="2 or more to choose rates and to compare", fix="hold out more"
                 )
         if self._evaluator is not None:
-            self.columns = tuple((c.key, c.title, c.factor) for c in self._evaluator.columns)
+            self.columns = self._evaluator.columns
             self.prompts = self._evaluator.shown_prompts
             # Before anything is trained: train.teacher.dtype changes the teacher.
             original = self._evaluator.measure(ORIGINAL, session.teacher, progress)

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fraqat.analysis.intervals import Interval, mean_interval, ratio_interval
+from fraqat.analysis.intervals import SeedMean, mean_over_seeds, ratio_over_seeds
 from fraqat.config import ORIGINAL, Recipe
 from fraqat.distill import read_log
 from fraqat.table import Table
 from fraqat.workflows.reporting import SAMPLE_KINDS
 from fraqat.workflows.runs import environment
+from fraqat.workflows.sessions import QualityColumn
 
 REFERENCE = "vanilla-qat"
 """The method that ratios are taken to, where it is compared; else the first one."""
@@ -71,12 +72,12 @@ class Comparison:
     Attributes:
         recipe: What was compared on.
         results: In the order of the methods.
-        columns: Key, title and factor of every measured quality.
+        columns: Of the measured quality.
     """
 
     recipe: Recipe
     results: tuple[MethodResult, ...]
-    columns: tuple[tuple[str, str, float], ...] = ()
+    columns: tuple[QualityColumn, ...] = ()
 
     @property
     def reference(self) -> MethodResult:
@@ -85,7 +86,7 @@ class Comparison:
 
     def to_table(self) -> Table:
         """One row for each method: mean, 95 % interval and ratio to the reference."""
-        titles = [title for _, title, _ in self.columns]
+        titles = [column.title for column in self.columns]
         columns = ("method", "best rate", "seeds", "loss", "low", "high", "ratio", "ratio low", "ratio high", *titles)
         rows = tuple(self._row(result) for result in self.results)
         return Table(f"Methods on {self.recipe.name}", columns, rows, self._notes())
@@ -111,20 +112,20 @@ class Comparison:
             "environment": environment(),
         }
 
-    def loss_interval(self, result: MethodResult) -> Interval:
+    def loss_interval(self, result: MethodResult) -> SeedMean:
         """Mean of the test loss over seeds."""
-        return mean_interval(result.losses)
+        return mean_over_seeds(result.losses)
 
-    def ratio(self, result: MethodResult) -> Interval:
+    def ratio(self, result: MethodResult) -> SeedMean:
         """Test loss over the reference's, seed by seed; a method without training has one value against every seed."""
         losses, base = result.losses, self.reference.losses
         count = max(len(losses), len(base))
-        return ratio_interval(*(values * count if len(values) == 1 else values for values in (losses, base)))
+        return ratio_over_seeds(*(values * count if len(values) == 1 else values for values in (losses, base)))
 
     def _row(self, result: MethodResult) -> tuple[Any, ...]:
         loss = self.loss_interval(result)
-        ratio = Interval(1.0, None, None) if result is self.reference else self.ratio(result)
-        quality = [_mean_quality(result.records, key, factor) for key, _, factor in self.columns]
+        ratio = SeedMean(1.0, None, None) if result is self.reference else self.ratio(result)
+        quality = [_mean_quality(result.records, column) for column in self.columns]
         ends = (loss.mean, loss.low, loss.high, ratio.mean, ratio.low, ratio.high)
         return (result.method, result.rate, len(result.records), *ends, *quality)
 
@@ -216,6 +217,6 @@ def _samples(comparison: Comparison, folder: Path, prompts: tuple[str, ...]) -> 
     return Samples(SampleKind(kind), prompts, rows)
 
 
-def _mean_quality(records: Sequence[RunRecord], key: str, factor: float) -> float | None:
-    values = [value for record in records if (value := record.quality.get(key)) is not None]
-    return factor * statistics.fmean(values) if values else None
+def _mean_quality(records: Sequence[RunRecord], column: QualityColumn) -> float | None:
+    values = [value for record in records if (value := record.quality.get(column.key)) is not None]
+    return column.factor * statistics.fmean(values) if values else None
