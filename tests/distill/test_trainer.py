@@ -47,7 +47,7 @@ def test_training_lowers_the_held_out_loss(make_distiller) -> None:
     before = distiller.validate()
     result = distiller.run()
     assert result.num_steps == 200
-    assert result.validation_loss < 0.7 * before
+    assert result.validation_loss < 0.8 * before
 
 
 def test_the_student_ends_at_the_target_width_and_passes_every_stage(make_distiller, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,6 +22,7 @@ from fraqat.distill.ema import ParameterAverage
 from fraqat.distill.interrupt import InterruptGuard
 from fraqat.distill.log import RunLog, StepRecord
 from fraqat.distill.optimizers import make_optimizer
+from fraqat.distill.precision import autocast, autocast_dtype
 from fraqat.distill.spec import CompileMode, TrainSpec
 from fraqat.distill.task import Batch, DistillTask
 from fraqat.distill.teacher import hold_teacher_
@@ -96,6 +97,8 @@ class Distiller:
         self.integers = IntegerLayers(student, spec.engine) if spec.engine.name != EngineName.REFERENCE else None
         self._called_teacher = compiled(self.teacher, spec.compile)
         self._called_student = compiled(student, spec.compile)
+        dtype = autocast_dtype(spec.autocast, self.device.type)
+        self.precision = "the model's own dtype" if dtype is None else str(dtype).removeprefix("torch.")
         self.stream = task.train_stream(spec.batch_size // spec.accumulation, spec.seed)
         self.step = 0
         self.train_s = 0.0
@@ -116,6 +119,7 @@ class Distiller:
         if self.step:
             log.write_event("resume", self.step)
             self.say(f"going on from the checkpoint after step {self.step}")
+        self._name_precision(log)
         batches = iter(self.stream)
         self.student.train()
         num_named = -1
@@ -146,6 +150,11 @@ class Distiller:
         finally:
             log.close()
             undo()
+
+    def _name_precision(self, log: RunLog) -> None:
+        log.write_event("precision", self.step, products=self.precision)
+        if self.spec.autocast == "auto":
+            self.say(f"matrix products in {self.precision}")
 
     def validate(self) -> float:
         """Held-out distillation loss of the student, averaged if there is an average."""
@@ -256,6 +265,7 @@ class Distiller:
             "stream": self.stream.state_dict(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "precision": self.precision,
         }
         self.store.save(self.step, state)
         log.write_event("checkpoint", self.step)
@@ -276,6 +286,12 @@ class Distiller:
         torch.set_rng_state(state["rng"])
         if torch.cuda.is_available() and len(state["cuda_rng"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["cuda_rng"])
+        before = state.get("precision", self.precision)
+        if before != self.precision:
+            self.warn(
+                f"the checkpoint was trained with matrix products in {before}, this machine goes on in {self.precision}. Set "
+                "train.autocast to keep one precision on all machines."
+            )
 
     def _leave(self, signal_number: int) -> NoReturn:
         raise InterruptedRunError(
@@ -303,9 +319,7 @@ class Distiller:
         return "the loss itself"
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self.spec.autocast == "none":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return autocast(self.spec.autocast, self.device.type)
 
 
 def compiled(model: nn.Module, mode: CompileMode) -> nn.Module:
