@@ -364,7 +364,10 @@ def test_rate_is_proportional_to_the_peak(peak: float, factor: float, step: int)
         ({"final_ratio": 1.5}, r"learning_rate\.final_ratio = 1\.5 .* \[0, 1\]"),
         ({"final_ratio": -0.1}, r"learning_rate\.final_ratio = -0\.1 "),
         ({"final_ratio": math.nan}, r"learning_rate\.final_ratio = nan "),
-        ({"kind": "cooldown", "cooldown_shape": "steep"}, r"learning_rate\.cooldown_shape.*steep.*linear, sqrt, cosine"),
+        (
+            {"kind": "cooldown", "cooldown_shape": "steep"},
+            r"learning_rate\.cooldown_shape.*steep.*linear, sqrt, cosine",
+        ),
         ({"cooldown_shape": "sqrt"}, r"learning_rate\.cooldown_shape = 'sqrt' .* null with kind decay_last"),
     ],
 )

@@ -181,7 +181,9 @@ def plan(
     ] = None,
     pilot: Annotated[
         list[Path] | None,
-        typer.Option(metavar="RUN", help="Finished short run of the recipe, two or more: predicts the loss of this length"),
+        typer.Option(
+            metavar="RUN", help="Finished short run of the recipe, two or more: predicts the loss of this length"
+        ),
     ] = None,
     target_loss: Annotated[
         float | None, typer.Option(help="Held-out distillation loss: predicts the steps that it needs, from the pilots")
@@ -196,7 +198,9 @@ def plan(
         cached_teacher=cached_teacher,
     )
     questions = workflows.ComputeQuestions(pretraining_tokens, memory_budget, tuple(pilot or ()), target_loss)
-    _print_tables(workflows.plan_tables(load_recipe(recipe, tuple(settings or ())), device, options, questions), as_json)
+    _print_tables(
+        workflows.plan_tables(load_recipe(recipe, tuple(settings or ())), device, options, questions), as_json
+    )
 
 
 @app.command()

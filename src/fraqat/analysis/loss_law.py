@@ -182,7 +182,10 @@ class _Design:
     @classmethod
     def of(cls, runs: Sequence[LawRun]) -> _Design:
         columns = torch.tensor(
-            [(run.bits, math.log(run.num_weights), math.log(8 * run.num_tokens / run.num_weights / run.bits)) for run in runs],
+            [
+                (run.bits, math.log(run.num_weights), math.log(8 * run.num_tokens / run.num_weights / run.bits))
+                for run in runs
+            ],
             dtype=torch.float64,
         )
         mean = columns.mean(0)

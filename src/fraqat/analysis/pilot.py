@@ -100,9 +100,7 @@ def fit_pilot(runs: Sequence[PilotRun]) -> PilotLaw:
     return PilotLaw(math.exp(offset), omega, tuple(omegas), (log_steps, offset - omega * log_steps))
 
 
-def pilot_table(
-    runs: Sequence[PilotRun], law: PilotLaw, num_steps: int, target_loss: float | None, note: str
-) -> Table:
+def pilot_table(runs: Sequence[PilotRun], law: PilotLaw, num_steps: int, target_loss: float | None, note: str) -> Table:
     """Pilots, the loss that the planned length is predicted to reach, and the length that a loss needs.
 
     Args:
@@ -122,6 +120,8 @@ def pilot_table(
         notes.insert(1, f"steps for {target_loss:g}: {bounds} with the exponents of two pilots alone")
         longest = max(run.num_steps for run in runs)
         if law.steps_for(target_loss) > 10 * longest:
-            notes.append(f"more than 10 times the longest pilot ({longest} steps): train a longer one before you rely on it")
+            notes.append(
+                f"more than 10 times the longest pilot ({longest} steps): train a longer one before you rely on it"
+            )
     columns = ("what", "steps", "held-out loss", "low", "high")
     return Table("Pilot", columns, tuple(rows), tuple(notes))

@@ -222,7 +222,9 @@ class ComputeOptimal:
         low, high = FITTED_PARAMETERS
         lines: list[str] = []
         if not low <= self.num_weights <= high:
-            lines.append(f"{self.num_weights:,} quantized weights are outside of the {low:.2g} to {high:.2g} it was fitted to")
+            lines.append(
+                f"{self.num_weights:,} quantized weights are outside of the {low:.2g} to {high:.2g} it was fitted to"
+            )
         if any(plan.bits > FITTED_BITS[1] for plan in self.widths if plan.share is not None):
             lines.append(f"widths above {FITTED_BITS[1]:g} bits are outside of what it was fitted to")
         return lines

@@ -42,9 +42,7 @@ class ResultSize:
         return 8 * (self.num_code_bytes + self.num_scale_bytes) / self.num_quantized_weights
 
 
-def packed_size(
-    model: nn.Module, float_dtype: torch.dtype = torch.float32, *, bits: float | None = None
-) -> ResultSize:
+def packed_size(model: nn.Module, float_dtype: torch.dtype = torch.float32, *, bits: float | None = None) -> ResultSize:
     """Size of the packed export of a quantized model at its final width; the meta device is enough.
 
     Args:
