@@ -40,7 +40,7 @@ def test_one_wild_pilot_of_many_does_not_carry_the_law_away() -> None:
 
 @pytest.mark.parametrize("runs", [[], [PilotRun(20, 0.1)], [PilotRun(20, 0.1), PilotRun(20, 0.2)]])
 def test_one_length_is_refused(runs: list[PilotRun]) -> None:
-    with pytest.raises(ConfigError, match="--pilot = .* two or more different lengths"):
+    with pytest.raises(ConfigError, match=r"--pilot = .* two or more different lengths"):
         fit_pilot(runs)
 
 

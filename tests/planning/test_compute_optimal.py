@@ -53,7 +53,7 @@ def test_a_narrower_model_has_more_tokens_per_byte_and_trains_longer() -> None:
 
 @pytest.mark.parametrize("s", [1.0, 0.5, -1.0, math.nan])
 def test_one_token_per_byte_is_refused(s: float) -> None:
-    with pytest.raises(ConfigError, match="total_tokens_per_byte = .* more than 1"):
+    with pytest.raises(ConfigError, match=r"total_tokens_per_byte = .* more than 1"):
         optimal_share(s)
 
 
