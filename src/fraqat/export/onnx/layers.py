@@ -24,8 +24,8 @@ _CHANNELS_LAST, _CHANNELS_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 _SIGMAS = 3.0
 _INT8_MIN, _INT8_MAX, _UINT8_MAX = -128, 127, 255
 _PAIR_LIMIT = 64
-"""Largest signed weight code that x86 CPUs without VNNI multiply exactly: ONNX Runtime adds two products of an input (up to 255)
-in 16 bits there and cuts the sum off at 32767, in silence."""
+"""Largest signed weight code that x86 CPUs without VNNI multiply exactly: ONNX Runtime adds two products of an input (up to
+255) in 16 bits there and cuts the sum off at 32767, in silence."""
 RUNTIME_DOMAIN = "com.microsoft"
 
 
