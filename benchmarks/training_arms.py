@@ -209,12 +209,12 @@ class Training:
 
     def step(self) -> float:
         """Teacher, student, backward pass, update; the loss."""
-        for parameter in self.arm.student.parameters():
-            parameter.grad = None
         loss = self._loss()
         loss.backward()
         self.arm.before_update()
         self.optimizer.step()
+        for parameter in self.arm.student.parameters():
+            parameter.grad = None
         self.arm.after_update()
         return loss.item()
 

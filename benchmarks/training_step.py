@@ -43,6 +43,8 @@ from training_arms import NAMES, Training, Work
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 TINY = {"width": 64, "tokens": 32, "batch": 1, "blocks": 2}
 BASELINE = "torchao QAT"
+THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
+"""Variable of glibc: from this size on, memory that is freed goes back to the machine at once."""
 
 
 def work_off(name: str, work: Work, device: torch.device, *, memory_only: bool) -> None:
@@ -184,6 +186,7 @@ def _record(
         "libraries_gib": rounds[-1]["libraries_bytes"] / 2**30,
         "loss": rounds[-1]["loss"],
         "num_steps": len(times),
+        "malloc_mmap_threshold": os.environ.get(THRESHOLD),
         "memory_only": arguments.memory_only,
         "threads": arguments.threads,
         "device": device_name(arguments.device),
@@ -203,6 +206,7 @@ def write_table(path: Path) -> None:
             f"{record['weights']} weights, {record['device']}, {record['threads']} threads"
         )
         title += ", no autocast" if record.get("autocast") == "none" else ""
+        title += f", {THRESHOLD}={size}" if (size := record.get("malloc_mmap_threshold")) else ""
         title += ", memory alone" if record.get("memory_only") else ""
         newest.setdefault(title, {})[record["arm"]] = record
     parts = [
