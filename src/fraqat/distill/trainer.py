@@ -185,7 +185,6 @@ class Distiller:
         start = time.perf_counter()
         learning_rate = self.spec.learning_rate.at(self.step, self.schedule)
         self.optimizer.set_learning_rate_(learning_rate)
-        self.optimizer.zero_grad()
         loss = 0.0
         for part in range(self.spec.accumulation):
             seed = (self.spec.seed << 32) + self.step * self.spec.accumulation + part
@@ -197,6 +196,7 @@ class Distiller:
             self.integers.finish_gradients_()
         gradient_norm = self._clip_gradient(stage)
         self.optimizer.step()
+        self.optimizer.zero_grad()  # before new codes and validation, which would hold them too
         self._refresh_codes()
         if self.average is not None:
             self.average.update()

@@ -225,7 +225,8 @@ class _Step:
                 average.lerp_(parameter.detach().float(), 0.1)
 
     def validate(self, inputs: dict[str, Any]) -> None:
-        """The held-out loss as the trainer takes it: whole batches, no autocast, gradients still there."""
+        """The held-out loss as the trainer takes it: whole batches, no autocast, gradients gone."""
+        self.optimizer.zero_grad()
         self.student.eval()
         with torch.no_grad():
             kept = [parameter.clone() for parameter in self.trained] if self.averages else []
