@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/loss_law.py --work runs/loss_law
 
-Trains two narrower variants of the zoo's tiny PixArt, which are first distilled from it in floating point, to 2, 3, 4 and 6 bits
+Trains two narrower variants of the zoo's tiny PixArt, first distilled from it in floating point, to 2, 3, 4 and 6 bits
 in 10 to 160 steps, every run with its own cosine and all with the same peak; and a few runs of the zoo's own model, which are
 only predicted. Runs found in `docs/results/loss_law.jsonl` are not made again.
 """
