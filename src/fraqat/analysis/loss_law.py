@@ -265,7 +265,7 @@ def _minimized(design: _Design, first: Tensor, free: Tensor) -> tuple[Tensor, fl
             damping = damping / 5 if has_moved else damping * 4
         if not has_moved:
             break
-        is_done = value - new_value < 1e-7 * value
+        is_done = value - new_value < max(1e-7 * value, 1e-12)
         parameters, value = moved, new_value
         if is_done:
             break
