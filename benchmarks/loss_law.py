@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/loss_law.py --work runs/loss_law
 
-Trains two narrower variants of the zoo's tiny PixArt, which are first distilled from it in floating point, to 2, 3, 4 and 6 bits
+Trains two narrower variants of the zoo's tiny PixArt, first distilled from it in floating point, to 2, 3, 4 and 6 bits
 in 10 to 160 steps, every run with its own cosine and all with the same peak; and a few runs of the zoo's own model, which are
 only predicted. Runs found in `docs/results/loss_law.jsonl` are not made again.
 """
@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import json
+import math
+import statistics
 import tempfile
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,19 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fraqat import __version__
+from fraqat.analysis import (
+    LawRun,
+    PilotRun,
+    bootstrap_laws,
+    fit_loss_law,
+    fit_pilot,
+    held_out_errors,
+    log_errors,
+)
+from fraqat.analysis.loss_law import percentile_interval
 from fraqat.config import Recipe, load_recipe
 from fraqat.distill import Batch, Distiller
+from fraqat.errors import ConfigError
 from fraqat.nn import quantized_layers
 from fraqat.workflows import Session, open_session, resolve_schedule
 
@@ -57,6 +70,7 @@ HEADS: Mapping[str, int] = {"half": 2, "quarter": 1}
 """Attention heads of 32 channels of the variants; the zoo's own model has four."""
 ZOO_RUNS = ((4, 10), (4, 40), (3, 40), (4, 80))
 """(bits, steps) of the zoo's own model, which is in no fit: a size that is only predicted."""
+NUM_DRAWS = 100
 VARIANT_STEPS, VARIANT_BATCH, VARIANT_RATE = 400, 16, 2e-3
 
 
@@ -194,14 +208,102 @@ class Sweep:
                     self.run("zoo", *run)
 
 
+def report(records: Sequence[dict[str, Any]]) -> str:
+    """The page: losses, laws, their errors on held-out runs, and predictions from pilots."""
+    fitted = [record for record in records if record["size"] in HEADS]
+    only_predicted = [_law_run(record) for record in records if record["size"] not in HEADS]
+    runs = [_law_run(record) for record in fitted]
+    parts = ["# A loss law of our own runs", __doc__.strip().split("\n\n", 1)[1], _losses(records)]
+    parts += ["## The law", *(_law_section(runs, only_predicted, size_in_floor) for size_in_floor in (True, False))]
+    return "\n\n".join([*parts, "## Predicted from pilots", _pilot_section(fitted)]) + "\n"
+
+
+def _law_run(record: dict[str, Any]) -> LawRun:
+    return LawRun(record["num_weights"], record["bits"], record["num_tokens"], record["loss"])
+
+
+def _losses(records: Sequence[dict[str, Any]]) -> str:
+    steps = sorted({record["steps"] for record in records})
+    found = {(r["size"], r["num_weights"], r["bits"], r["steps"]): r["loss"] for r in records}
+    lines = ["| model | weights | bits | " + " | ".join(f"{n} steps" for n in steps) + " |"]
+    lines.append("| --- | --- | --- |" + " --- |" * len(steps))
+    for size, num_weights, bits in sorted({key[:3] for key in found}):
+        values = [found.get((size, num_weights, bits, n)) for n in steps]
+        cells = " | ".join("-" if value is None else f"{value:.3g}" for value in values)
+        lines.append(f"| {size} | {num_weights:,} | {bits:g} | {cells} |")
+    return "Held-out distillation loss:\n\n" + "\n".join(lines)
+
+
+def _law_section(runs: Sequence[LawRun], only_predicted: Sequence[LawRun], size_in_floor: bool) -> str:
+    law = fit_loss_law(runs, size_in_floor=size_in_floor)
+    lengths = sorted({run.num_tokens for run in runs})
+    long = set(lengths[-2:])
+    short_law = fit_loss_law([run for run in runs if run.num_tokens not in long], size_in_floor=size_in_floor)
+    groups = held_out_errors(runs, lambda run: (run.num_weights, run.bits), size_in_floor=size_in_floor)
+    rows = {
+        "runs that it was fitted to": log_errors(law, runs),
+        "the two longest lengths, fitted to the shorter ones": log_errors(
+            short_law, [run for run in runs if run.num_tokens in long]
+        ),
+        "every width of a size, fitted to all others": [error for group in groups.values() for error in group],
+        "the zoo's own size, fitted to the narrower ones": log_errors(law, only_predicted),
+    }
+    lines = ["| predicted | runs | median error | largest error |", "| --- | --- | --- | --- |"]
+    for name, errors in rows.items():
+        if errors:
+            sizes = sorted(math.expm1(abs(error)) for error in errors)
+            lines.append(f"| {name} | {len(sizes)} | {statistics.median(sizes):.1%} | {sizes[-1]:.1%} |")
+    draws = bootstrap_laws(runs, law, NUM_DRAWS, size_in_floor=size_in_floor)
+    lines += ["", "| parameter | value | 95 % bootstrap interval |", "| --- | --- | --- |"]
+    for field in dataclasses.fields(law):
+        low, high = percentile_interval([getattr(draw, field.name) for draw in draws])
+        lines.append(f"| {field.name} | {getattr(law, field.name):.3g} | {low:.3g} to {high:.3g} |")
+    title = "### With the size in both terms (tau free)" if size_in_floor else "### The published form (tau = 0)"
+    return "\n".join([title, "", *lines])
+
+
+def _pilot_section(records: Sequence[dict[str, Any]]) -> str:
+    """Pilots of the three shortest lengths of every size and width, against the longer runs."""
+    steps = sorted({record["steps"] for record in records})
+    loss_errors: dict[int, list[float]] = {}
+    length_ratios: dict[int, list[float]] = {}
+    num_refused = 0
+    for key in sorted({(record["size"], record["bits"]) for record in records}):
+        found = {r["steps"]: r["loss"] for r in records if (r["size"], r["bits"]) == key}
+        try:
+            law = fit_pilot([PilotRun(n, found[n]) for n in steps[:3]])
+        except ConfigError:
+            num_refused += 1
+            continue
+        for n in steps[3:]:
+            if n in found:
+                loss_errors.setdefault(n, []).append(math.expm1(abs(math.log(law.loss(n) / found[n]))))
+                length_ratios.setdefault(n, []).append(law.steps_for(found[n]) / n)
+    lines = [
+        f"Pilots of {', '.join(map(str, steps[:3]))} steps for each size and width; the lengths that the losses of longer "
+        f"runs need are predicted and compared with the true ones. Pilots that did not fall and were refused: {num_refused}.",
+        "",
+        "| run, steps | runs | error of the loss, median | largest | predicted / true steps, median | least | most |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for n, errors in sorted(loss_errors.items()):
+        ratios = length_ratios[n]
+        lines.append(
+            f"| {n} | {len(errors)} | {statistics.median(errors):.1%} | {max(errors):.1%} | {statistics.median(ratios):.2f} | "
+            f"{min(ratios):.2f} | {max(ratios):.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder of the narrower variants")
+    parser.add_argument("--work", type=Path, help="folder of the narrower variants; none writes the page alone")
     arguments = parser.parse_args()
-    started = time.perf_counter()
-    Sweep(Sizes(arguments.work), RUNS).all()
-    print(f"{time.perf_counter() - started:.0f} s", flush=True)
+    sweep = Sweep(Sizes(arguments.work or Path()), RUNS)
+    if arguments.work is not None:
+        sweep.all()
+    RUNS.with_suffix(".md").write_text(report(sweep.records), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def test_held_out_groups_are_each_predicted_by_the_others() -> None:
 def test_the_interval_of_a_bootstrap_holds_the_truth() -> None:
     runs = made_runs(noise=0.02)
     law = fit_loss_law(runs)
-    low, high = percentile_interval([each.omega for each in bootstrap_laws(runs, law, 20)])
+    low, high = percentile_interval([each.omega for each in bootstrap_laws(runs, law, 10)])
     assert low < high
     assert low - 0.05 < TRUE.omega < high + 0.05
 

@@ -94,7 +94,7 @@ def test_a_packed_size_at_another_width_is_that_of_a_model_of_this_width() -> No
 
 
 def test_the_widest_width_within_the_budget_is_chosen() -> None:
-    workload = make_workload(make_student(width=64, hidden=256))
+    workload = make_workload(make_student(hidden=256))
     sizes = {bits: packed_size(workload.student, bits=bits).num_bytes for bits in (3, 4, 5)}
     found = compute_optimal(workload, 8, 100, memory_budget_bytes=sizes[4])
     assert found.chosen is not None

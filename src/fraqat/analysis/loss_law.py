@@ -21,6 +21,8 @@ HUBER_DELTA = 0.05
 """Residuals of the logarithm beyond this count linearly: about the spread of one run over seeds."""
 
 _LN2 = math.log(2)
+_MAX_STEPS = 60
+_MOST_DAMPING = 1e12
 _STARTS = ((1.5, 2.0, 0.2), (2.0, 1.0, 0.6), (1.0, 0.5, 0.1))
 """(kappa, chi, omega) that the fit begins from."""
 
@@ -87,7 +89,7 @@ class LossLaw:
 
 
 def fit_loss_law(runs: Sequence[LawRun], *, size_in_floor: bool = True, start: LossLaw | None = None) -> LossLaw:
-    """The law with the least Huber loss of the logarithm's residuals, by L-BFGS in float64 from several starts.
+    """The law with the least Huber loss of the logarithm's residuals, by damped Gauss-Newton steps from several starts.
 
     Logarithms of size and tokens and the width are centred at their means, so that factors and exponents are told apart; kappa,
     chi and omega are positive by their parametrization. With one size tau and psi are 0: nothing tells them from the factors.
@@ -221,30 +223,55 @@ class _Design:
             omega=omega,
         )
 
-    def objective(self, parameters: Tensor) -> Tensor:
+    def residuals(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """ln(predicted / measured) [runs], and its derivatives [runs, parameters]."""
         floor, log_kappa, tau, trained, log_chi, psi, log_omega = parameters.unbind()
-        first = floor - log_kappa.exp() * _LN2 * self.bits - tau * self.log_n
-        second = trained - log_chi.exp() * _LN2 * self.bits - psi * self.log_n - log_omega.exp() * self.log_s
-        return torch.nn.functional.huber_loss(torch.logaddexp(first, second), self.log_loss, delta=HUBER_DELTA)
+        by_kappa, by_chi = log_kappa.exp() * _LN2 * self.bits, log_chi.exp() * _LN2 * self.bits
+        by_omega = log_omega.exp() * self.log_s
+        first = floor - by_kappa - tau * self.log_n
+        second = trained - by_chi - psi * self.log_n - by_omega
+        share = torch.sigmoid(first - second)  # of the first term in the loss
+        rest = 1 - share
+        columns = (
+            share,
+            -share * by_kappa,
+            -share * self.log_n,
+            rest,
+            -rest * by_chi,
+            -rest * self.log_n,
+            -rest * by_omega,
+        )
+        return torch.logaddexp(first, second) - self.log_loss, torch.stack(columns, 1)
 
 
 def _minimized(design: _Design, first: Tensor, free: Tensor) -> tuple[Tensor, float]:
-    """The parameters where L-BFGS ends, and the objective there; those that are not free stay at 0 in `first`."""
-    parameters = first.clone().requires_grad_(True)
-    optimizer = torch.optim.LBFGS(
-        [parameters], max_iter=300, tolerance_grad=1e-10, tolerance_change=1e-13, line_search_fn="strong_wolfe"
-    )
+    """The parameters where damped Gauss-Newton steps end (Levenberg and Marquardt), and the Huber loss there.
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = design.objective(parameters)
-        loss.backward()
-        assert parameters.grad is not None
-        parameters.grad.mul_(free)
-        return loss
+    A residual beyond the threshold has the weight that makes its square count linearly. Parameters that are not free stay.
+    """
+    parameters, damping = first, 1e-2
+    value = _huber(design.residuals(parameters)[0])
+    for _ in range(_MAX_STEPS):
+        residual, jacobian = design.residuals(parameters)
+        jacobian = jacobian * free
+        weighted = jacobian * (HUBER_DELTA / residual.abs().clamp_min(HUBER_DELTA))[:, None]
+        curvature, gradient = weighted.T @ jacobian, weighted.T @ residual
+        has_moved = False
+        while not has_moved and damping < _MOST_DAMPING:
+            stiffness = torch.diag(curvature.diagonal() * damping + 1e-12)
+            moved = parameters - torch.linalg.solve(curvature + stiffness, gradient)
+            new_value = _huber(design.residuals(moved)[0])
+            has_moved = new_value < value
+            damping = damping / 5 if has_moved else damping * 4
+        if not has_moved:
+            break
+        is_done = value - new_value < max(1e-7 * value, 1e-12)
+        parameters, value = moved, new_value
+        if is_done:
+            break
+    return parameters, value
 
-    step: Callable[[Callable[[], Tensor]], Tensor] = optimizer.step
-    step(closure)
-    found = parameters.detach()
-    value = float(design.objective(found))
-    return (found, value) if math.isfinite(value) else (first, float(design.objective(first)))
+
+def _huber(residual: Tensor) -> float:
+    value = float(torch.nn.functional.huber_loss(residual, torch.zeros_like(residual), delta=HUBER_DELTA))
+    return value if math.isfinite(value) else math.inf
