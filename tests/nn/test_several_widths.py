@@ -15,6 +15,7 @@ from fraqat.nn import (
     quantize_,
     quantized_layers,
     scale_parameters,
+    scale_rates,
     serve_widths_,
     set_bits_,
     settle_at_,
@@ -60,6 +61,14 @@ def test_a_learned_scale_is_its_widths_own_and_comes_back_as_the_same_parameter(
     for i, bits in enumerate(WIDTHS):
         set_bits_(model, bits)
         assert quantizer.scale is own[bits] and bool((quantizer.scale == 1.0 + i).all())
+
+
+def test_the_rate_of_a_scale_is_in_proportion_to_the_scale() -> None:
+    model = make(rules=(LayerRule(pattern="2", weight_bits=5.5),))
+    rates = scale_rates(model)
+    assert list(rates) == scale_parameters(model)
+    fine = 2**4.5 - 1
+    assert list(rates.values()) == pytest.approx([1, 7 / fine, 7 / 127, 1, fine / 127])
 
 
 def test_only_the_present_widths_scale_has_a_gradient() -> None:

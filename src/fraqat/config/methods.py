@@ -110,6 +110,11 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 {"schedule": {"kind": "fractional"}, "train": _DECAY_LAST},
             ),
             Method(
+                "automatic",
+                "training chooses of Table 4's widths where it goes and when, cosine learning rate",
+                {"schedule": {"kind": "automatic"}, "train": _COSINE},
+            ),
+            Method(
                 "integer",
                 "8, 7, 6, 5, 4 bits, learning rate decays at the final width",
                 {"schedule": {"kind": "integer"}, "train": _DECAY_LAST},

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from fraqat.schedules import Schedule, Stage
+from fraqat.schedules import AutomaticSpec, Schedule, Stage
 
 
 class StageChooser:
@@ -41,7 +41,7 @@ class StageChooser:
         if spec is None or self.schedule.is_decided or num_steps >= self.schedule.total_steps:
             return False
         self._losses.append(loss)
-        if stage.index == 0 or num_steps >= spec.ramp_share * self.schedule.total_steps:
+        if stage.index == 0 or self._is_ramp_spent(spec, num_steps):
             return True
         window = max(2, round(spec.window_share * self.schedule.total_steps))
         if len(self._losses) < 2 * window:
@@ -61,13 +61,18 @@ class StageChooser:
         """
         spec, (present, *narrower) = self.schedule.automatic, self.candidates
         assert spec is not None and narrower
-        if num_steps >= spec.ramp_share * self.schedule.total_steps:
+        if self._is_ramp_spent(spec, num_steps):
             bits = narrower[-1]
         else:
             near = [bits for bits in narrower if losses[bits] <= spec.rise * losses[present]]
             bits = min(near, default=narrower[0])
         self.schedule = self.schedule.narrowed(num_steps, bits)
         self._losses = []
+
+    def _is_ramp_spent(self, spec: AutomaticSpec, num_steps: int) -> bool:
+        """The last step trains at the target in any case."""
+        total = self.schedule.total_steps
+        return num_steps >= min(spec.ramp_share * total, total - 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values: the stages so far and the losses of the last one."""

@@ -29,7 +29,7 @@ from fraqat.distill.teacher import hold_teacher_
 from fraqat.distill.validation import to_device, validation_loss
 from fraqat.errors import InterruptedRunError, NonFiniteLossError, config_error
 from fraqat.kernels import EngineName
-from fraqat.nn import IntegerLayers, kept_widths, scale_parameters, set_bits_
+from fraqat.nn import IntegerLayers, kept_widths, scale_parameters, scale_rates, set_bits_
 from fraqat.schedules import Schedule, Stage
 
 _STEP_TIMES_AVERAGED = 20
@@ -92,7 +92,7 @@ class Distiller:
                 "quantization", "all frozen", allowed="something to train", fix="free a family, or train for 0 steps"
             )
         self.trained = trained
-        self.optimizer = make_optimizer(trained, spec, scale_parameters(student))
+        self.optimizer = make_optimizer(trained, spec, scale_rates(student))
         if spec.ema_decay is not None and any(scale.requires_grad for scale in scale_parameters(student)):
             # A learned scale jumps with the width; its average would still be that of wider stages at the end.
             raise config_error(

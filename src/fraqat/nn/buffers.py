@@ -36,6 +36,11 @@ class OtherWidths(KeepsBufferDtype):
         super().__init__()
         self.widths = frozenset(widths)
 
+    def scales(self) -> dict[float, nn.Parameter]:
+        """The learned scales that are here, by width, ascending."""
+        found = ((bits, getattr(self, _name(bits), None)) for bits in sorted(self.widths))
+        return {bits: state for bits, state in found if isinstance(state, nn.Parameter)}
+
     def put_(self, bits: float, state: Tensor) -> None:
         """Keeps the state of a width."""
         if isinstance(state, nn.Parameter):

@@ -26,6 +26,27 @@ def serve_widths_(model: nn.Module, widths: Sequence[float]) -> None:
         layer.weight_quantizer.serve_({final, *(max(bits, final) for bits in widths)}, layer.master_weight())
 
 
+def scale_rates(model: nn.Module) -> dict[nn.Parameter, float]:
+    """The learned scales of a model, each with what its learning rate is multiplied by.
+
+    Adam's step does not depend on the gradient's size, and a scale falls with the width: at 8 bits it is 127 / 7 = 18 times
+    smaller than at 4, so the same rate would carry it 18 times as far. A width's rate is that of the layer's final width times
+    the ratio of the two scales, as max-abs would have them.
+
+    Args:
+        model: A quantized model at its final width.
+    """
+    rates: dict[nn.Parameter, float] = {}
+    for _, layer in quantized_layers(model):
+        quantizer = layer.weight_quantizer
+        if quantizer.scale is None:
+            continue
+        rates[quantizer.scale] = 1.0
+        for bits, scale in quantizer.others.scales().items() if quantizer.others is not None else ():
+            rates[scale] = quantizer.grid.range_divisor / quantizer.spec.grid(bits).range_divisor
+    return rates
+
+
 def settle_at_(model: nn.Module, bits: float) -> None:
     """Makes one width of `serve_widths_` the final one of the model, as if it had been quantized to it from the start.
 

@@ -158,7 +158,7 @@ def scale_parameters(model: nn.Module) -> list[nn.Parameter]:
         quantizer = layer.weight_quantizer
         if quantizer.scale is not None:
             found.append(quantizer.scale)
-            found += quantizer.others.parameters() if quantizer.others is not None else ()
+            found += quantizer.others.scales().values() if quantizer.others is not None else ()
     return found
 
 
