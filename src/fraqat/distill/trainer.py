@@ -196,7 +196,8 @@ class Distiller:
         if stage.bits != self.bits:
             self._set_bits_(stage.bits)
         if self.step == stage.first_step:
-            log.write_event("stage", self.step, stage=stage.index, bits=stage.bits, num_steps=stage.num_steps)
+            bits = self.schedule.stages[stage.index].bits
+            log.write_event("stage", self.step, stage=stage.index, bits=bits, num_steps=stage.num_steps)
         return stage
 
     def _train_step(self, batches: Iterator[Batch], stage: Stage) -> StepRecord:
