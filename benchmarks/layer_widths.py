@@ -27,8 +27,8 @@ from fraqat.workflows.training import train_student
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 FAMILIES = ("sd3.5-medium", "pixart-sigma", "flux-schnell")
-MIXES = ("3,4,5,6", "4,6", "2,3,4,5,6,8")
-"""Widths that layers may have, beside those of the average: a few, those that hardware has, all."""
+MIXES = ("3,4,5,6", "2,3,4")
+"""Widths that layers may have; one goes with every average between its ends."""
 SETTINGS = (
     "quantization.weight.range_method=learned",
     "schedule={kind: constant}",
@@ -132,7 +132,8 @@ def main() -> None:
             analyze(plain, AnalysisKind.LAYER_WIDTHS, SilentProgress(), bits=widths, folder=folder, session=session)
         found[family] = {}
         for average in averages:
-            fitting = [mix for mix in mixes if min(float(b) for b in mix.split(",")) < average]
+            spans = {mix: [float(bits) for bits in mix.split(",")] for mix in mixes}
+            fitting = [mix for mix, span in spans.items() if min(span) < average < max(span)]
             for mix in (_ALIKE, *fitting):
                 recipe = recipe_of(family, average, mix, table, arguments.settings)
                 place = folder / f"{average:g}-{mix.replace(',', '_').replace(' ', '-')}"
