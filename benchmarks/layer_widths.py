@@ -138,7 +138,18 @@ def main() -> None:
                 recipe = recipe_of(family, average, mix, table, arguments.settings)
                 place = folder / f"{average:g}-{mix.replace(',', '_').replace(' ', '-')}"
                 found[family][f"{average:g}: {mix}"] = measure(session, recipe, place, arguments.steps, arguments.seeds)
-    chosen = " ".join(f"--family {family}" for family in families)
+        write(arguments, averages, mixes, found)
+    print((RESULTS / f"layer_widths_{arguments.date}.md").read_text())
+
+
+def write(
+    arguments: argparse.Namespace,
+    averages: Sequence[float],
+    mixes: Sequence[str],
+    found: dict[str, dict[str, dict[str, Any]]],
+) -> None:
+    """The page and the numbers of the families that are finished."""
+    chosen = " ".join(f"--family {family}" for family in found)
     changes = "".join(f" --average {average:g}" for average in averages) + "".join(f" --mix {mix}" for mix in mixes)
     changes += "".join(f" --set {setting}" for setting in arguments.settings)
     command = (
@@ -157,7 +168,6 @@ def main() -> None:
     target = RESULTS / f"layer_widths_{arguments.date}.md"
     target.write_text("\n\n".join(parts) + "\n")
     target.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-    print(target.read_text())
 
 
 if __name__ == "__main__":

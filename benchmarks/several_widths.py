@@ -130,7 +130,13 @@ def main() -> None:
                 losses.setdefault(name, []).append(losses_of(session, recipe, folder))
         tables.append(table_of(family, losses))
         records[family] = losses
-    chosen = " ".join(f"--family {family}" for family in families)
+        write(arguments, tables, records)
+    print((RESULTS / f"several_widths_{arguments.date}.md").read_text())
+
+
+def write(arguments: argparse.Namespace, tables: Sequence[Table], records: dict[str, Any]) -> None:
+    """The page and the numbers of the families that are finished."""
+    chosen = " ".join(f"--family {family}" for family in records)
     changes = "".join(f" --set {setting}" for setting in arguments.settings)
     command = (
         f"OMP_NUM_THREADS=1 python benchmarks/several_widths.py --work runs/several --date {arguments.date} {chosen} "
@@ -149,7 +155,6 @@ def main() -> None:
     target = RESULTS / f"several_widths_{arguments.date}.md"
     target.write_text("\n\n".join(parts) + "\n")
     target.with_suffix(".json").write_text(json.dumps(records, indent=1) + "\n")
-    print(target.read_text())
 
 
 if __name__ == "__main__":

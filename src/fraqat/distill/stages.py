@@ -49,8 +49,8 @@ class StageChooser:
         before, now = self._losses[-2 * window : -window], self._losses[-window:]
         return statistics.fmean(now) > (1 - spec.gain) * statistics.fmean(before)
 
-    def choose(self, num_steps: int, losses: Mapping[float, float]) -> None:
-        """Ends the stage and begins the next one.
+    def choose(self, num_steps: int, losses: Mapping[float, float]) -> str:
+        """Ends the stage and begins the next one, and says so.
 
         At the narrowest width whose loss is at most `rise` times that of the present one, or the next narrower one where none
         is; at the target where the ramp's share of the steps is spent.
@@ -68,6 +68,8 @@ class StageChooser:
             bits = min(near, default=narrower[0])
         self.schedule = self.schedule.narrowed(num_steps, bits)
         self._losses = []
+        tried = ", ".join(f"{width:g} bits {loss:.3g}" for width, loss in losses.items())
+        return f"after step {num_steps}: {bits:g} bits next; loss at {tried}"
 
     def _is_ramp_spent(self, spec: AutomaticSpec, num_steps: int) -> bool:
         """The last step trains at the target in any case."""

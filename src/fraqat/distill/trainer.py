@@ -26,7 +26,7 @@ from fraqat.distill.spec import CompileMode, TrainSpec
 from fraqat.distill.stages import StageChooser
 from fraqat.distill.task import Batch, DistillTask
 from fraqat.distill.teacher import hold_teacher_
-from fraqat.distill.validation import to_device, validation_loss
+from fraqat.distill.validation import batch_loss, to_device, validation_loss
 from fraqat.errors import InterruptedRunError, NonFiniteLossError, config_error
 from fraqat.kernels import EngineName
 from fraqat.nn import IntegerLayers, kept_widths, scale_parameters, scale_rates, set_bits_
@@ -171,16 +171,29 @@ class Distiller:
 
     def _validate_widths(self, log: RunLog, bits: float) -> dict[float, float]:
         """Held-out loss at the present width, or at all that the model serves; the width stays as it is."""
-        if len(self.schedule.served_bits) == 1:
-            losses = {bits: self.validate()}
-        else:
-            losses: dict[float, float] = {}
-            for served in self.schedule.served_bits:
-                self._set_bits_(served)
-                losses[served] = self.validate()
-            self._set_bits_(bits)
+        served = self.schedule.widths or (bits,)
+        losses = {width: self._at_width(width, self.validate) for width in served}
+        self._set_bits_(bits)
         log.write_widths(self.step, losses)
         return losses
+
+    def _losses_of(self, inputs: Batch) -> dict[float, float]:
+        """The loss of a batch at the widths that an automatic schedule chooses from; the student stays as it is."""
+        bits = self.schedule.stages[-1].bits
+        with kept_widths(self.student):
+            losses = {
+                width: self._at_width(
+                    width, lambda: batch_loss(self.task, self.teacher, self.student, self.spec, inputs)
+                )
+                for width in self.stages.candidates
+            }
+        self.bits = bits
+        self._refresh_codes()
+        return losses
+
+    def _at_width(self, bits: float, measure: Callable[[], float]) -> float:
+        self._set_bits_(bits)
+        return measure()
 
     def _refresh_codes(self) -> None:
         if self.integers is not None:
@@ -222,27 +235,9 @@ class Distiller:
         if self.average is not None:
             self.average.update()
         self.step += 1
-        self._choose_stage(inputs, loss)
+        if self.stages.wants_losses(self.step, loss):
+            self.say(self.stages.choose(self.step, self._losses_of(inputs)))
         return self._record(stage, loss, learning_rate, gradient_norm, 1000 * (time.perf_counter() - start))
-
-    def _choose_stage(self, inputs: Batch, loss: float) -> None:
-        """Lets an automatic schedule end its stage, with the step's last part to measure narrower widths on."""
-        if not self.stages.wants_losses(self.step, loss):
-            return
-        with kept_widths(self.student), torch.no_grad():
-            task, terms = self.task, self.spec.losses
-            self.student.eval()
-            teacher_output = task.predict(self.teacher, inputs)
-            losses: dict[float, float] = {}
-            for bits in self.stages.candidates:
-                set_bits_(self.student, bits)
-                self._refresh_codes()
-                losses[bits] = task.loss(task.predict(self.student, inputs), teacher_output, inputs, terms).item()
-            self.student.train()
-        self._refresh_codes()
-        self.stages.choose(self.step, losses)
-        chosen, tried = self.stages.schedule.stages[-1].bits, ", ".join(f"{b:g}: {x:.3g}" for b, x in losses.items())
-        self.say(f"after step {self.step}: {chosen:g} bits next; loss at {tried}")
 
     def _loss(self, inputs: Batch, stage: Stage) -> Tensor:
         with torch.no_grad(), self._autocast():
