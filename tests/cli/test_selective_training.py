@@ -20,7 +20,7 @@ TABLE_2 = {"train-ff": "FF", "train-attn": "Attn", "train-transformer": "TF", "t
 
 
 def test_one_command_gives_table_2(fraqat, tmp_path: Path) -> None:
-    arguments = ("--seeds", "1", "--rates", "1e-3", "--set", "train.seed=1", "--set", "train.steps=4")
+    arguments = ("--seeds", "1", "--rates", "1e-3", "--set", "train.seed=1", "--set", "train.steps=2")
     schedule = ("--set", "schedule.kind=constant")
     outcome = fraqat(
         *("compare", "color-digits", "--quiet", *TINY_ARGUMENTS, *arguments, *schedule),

@@ -17,6 +17,7 @@ SETTINGS = (
     "quantization.weight.range_method=learned",
     "train.steps=6",
     "train.autocast=none",
+    "train.learning_rate.peak=1e-6",
 )
 
 

@@ -70,7 +70,8 @@ class QuantizationSpec:
     @property
     def final_bits(self) -> float:
         """Where the schedule ends: the lowest width of the finished model."""
-        return min(self.layer_widths.bits.values()) if self.layer_widths is not None else self.weight.bits
+        bits = self.layer_widths.bits if self.layer_widths is not None else {}
+        return min(bits.values(), default=self.weight.bits)
 
     @property
     def width_rules(self) -> tuple[LayerRule, ...]:
