@@ -73,12 +73,10 @@ def with_chosen_widths(values: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: The table cannot be read, lacks a width, or has no such average.
     """
-    quantization = values.get("quantization")
-    section = quantization.get("layer_widths") if isinstance(quantization, dict) else None
-    if not isinstance(section, dict) or not {"average_bits", "table"} <= set(section):
+    quantization: Any = values.get("quantization")
+    section: Any = quantization.get("layer_widths") if isinstance(quantization, dict) else None
+    if not isinstance(section, dict) or not {"average_bits", "table"} <= set(section) or _is_answered(section):
         return values  # what is missing, the schema says
-    if _is_answered(section):
-        return values
     spec = _spec_of(section)
     choice = choose_from_table(spec)
     chosen = {"average_bits": spec.average_bits, "widths": list(spec.widths), "bits": choice.bits}
