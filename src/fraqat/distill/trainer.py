@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,12 +24,13 @@ from fraqat.distill.log import RunLog, StepRecord
 from fraqat.distill.optimizers import make_optimizer
 from fraqat.distill.precision import autocast, autocast_dtype
 from fraqat.distill.spec import CompileMode, TrainSpec
+from fraqat.distill.stages import StageChooser
 from fraqat.distill.task import Batch, DistillTask
 from fraqat.distill.teacher import hold_teacher_
-from fraqat.distill.validation import to_device, validation_loss
+from fraqat.distill.validation import batch_loss, to_device, validation_loss
 from fraqat.errors import InterruptedRunError, NonFiniteLossError, config_error
 from fraqat.kernels import EngineName
-from fraqat.nn import IntegerLayers, scale_parameters, set_bits_
+from fraqat.nn import IntegerLayers, kept_widths, scale_parameters, scale_rates, set_bits_
 from fraqat.schedules import Schedule, Stage
 
 _STEP_TIMES_AVERAGED = 20
@@ -37,11 +38,16 @@ _STEP_TIMES_AVERAGED = 20
 
 @dataclass(frozen=True)
 class DistillResult:
-    """What a finished training leaves: steps, the seconds that they took (all processes), held-out loss at the end."""
+    """What a finished training leaves: steps, the seconds that they took (all processes), held-out loss at the end.
+
+    `losses` has that of every width that the model serves, `stages` bits and steps of what was trained, one after the other.
+    """
 
     num_steps: int
     train_s: float
     validation_loss: float
+    losses: dict[str, float] = field(default_factory=dict[str, float])
+    stages: tuple[tuple[float, int], ...] = ()
 
 
 class Distiller:
@@ -74,7 +80,7 @@ class Distiller:
         say: Callable[[str], None] = lambda text: None,
         warn: Callable[[str], None] = print,
     ):
-        self.task, self.schedule, self.spec, self.folder = task, schedule, spec, folder
+        self.task, self.stages, self.spec, self.folder = task, StageChooser(schedule), spec, folder
         self.teacher = teacher.eval().requires_grad_(False)
         self.student = student
         self.teacher_memory = hold_teacher_(self.teacher, student, spec.teacher.dtype)
@@ -87,7 +93,7 @@ class Distiller:
                 "quantization", "all frozen", allowed="something to train", fix="free a family, or train for 0 steps"
             )
         self.trained = trained
-        self.optimizer = make_optimizer(trained, spec, scale_parameters(student))
+        self.optimizer = make_optimizer(trained, spec, scale_rates(student))
         if spec.ema_decay is not None and any(scale.requires_grad for scale in scale_parameters(student)):
             # A learned scale jumps with the width; its average would still be that of wider stages at the end.
             raise config_error(
@@ -101,6 +107,7 @@ class Distiller:
         self.precision = "the model's own dtype" if dtype is None else str(dtype).removeprefix("torch.")
         self.stream = task.train_stream(spec.batch_size // spec.accumulation, spec.seed)
         self.step = 0
+        self.bits: float | None = None
         self.train_s = 0.0
         self._recent_ms: deque[float] = deque(maxlen=_STEP_TIMES_AVERAGED)
 
@@ -138,7 +145,7 @@ class Distiller:
                     self.on_step(record)
                     is_last = self.step == self.schedule.total_steps
                     if self.step % self.spec.validate_every == 0 and not is_last:
-                        log.write_validation(self.step, stage.bits, self.validate())
+                        self._validate_widths(log, stage.bits)
                     signal_number = guard.signal_number  # read once: one that comes now is obeyed after the next step
                     if self.step % self.spec.checkpoint_every == 0 or is_last or signal_number:
                         self._save(log)
@@ -156,6 +163,11 @@ class Distiller:
         if self.spec.autocast == "auto":
             self.say(f"matrix products in {self.precision}")
 
+    @property
+    def schedule(self) -> Schedule:
+        """The stages of the run, of an automatic schedule as far as they are chosen."""
+        return self.stages.schedule
+
     def validate(self) -> float:
         """Held-out distillation loss of the student, averaged if there is an average."""
         if self.average is None:
@@ -166,19 +178,48 @@ class Distiller:
         self._refresh_codes()
         return loss
 
+    def _validate_widths(self, log: RunLog, bits: float) -> dict[float, float]:
+        """Held-out loss at the present width, or at all that the model serves; the width stays as it is."""
+        served = self.schedule.widths or (bits,)
+        losses = {width: self._at_width(width, self.validate) for width in served}
+        self._set_bits_(bits)
+        log.write_widths(self.step, losses)
+        return losses
+
+    def _losses_of(self, inputs: Batch) -> dict[float, float]:
+        """The loss of a batch at the widths that an automatic schedule chooses from; the student stays as it is."""
+        bits = self.schedule.stages[-1].bits
+        with kept_widths(self.student):
+            losses = {
+                width: self._at_width(
+                    width, lambda: batch_loss(self.task, self.teacher, self.student, self.spec, inputs)
+                )
+                for width in self.stages.candidates
+            }
+        self.bits = bits
+        self._refresh_codes()
+        return losses
+
+    def _at_width(self, bits: float, measure: Callable[[], float]) -> float:
+        self._set_bits_(bits)
+        return measure()
+
     def _refresh_codes(self) -> None:
         if self.integers is not None:
             self.integers.refresh_()
 
     def _set_bits_(self, bits: float) -> None:
-        set_bits_(self.student, bits, on_final_grid=self.schedule.on_final_grid)
+        self.bits = bits
+        if set_bits_(self.student, bits, on_final_grid=self.schedule.on_final_grid):
+            self._refresh_codes()
 
     def _enter_stage(self, log: RunLog) -> Stage:
         stage = self.schedule.stage_at(self.step)
-        if self.step == stage.first_step:
+        if stage.bits != self.bits:
             self._set_bits_(stage.bits)
-            self._refresh_codes()
-            log.write_event("stage", self.step, stage=stage.index, bits=stage.bits, num_steps=stage.num_steps)
+        if self.step == stage.first_step:
+            bits = self.schedule.stages[stage.index].bits
+            log.write_event("stage", self.step, stage=stage.index, bits=bits, num_steps=stage.num_steps)
         return stage
 
     def _train_step(self, batches: Iterator[Batch], stage: Stage) -> StepRecord:
@@ -186,10 +227,12 @@ class Distiller:
         learning_rate = self.spec.learning_rate.at(self.step, self.schedule)
         self.optimizer.set_learning_rate_(learning_rate)
         loss = 0.0
+        inputs: Batch = {}
         for part in range(self.spec.accumulation):
             seed = (self.spec.seed << 32) + self.step * self.spec.accumulation + part
-            inputs = self.task.make_inputs(next(batches), torch.Generator().manual_seed(seed))
-            part_loss = self._loss(to_device(inputs, self.device), stage) / self.spec.accumulation
+            made = self.task.make_inputs(next(batches), torch.Generator().manual_seed(seed))
+            inputs = to_device(made, self.device)
+            part_loss = self._loss(inputs, stage) / self.spec.accumulation
             part_loss.backward()
             loss += part_loss.item()
         if self.integers is not None:
@@ -201,6 +244,8 @@ class Distiller:
         if self.average is not None:
             self.average.update()
         self.step += 1
+        if self.stages.wants_losses(self.step, loss):
+            self.say(self.stages.choose(self.step, self._losses_of(inputs)))
         return self._record(stage, loss, learning_rate, gradient_norm, 1000 * (time.perf_counter() - start))
 
     def _loss(self, inputs: Batch, stage: Stage) -> Tensor:
@@ -243,17 +288,19 @@ class Distiller:
         )
 
     def _finish(self, log: RunLog) -> DistillResult:
-        self._set_bits_(self.schedule.stages[-1].bits)
+        target = self.schedule.target_bits
+        self._set_bits_(target)
         if self.average is not None:
             self.average.copy_to_model()
             self.average = None
-        self._refresh_codes()
+            self._refresh_codes()
         self.student.eval()
-        loss = self.validate()
-        log.write_validation(self.step, self.schedule.stages[-1].bits, loss)
+        losses = self._validate_widths(log, target)
         if self.integers is not None:
             self.integers.release_()
-        return DistillResult(self.step, self.train_s, loss)
+        stages = tuple((stage.bits, stage.num_steps) for stage in self.schedule.stages)
+        by_width = {f"{bits:g}": loss for bits, loss in losses.items()}
+        return DistillResult(self.step, self.train_s, losses[target], by_width, stages)
 
     def _save(self, log: RunLog) -> None:
         state = {
@@ -262,6 +309,7 @@ class Distiller:
             "student": self.student.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict() if self.average else None,
+            "stages": self.stages.state_dict(),
             "stream": self.stream.state_dict(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -276,6 +324,7 @@ class Distiller:
             return
         state = checkpoint.state
         self.step, self.train_s = checkpoint.step, state["train_s"]
+        self.stages.load_state_dict(state.get("stages", self.stages.state_dict()))  # older checkpoints have none
         self._set_bits_(self.schedule.stage_at(self.step - 1).bits)
         self.student.load_state_dict(state["student"])
         self._refresh_codes()

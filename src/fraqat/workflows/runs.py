@@ -136,6 +136,10 @@ class RunFolder:
         """What each method made of the first prompts, as `LABEL/NN.png`, `.txt` or `.wav`."""
         return self.path / "samples"
 
+    def at_width(self, path: Path, bits: float | None) -> Path:
+        """The place beside `path` for one of the widths that the student serves; `path` itself for the final one."""
+        return path if bits is None else path.with_name(f"{path.stem}-{bits:g}-bits{path.suffix}")
+
     @property
     def report_path(self) -> Path:
         """The page."""
