@@ -35,7 +35,7 @@ def section(table: Path, **values: object) -> str:
     return f"quantization.layer_widths={json.dumps({'table': str(table), 'average_bits': 4, **values})}"
 
 
-def test_a_run_trains_its_widths_exports_them_packed_and_is_refused_elsewhere(fraqat, table, tmp_path) -> None:
+def test_a_run_trains_its_widths_and_exports_them_packed(fraqat, table, tmp_path) -> None:
     arguments = (*TINY_ARGUMENTS, "--set", "train.steps=3", "--set", "schedule.kind=constant", "--set", section(table))
     done = fraqat("train", "color-digits", "--out", tmp_path / "run", "--quiet", *arguments)
     assert done.code == 0, done.err
@@ -51,8 +51,6 @@ def test_a_run_trains_its_widths_exports_them_packed_and_is_refused_elsewhere(fr
     packed = json.loads(fraqat("export", run.path, "--quiet", "--json").out)["tables"][0]["rows"][0]
     assert packed["bits per quantized weight"] < 5.0  # with scales and names of a tiny model
     assert fraqat("verify", run.path / "export" / "packed", "--against", run.path, "--quiet").code == 0
-    refused = fraqat("export", run.path, "--format", "onnx", "--quiet")
-    assert refused.code == 2 and "was not trained for target onnx" in refused.err and "weight.bits" in refused.err
 
 
 def test_analyze_measures_the_table_that_a_recipe_reads(fraqat, tmp_path: Path) -> None:
@@ -121,13 +119,24 @@ def test_bad_sections_are_named(table: Path, values: dict, words: str) -> None:
     assert all(word in str(caught.value) for word in words.split()), caught.value
 
 
-def test_a_table_of_another_model_and_a_target_with_other_widths_are_refused(fraqat, table: Path, tmp_path) -> None:
+def test_a_target_without_a_width_says_layer_and_width(tmp_path: Path) -> None:
+    plain = load_recipe("gemma-2-2b-it-tiny", ("target=gguf",))
+    rows = [
+        {"layer": row.name, "weights": row.shape[0] * row.shape[1], "rise at 4": 1.0, "rise at 5": 0.5}
+        for row in open_session(plain).layers(plain).quantized
+    ]
+    path = tmp_path / "layer-widths.json"
+    path.write_text(json.dumps({"kind": "layer-widths", "tables": [{"rows": rows}]}))
+    recipe = load_recipe("gemma-2-2b-it-tiny", ("target=gguf", section(path, average_bits=4.5)))
+    with pytest.raises(ConfigError, match=r"quantization of layer model\..*: weight\.bits = 5.*for target gguf"):
+        open_session(recipe).layers(recipe)
+
+
+def test_a_table_of_another_model_is_refused(fraqat, table: Path, tmp_path) -> None:
     values = json.loads(table.read_text())
     del values["tables"][0]["rows"][5]
     (tmp_path / "other.json").write_text(json.dumps(values))
     missing = fraqat("train", "color-digits", "--dry-run", "--set", section(tmp_path / "other.json"))
     assert missing.code == 2 and "quantization.layer_widths.table" in missing.err and "is not in it" in missing.err
-    onnx = fraqat("train", "color-digits", "--dry-run", "--set", section(table), "--set", "target=gguf")
-    assert onnx.code == 2 and "gguf" in onnx.err
     again = fraqat("analyze", "color-digits", "--what", "layer-widths", "--set", section(table))
     assert again.code == 2 and "quantization.layer_widths=null" in again.err
