@@ -6,13 +6,15 @@ from fraqat.distill.code_flips import CODES_EVENT, CodeFlips, FlipCount
 from fraqat.distill.log import LOG_FILE, StepRecord, read_log
 from fraqat.distill.losses import LANGUAGE_LOSSES, OUTPUT_LOSSES, LossSpec, distillation_loss
 from fraqat.distill.optimizers import DeviceOptimizer, HostOptimizer, TrainOptimizer, make_optimizer
-from fraqat.distill.spec import TeacherSpec, TrainSpec
+from fraqat.distill.spec import ParallelSpec, TeacherSpec, TrainSpec
 from fraqat.distill.task import Batch, BatchStream, DistillTask, Prediction
 from fraqat.distill.teacher import StoredWeight, TeacherMemory, hold_teacher_, share_frozen_, store_weights_
 from fraqat.distill.trainer import Distiller, DistillResult
 from fraqat.distill.validation import validation_loss
+from fraqat.distill.workers import ALONE, Workers, current_workers, joined
 
 __all__ = [
+    "ALONE",
     "CODES_EVENT",
     "LANGUAGE_LOSSES",
     "LOG_FILE",
@@ -28,6 +30,7 @@ __all__ = [
     "FlipCount",
     "HostOptimizer",
     "LossSpec",
+    "ParallelSpec",
     "Prediction",
     "StepRecord",
     "StoredWeight",
@@ -35,10 +38,13 @@ __all__ = [
     "TeacherSpec",
     "TrainOptimizer",
     "TrainSpec",
+    "Workers",
     "checkpoint_blocks_",
+    "current_workers",
     "describe_difference",
     "distillation_loss",
     "hold_teacher_",
+    "joined",
     "keep_products",
     "make_optimizer",
     "read_log",

@@ -16,6 +16,7 @@ OptimizerName = Literal["adamw", "adamw_8bit"]
 OptimizerDevice = Literal["same", "host"]
 TeacherDtype = Literal["model", "bfloat16", "int8"]
 CheckpointedModules = Literal["none", "blocks"]
+ParallelMode = Literal["none", "ddp"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,27 @@ class TeacherSpec:
 
 
 @dataclass(frozen=True)
+class ParallelSpec:
+    """How several processes, started by `torchrun`, train one student; see docs/parallel.md.
+
+    None of it changes what a batch is: `train.accumulation` divides a batch into parts, and the processes share these.
+
+    Args:
+        mode: `none`: one process. `ddp`: each has everything, gradients are summed.
+        timeout_s: Seconds that a process waits for the others before it gives up.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_KEYS
+
+    mode: ParallelMode = "none"
+    timeout_s: float = 1800.0
+
+    def __post_init__(self) -> None:
+        _check_choice("train.parallel.mode", self.mode, ParallelMode)
+        _check("train.parallel.timeout_s", self.timeout_s, 0 < self.timeout_s < math.inf, "more than 0 seconds")
+
+
+@dataclass(frozen=True)
 class TrainSpec:
     """How long, with what data order, optimizer and precision.
 
@@ -45,7 +67,7 @@ class TrainSpec:
             schedule's own stages.
         epochs: Passes over the training data, instead of `steps`.
         batch_size: Samples per optimizer step.
-        accumulation: Parts in which a batch is computed; `batch_size` must be a multiple.
+        accumulation: Parts in which a batch is computed; `batch_size` must be a multiple. Several processes share the parts.
         learning_rate: Peak and course.
         losses: Weighted terms on the outputs.
         optimizer: `adamw`, or `adamw_8bit` with its state in 8 bits (needs torchao); master weights are float32 with both.
@@ -62,6 +84,7 @@ class TrainSpec:
         activation_checkpointing: `blocks` keeps the results of matrix products in the student's repeated blocks and computes
             everything else again in the backward pass; `none` keeps what autograd keeps.
         engine: How the products of quantized layers are computed in training.
+        parallel: How several processes train together.
         compile: `none`; `default` compiles student and teacher once for all widths (needs a C++ compiler on a CPU, Triton on
             CUDA; minutes at the start); `cuda_graphs` also records CUDA graphs.
         seed: Decides data order, noise, timesteps and dropped captions.
@@ -93,6 +116,7 @@ class TrainSpec:
     teacher: TeacherSpec = field(default_factory=TeacherSpec)
     activation_checkpointing: CheckpointedModules = "none"
     engine: EngineSpec = field(default_factory=EngineSpec)
+    parallel: ParallelSpec = field(default_factory=ParallelSpec)
     compile: CompileMode = "none"
     seed: int = 1234
     validate_every: int = 100

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,12 @@ from fraqat.distill.ema import ParameterAverage
 from fraqat.distill.interrupt import InterruptGuard
 from fraqat.distill.log import RunLog, StepRecord
 from fraqat.distill.optimizers import make_optimizer
-from fraqat.distill.spec import CompileMode, TrainSpec
+from fraqat.distill.parallel import make_models
+from fraqat.distill.spec import TrainSpec
 from fraqat.distill.task import Batch, DistillTask
 from fraqat.distill.teacher import hold_teacher_
 from fraqat.distill.validation import to_device, validation_loss
+from fraqat.distill.workers import SharedStream, Workers, check_mode, current_workers
 from fraqat.errors import InterruptedRunError, NonFiniteLossError, config_error
 from fraqat.kernels import EngineName
 from fraqat.nn import IntegerLayers, scale_parameters, set_bits_
@@ -57,6 +60,8 @@ class Distiller:
         on_step: Called after every optimizer step, for the progress line.
         say: Receives lines about what happens.
         warn: Receives lines that a person should not miss.
+        workers: The processes that train together; None: those of torch.distributed, or this one alone. The first one writes
+            log and checkpoints.
     """
 
     def __init__(
@@ -72,7 +77,11 @@ class Distiller:
         on_step: Callable[[StepRecord], None] = lambda record: None,
         say: Callable[[str], None] = lambda text: None,
         warn: Callable[[str], None] = print,
+        workers: Workers | None = None,
     ):
+        self.workers = workers or current_workers()
+        check_mode(spec.parallel, self.workers.num)
+        parts = self.workers.parts(spec.accumulation)
         self.task, self.schedule, self.spec, self.folder = task, schedule, spec, folder
         self.teacher = teacher.eval().requires_grad_(False)
         self.student = student
@@ -94,9 +103,9 @@ class Distiller:
             )
         self.average = ParameterAverage(student, spec.ema_decay) if spec.ema_decay is not None else None
         self.integers = IntegerLayers(student, spec.engine) if spec.engine.name != EngineName.REFERENCE else None
-        self._called_teacher = compiled(self.teacher, spec.compile)
-        self._called_student = compiled(student, spec.compile)
-        self.stream = task.train_stream(spec.batch_size // spec.accumulation, spec.seed)
+        self.models = make_models(task, self.teacher, student, spec, self.workers)
+        stream = task.train_stream(spec.batch_size // spec.accumulation, spec.seed)
+        self.stream, self._last_part = SharedStream(stream, spec.accumulation, parts), parts[-1]
         self.step = 0
         self.train_s = 0.0
         self._recent_ms: deque[float] = deque(maxlen=_STEP_TIMES_AVERAGED)
@@ -112,11 +121,10 @@ class Distiller:
         torch.manual_seed(self.spec.seed)
         undo = checkpoint_blocks_(self.student) if self.spec.activation_checkpointing == "blocks" else lambda: None
         self._resume()
-        log = RunLog(self.folder, self.step, tensorboard=self.spec.tensorboard)
+        log = RunLog(self.folder, self.step, tensorboard=self.spec.tensorboard, writes=self.workers.is_first)
         if self.step:
             log.write_event("resume", self.step)
             self.say(f"going on from the checkpoint after step {self.step}")
-        batches = iter(self.stream)
         self.student.train()
         num_named = -1
         try:
@@ -124,7 +132,7 @@ class Distiller:
                 while self.step < self.schedule.total_steps:
                     stage = self._enter_stage(log)
                     flips.before_step(self.step)
-                    record = self._train_step(batches, stage)
+                    record = self._train_step(stage)
                     log.write_step(record)
                     flips.after_step(record)
                     if self.integers is not None and self.integers.num_now != num_named:
@@ -135,13 +143,14 @@ class Distiller:
                     is_last = self.step == self.schedule.total_steps
                     if self.step % self.spec.validate_every == 0 and not is_last:
                         log.write_validation(self.step, stage.bits, self.validate())
-                    signal_number = guard.signal_number  # read once: one that comes now is obeyed after the next step
+                    # read once: one that comes now is obeyed after the next step
+                    signal_number = self.workers.largest(guard.signal_number or 0)
                     if self.step % self.spec.checkpoint_every == 0 or is_last or signal_number:
                         self._save(log)
                     if signal_number:
                         self._leave(signal_number)
-                if guard.signal_number:
-                    self._leave(guard.signal_number)
+                if signal_number := self.workers.largest(guard.signal_number or 0):
+                    self._leave(signal_number)
             return self._finish(log)
         finally:
             log.close()
@@ -150,12 +159,15 @@ class Distiller:
     def validate(self) -> float:
         """Held-out distillation loss of the student, averaged if there is an average."""
         if self.average is None:
-            return validation_loss(self.task, self.teacher, self.student, self.spec)
+            return self._validation_loss()
         with self.average.applied():
             self._refresh_codes()
-            loss = validation_loss(self.task, self.teacher, self.student, self.spec)
+            loss = self._validation_loss()
         self._refresh_codes()
         return loss
+
+    def _validation_loss(self) -> float:
+        return validation_loss(self.task, self.teacher, self.student, self.spec, workers=self.workers)
 
     def _refresh_codes(self) -> None:
         if self.integers is not None:
@@ -172,18 +184,12 @@ class Distiller:
             log.write_event("stage", self.step, stage=stage.index, bits=stage.bits, num_steps=stage.num_steps)
         return stage
 
-    def _train_step(self, batches: Iterator[Batch], stage: Stage) -> StepRecord:
+    def _train_step(self, stage: Stage) -> StepRecord:
         start = time.perf_counter()
         learning_rate = self.spec.learning_rate.at(self.step, self.schedule)
         self.optimizer.set_learning_rate_(learning_rate)
         self.optimizer.zero_grad()
-        loss = 0.0
-        for part in range(self.spec.accumulation):
-            seed = (self.spec.seed << 32) + self.step * self.spec.accumulation + part
-            inputs = self.task.make_inputs(next(batches), torch.Generator().manual_seed(seed))
-            part_loss = self._loss(to_device(inputs, self.device), stage) / self.spec.accumulation
-            part_loss.backward()
-            loss += part_loss.item()
+        loss = self._gradients_of_parts(stage)
         if self.integers is not None:
             self.integers.finish_gradients_()
         gradient_norm = self._clip_gradient(stage)
@@ -194,15 +200,43 @@ class Distiller:
         self.step += 1
         return self._record(stage, loss, learning_rate, gradient_norm, 1000 * (time.perf_counter() - start))
 
-    def _loss(self, inputs: Batch, stage: Stage) -> Tensor:
+    def _gradients_of_parts(self, stage: Stage) -> float:
+        """Leaves the gradient of the whole batch in the parameters, and gives its loss.
+
+        All that is random in a part is drawn from the part's own seed, so that it does not matter which process computes it.
+        """
+        losses: list[float] = []
+        suspect: Batch = {}
+        # Gradients are averaged over the processes, each of which sums those of its own parts.
+        num_summed = self.spec.accumulation // self.workers.num
+        for part, batch in self.stream.next_parts():
+            seed = (self.spec.seed << 32) + self.step * self.spec.accumulation + part
+            torch.manual_seed(seed)
+            inputs = to_device(self.task.make_inputs(batch, torch.Generator().manual_seed(seed)), self.device)
+            with self.models.part(is_last=part == self._last_part):
+                loss = self._loss(inputs)
+                (loss / num_summed).backward()
+            if all(math.isfinite(value) for value in losses):
+                suspect = inputs
+            losses.append(loss.item())
+        told = [value for row in self.workers.gather(losses) for value in row]
+        self._check_losses(stage, told, suspect)
+        return sum(value / self.spec.accumulation for value in told)
+
+    def _loss(self, inputs: Batch) -> Tensor:
         with torch.no_grad(), self._autocast():
-            teacher_output = self.task.predict(self._called_teacher, inputs)
+            teacher_output = self.models.teacher(inputs)
         with self._autocast():
-            student_output = self.task.predict(self._called_student, inputs)
-            loss = self.task.loss(student_output, teacher_output, inputs, self.spec.losses)
-        if not bool(torch.isfinite(loss)):
-            self._fail(stage, self._find_non_finite_layer(inputs), f"the loss is {loss.item()}")
-        return loss
+            student_output = self.models.student(inputs)
+            return self.task.loss(student_output, teacher_output, inputs, self.spec.losses)
+
+    def _check_losses(self, stage: Stage, losses: list[float], inputs: Batch) -> None:
+        """Stops all processes at a loss that is not finite. `inputs` are those of the first such part of this process."""
+        bad = [number for number, value in enumerate(losses) if not math.isfinite(value)]
+        if bad:
+            places = self.workers.gather_text(self._find_non_finite_layer(inputs))
+            first = bad[0] // (len(losses) // self.workers.num)
+            self._fail(stage, places[first], f"the loss is {losses[bad[0]]}")
 
     def _clip_gradient(self, stage: Stage) -> float:
         parameters = [p for p in self.trained if p.grad is not None]
@@ -257,11 +291,13 @@ class Distiller:
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
-        self.store.save(self.step, state)
+        self.workers.first(lambda: self.store.save(self.step, state))
         log.write_event("checkpoint", self.step)
 
     def _resume(self) -> None:
-        checkpoint = self.store.load_latest()
+        checkpoint = self.workers.first(self.store.load_latest)
+        if not self.workers.is_first:
+            checkpoint = self.store.load_latest()
         if checkpoint is None:
             return
         state = checkpoint.state
@@ -307,10 +343,3 @@ class Distiller:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
-
-def compiled(model: nn.Module, mode: CompileMode) -> nn.Module:
-    """The model as training calls it: itself, or compiled."""
-    if mode == "none":
-        return model
-    options: Any = torch.compile(model, mode="reduce-overhead" if mode == "cuda_graphs" else "default")
-    return options

@@ -1,0 +1,104 @@
+"""Laws of several processes: they train the student that one process trains."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from parallel_cases import CASES, NUM_PARTS, losses, train_case
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fraqat.distill import ParallelSpec, Workers
+from fraqat.errors import ConfigError
+
+WORKER = Path(__file__).parent / "parallel_cases.py"
+PLAIN = ParallelSpec()
+
+
+def spawn(num: int, out: Path, jobs: list[tuple[str, dict[str, Any]]]) -> None:
+    """Runs jobs in so many processes over gloo, as `torchrun` would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num), "LOCAL_WORLD_SIZE": str(num)}
+    command = [sys.executable, "-W", "error::UserWarning:fraqat", str(WORKER), str(out), json.dumps(jobs)]
+    processes = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(num)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-4000:]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What one process gives, by case."""
+    made: dict[str, tuple[dict[str, Tensor], list[float]]] = {}
+
+    def get(name: str) -> tuple[dict[str, Tensor], list[float]]:
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            made[name] = train_case(name, folder, PLAIN), losses(folder)
+        return made[name]
+
+    return get
+
+
+DDP = {"mode": "ddp"}
+TWO_PROCESSES = [(name, DDP) for name in CASES]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs of two processes: one start for all checks."""
+    out = tmp_path_factory.mktemp("two")
+    spawn(2, out, TWO_PROCESSES)
+    return out
+
+
+def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], bound: float) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        difference = (found[name].double() - value.double()).abs().max() if value.numel() else torch.zeros(())
+        assert difference <= bound * (1 + value.double().abs().max()), (name, float(difference))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_with_ddp_train_what_one_trains(name: str, two: Path, alone: Any) -> None:
+    wanted, wanted_losses = alone(name)
+    folder = two / f"{name}-ddp"
+    first, second = (load_file(folder / f"rank{rank}.safetensors") for rank in range(2))
+    assert_close(second, first, 0.0)
+    assert_close(first, wanted, 1e-4)
+    assert losses(folder) == pytest.approx(wanted_losses, rel=1e-3)
+
+
+def test_a_process_computes_its_own_parts() -> None:
+    assert [list(Workers(rank, 2).parts(4)) for rank in range(2)] == [[0, 1], [2, 3]]
+
+
+def test_parts_that_cannot_be_shared_equally_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"train\.accumulation = 4 .* a multiple of 3.* set train\.accumulation: 6"):
+        Workers(0, 3).parts(NUM_PARTS)
+
+
+def test_a_recipe_for_one_process_is_refused_in_several(tmp_path: Path) -> None:
+    from fraqat.distill.workers import check_mode
+
+    with pytest.raises(ConfigError, match=r"train\.parallel\.mode = 'none' .* ddp, fsdp2 or hybrid in 2 processes"):
+        check_mode(PLAIN, 2)
