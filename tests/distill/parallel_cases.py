@@ -20,7 +20,7 @@ from fraqat.distill import Distiller, ParallelSpec, joined, read_log
 from fraqat.kernels import EngineName
 from fraqat.nn import EngineSpec, QuantSpec, WeightSpec
 
-NUM_PARTS = 4
+NUM_PARTS = 2
 STEPS = 9
 """One of each of the nine stages."""
 HIDDEN = 64
@@ -30,15 +30,15 @@ EIGHT_BIT_HIDDEN = 128
 REFERENCE = EngineSpec(EngineName.REFERENCE)
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "averaged": {"ema_decay": 0.9, "weight_decay": 0.1, "optimizer": "adamw"},
+    "averaged": {"ema_decay": 0.9, "weight_decay": 0.1, "weight": WeightSpec(range_method="mse")},
     "eight-bit": {"optimizer": "adamw_8bit", "hidden": EIGHT_BIT_HIDDEN, "weight_decay": 0.1},
     "selective": {"train": "blocks"},
     "learned": {"weight": WeightSpec(range_method="learned")},
     "final-grid": {"grid": "final"},
-    "reference": {"engine": REFERENCE, "weight": WeightSpec(granularity="group", group_size=16, range_method="mse")},
+    "reference": {"engine": REFERENCE, "weight": WeightSpec(granularity="group", group_size=8, range_method="mse")},
     "per-tensor": {"weight": WeightSpec(granularity="tensor")},
 }
-"""Options of `train_case` by name. Clipping is loose, so that the norm's order of sums does not show in the weights."""
+"""Options of `train_case` by name."""
 
 
 class Block(nn.Module):
@@ -84,11 +84,11 @@ def make_case(
     steps: int = STEPS,
     **changes: Any,
 ) -> Distiller:
-    """The trainer of a case."""
+    """The trainer of a case. Clipping is loose, so that the norm's order of sums does not show in the weights."""
     torch.manual_seed(0)
     teacher, student = Blocks(hidden), Blocks(hidden)
     student.load_state_dict(teacher.state_dict())
-    quantize_(student, QuantSpec(weight=weight or WeightSpec(range_method="mse")))
+    quantize_(student, QuantSpec(weight=weight or WeightSpec()))
     if train != "All":
         for name, parameter in student.named_parameters():
             parameter.requires_grad_(name.startswith(train))
@@ -107,19 +107,23 @@ def train_case(name: str, folder: Path, parallel: ParallelSpec, **changes: Any) 
     return found
 
 
+def job_folder(name: str, values: dict[str, Any], changes: dict[str, Any]) -> str:
+    """Where a job leaves its run."""
+    return "-".join((name, *(str(value) for value in (*values.values(), *changes.values()))))
+
+
 def losses(folder: Path) -> list[float]:
     """Of every step in the log of a run."""
     return [event["loss"] for event in read_log(folder) if event["event"] == "step"]
 
 
 def main(out: Path, jobs: list[list[Any]]) -> None:
-    """Runs jobs, [name, values of `ParallelSpec`], as one process of several."""
+    """Runs jobs, [case, values of `ParallelSpec`, changes of the case], as one process of several."""
     torch.set_num_threads(1)
     with joined(ParallelSpec("ddp", timeout_s=120), torch.device("cpu")) as workers:
-        for name, values in jobs:
-            parallel = ParallelSpec(**values)
-            folder = out / f"{name}-{parallel.mode}"
-            found = train_case(name, folder, parallel)
+        for name, values, changes in jobs:
+            folder = out / job_folder(name, values, changes)
+            found = train_case(name, folder, ParallelSpec(**values), **changes)
             save_file(found, folder / f"rank{workers.rank}.safetensors")
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
 
 from fraqat.distill.spec import CompileMode, TrainSpec
 from fraqat.distill.task import Batch, DistillTask, Prediction
@@ -43,13 +44,41 @@ class TrainedModels:
         spec: `compile`.
     """
 
+    is_sharded = False
+
     def __init__(self, task: DistillTask, teacher: nn.Module, student: nn.Module, spec: TrainSpec):
+        self._model = student
         self.teacher: nn.Module = Predictor(task, compiled(teacher, spec.compile))
         self.student: nn.Module = Predictor(task, compiled(student, spec.compile))
 
     def part(self, *, is_last: bool) -> AbstractContextManager[Any]:
         """Around forward and backward pass of a part of a batch; gradients travel in the last one alone."""
         return nullcontext()
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """What this process trains, by name: parameters, or the rows of them that it holds."""
+        return {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+
+    def whole_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters that `trained_parameters` are parts of."""
+        return {name: tuple(p.shape) for name, p in self.trained_parameters().items()}
+
+    def zero_grad_(self) -> None:
+        """Lets gradients leave memory that are not those of `trained_parameters`."""
+
+    def collect_gradients_(self) -> None:
+        """Gives `trained_parameters` their gradients, after the last backward pass of a batch."""
+
+    def total_norm(self, gradients: list[Tensor]) -> Tensor:
+        """Norm of the whole gradient, of which this process holds `gradients`."""
+        return get_total_norm(gradients)
+
+    def weights_changed_(self) -> None:
+        """Call it whenever trained parameters or widths have changed: nothing that was made of them is used again."""
+
+    def full_state(self) -> dict[str, Tensor]:
+        """The student's state dict, whole; on the host where processes hold parts. All must ask together."""
+        return self._model.state_dict()
 
 
 class ReplicatedModels(TrainedModels):
@@ -58,32 +87,24 @@ class ReplicatedModels(TrainedModels):
     Args:
         task, teacher, student, spec: See `TrainedModels`.
         workers: The processes.
-
-    Raises:
-        ConfigError: The processes have begun with different students.
     """
 
     def __init__(self, task: DistillTask, teacher: nn.Module, student: nn.Module, spec: TrainSpec, workers: Workers):
         super().__init__(task, teacher, student, spec)
-        check_same_start(student, workers)
-        # Said at the first step where every parameter is used; learned scales of integer layers get theirs afterwards.
-        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified", category=UserWarning)
-        self._student = DistributedDataParallel(
-            self.student, broadcast_buffers=False, init_sync=False, find_unused_parameters=True
-        )
+        if spec.parallel.teacher == "shard":
+            from fraqat.distill.sharded import make_mesh, shard_teacher_  # FSDP2 is slow to import
+
+            shard_teacher_(self.teacher, teacher, make_mesh(spec.parallel, workers, next(teacher.parameters()).device))
+        # Learned scales of integer layers have no gradient from autograd, and not every model uses all that it has. PyTorch
+        # must look for such parameters, and complains where there are none.
+        self.student.register_parameter("never_used", nn.Parameter(torch.zeros(1, device=next(student.parameters()).device)))
+        buffers = "forward_sync_buffers" if "forward_sync_buffers" in _ddp_arguments() else "broadcast_buffers"
+        options: dict[str, Any] = {buffers: False, "init_sync": False, "find_unused_parameters": True}
+        self._student = DistributedDataParallel(self.student, **options)
         self.student = self._student
 
     def part(self, *, is_last: bool) -> AbstractContextManager[Any]:
         return nullcontext() if is_last else self._student.no_sync()
-
-
-def make_models(
-    task: DistillTask, teacher: nn.Module, student: nn.Module, spec: TrainSpec, workers: Workers
-) -> TrainedModels:
-    """The models as a recipe wants them."""
-    if workers.num == 1:
-        return TrainedModels(task, teacher, student, spec)
-    return ReplicatedModels(task, teacher, student, spec, workers)
 
 
 @torch.no_grad()
@@ -104,6 +125,10 @@ def check_same_start(student: nn.Module, workers: Workers) -> None:
 
 def _sum(tensor: Tensor) -> float:
     return tensor.sum(dtype=torch.float64).item()
+
+
+def _ddp_arguments() -> frozenset[str]:
+    return frozenset(inspect.signature(DistributedDataParallel.__init__).parameters)
 
 
 def compiled(model: nn.Module, mode: CompileMode) -> nn.Module:

@@ -16,7 +16,7 @@ OptimizerName = Literal["adamw", "adamw_8bit"]
 OptimizerDevice = Literal["same", "host"]
 TeacherDtype = Literal["model", "bfloat16", "int8"]
 CheckpointedModules = Literal["none", "blocks"]
-ParallelMode = Literal["none", "ddp"]
+ParallelMode = Literal["none", "ddp", "fsdp2", "hybrid"]
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,41 @@ class ParallelSpec:
     None of it changes what a batch is: `train.accumulation` divides a batch into parts, and the processes share these.
 
     Args:
-        mode: `none`: one process. `ddp`: each has everything, gradients are summed.
+        mode: `none`: one process. `ddp`: each has everything, gradients are averaged. `fsdp2`: each holds a part of every weight
+            of the student, with its gradient and optimizer state. `hybrid`: so do the processes of a group, and the groups
+            average their gradients.
+        shards: Processes of a group of `hybrid`; None: those of one machine.
+        teacher: `replicate`: whole in every process; `shard`: in parts.
+        gather: What travels when a sharded weight is made whole: `weights`, once or more for every part of a batch, or `codes`
+            with their scales, once for a batch; these need stages of at most 8 bits on grids of their own.
+        reduce: Sharded gradients are summed over the processes once for a `batch`, which keeps them whole until then, or for
+            every `part` of it.
         timeout_s: Seconds that a process waits for the others before it gives up.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_KEYS
 
     mode: ParallelMode = "none"
+    shards: int | None = None
+    teacher: Literal["replicate", "shard"] = "replicate"
+    gather: Literal["weights", "codes"] = "weights"
+    reduce: Literal["batch", "part"] = "batch"
     timeout_s: float = 1800.0
 
     def __post_init__(self) -> None:
         _check_choice("train.parallel.mode", self.mode, ParallelMode)
+        for name, allowed in (
+            ("teacher", ("replicate", "shard")),
+            ("gather", ("weights", "codes")),
+            ("reduce", ("batch", "part")),
+        ):
+            _check(f"train.parallel.{name}", getattr(self, name), getattr(self, name) in allowed, ", ".join(allowed))
+        is_sharded = self.mode in ("fsdp2", "hybrid")
+        _check("train.parallel.gather", self.gather, is_sharded or self.gather == "weights", "weights without fsdp2 or hybrid")
+        _check("train.parallel.reduce", self.reduce, is_sharded or self.reduce == "batch", "batch without fsdp2 or hybrid")
+        _check("train.parallel.teacher", self.teacher, self.mode != "none" or self.teacher == "replicate", "replicate in one process")
+        _check("train.parallel.shards", self.shards, self.shards is None or self.mode == "hybrid", "null without hybrid")
+        _check("train.parallel.shards", self.shards, self.shards is None or self.shards >= 1, "1 or more, or null")
         _check("train.parallel.timeout_s", self.timeout_s, 0 < self.timeout_s < math.inf, "more than 0 seconds")
 
 

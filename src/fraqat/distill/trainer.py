@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from fraqat.distill.checkpoint import CheckpointStore
 from fraqat.distill.checkpointing import checkpoint_blocks_
@@ -22,10 +22,10 @@ from fraqat.distill.diagnose import first_non_finite_layer, first_non_finite_par
 from fraqat.distill.ema import ParameterAverage
 from fraqat.distill.interrupt import InterruptGuard
 from fraqat.distill.log import RunLog, StepRecord
+from fraqat.distill.models import make_models
 from fraqat.distill.optimizers import make_optimizer
-from fraqat.distill.parallel import make_models
 from fraqat.distill.spec import TrainSpec
-from fraqat.distill.task import Batch, DistillTask
+from fraqat.distill.task import Batch, DistillTask, Prediction
 from fraqat.distill.teacher import hold_teacher_
 from fraqat.distill.validation import to_device, validation_loss
 from fraqat.distill.workers import SharedStream, Workers, check_mode, current_workers
@@ -89,21 +89,22 @@ class Distiller:
         self.on_step, self.say, self.warn = on_step, say, warn
         self.device = next(student.parameters()).device
         self.store = CheckpointStore(folder / "checkpoints", fingerprint or {}, spec.num_checkpoints_kept, warn)
-        trained = [p for p in student.parameters() if p.requires_grad]
-        if not trained:
+        if not any(p.requires_grad for p in student.parameters()):
             raise config_error(
                 "quantization", "all frozen", allowed="something to train", fix="free a family, or train for 0 steps"
             )
-        self.trained = trained
-        self.optimizer = make_optimizer(trained, spec, scale_parameters(student))
-        if spec.ema_decay is not None and any(scale.requires_grad for scale in scale_parameters(student)):
+        scales = {id(scale) for scale in scale_parameters(student) if scale.requires_grad}
+        scale_names = [name for name, p in student.named_parameters() if id(p) in scales]
+        if spec.ema_decay is not None and scale_names:
             # A learned scale jumps with the width; its average would still be that of wider stages at the end.
             raise config_error(
                 "train.ema_decay", spec.ema_decay, allowed="null with learned scales", fix="use range_method: mse"
             )
-        self.average = ParameterAverage(student, spec.ema_decay) if spec.ema_decay is not None else None
         self.integers = IntegerLayers(student, spec.engine) if spec.engine.name != EngineName.REFERENCE else None
-        self.models = make_models(task, self.teacher, student, spec, self.workers)
+        self.models = make_models(task, self.teacher, student, spec, self.workers, self.integers, schedule)
+        self.trained = self.models.trained_parameters()
+        self.optimizer = make_optimizer(list(self.trained.values()), spec, [self.trained[name] for name in scale_names])
+        self.average = ParameterAverage(self.trained, spec.ema_decay) if spec.ema_decay is not None else None
         stream = task.train_stream(spec.batch_size // spec.accumulation, spec.seed)
         self.stream, self._last_part = SharedStream(stream, spec.accumulation, parts), parts[-1]
         self.step = 0
@@ -167,9 +168,16 @@ class Distiller:
         return loss
 
     def _validation_loss(self) -> float:
-        return validation_loss(self.task, self.teacher, self.student, self.spec, workers=self.workers)
+        return validation_loss(
+            self.task, self.teacher, self.student, self.spec, workers=self.workers, predict=self._predict
+        )
+
+    def _predict(self, model: nn.Module, inputs: Batch) -> Prediction:
+        return (self.models.teacher if model is self.teacher else self.models.student)(inputs)
 
     def _refresh_codes(self) -> None:
+        """Call it whenever weights or widths have changed."""
+        self.models.weights_changed_()
         if self.integers is not None:
             self.integers.refresh_()
 
@@ -189,9 +197,11 @@ class Distiller:
         learning_rate = self.spec.learning_rate.at(self.step, self.schedule)
         self.optimizer.set_learning_rate_(learning_rate)
         self.optimizer.zero_grad()
+        self.models.zero_grad_()
         loss = self._gradients_of_parts(stage)
         if self.integers is not None:
             self.integers.finish_gradients_()
+        self.models.collect_gradients_()
         gradient_norm = self._clip_gradient(stage)
         self.optimizer.step()
         self._refresh_codes()
@@ -239,8 +249,8 @@ class Distiller:
             self._fail(stage, places[first], f"the loss is {losses[bad[0]]}")
 
     def _clip_gradient(self, stage: Stage) -> float:
-        parameters = [p for p in self.trained if p.grad is not None]
-        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        parameters = [p for p in self.trained.values() if p.grad is not None]
+        norm = self.models.total_norm([p.grad for p in parameters if p.grad is not None])
         if not bool(torch.isfinite(norm)):
             where = first_non_finite_parameter(self.student)
             self._fail(stage, f"the gradient of {where}", "the gradient is not finite")
@@ -333,7 +343,7 @@ class Distiller:
     def _find_non_finite_layer(self, inputs: Batch) -> str:
         for role, model in (("teacher", self.teacher), ("student", self.student)):
             with self._autocast():
-                name = first_non_finite_layer(model, lambda m=model: self.task.predict(m, inputs))
+                name = first_non_finite_layer(model, lambda m=model: self._predict(m, inputs))
             if name is not None:
                 return f"{role} layer {name}"
         return "the loss itself"
