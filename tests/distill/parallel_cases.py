@@ -102,7 +102,7 @@ def train_case(name: str, folder: Path, parallel: ParallelSpec, **changes: Any) 
     """Trains a case and gives the student with its losses."""
     distiller = make_case(folder, parallel, **{**CASES[name], **changes})
     result = distiller.run()
-    found = {name: value.detach().clone() for name, value in distiller.student.state_dict().items()}
+    found = {name: value.clone() for name, value in distiller.models.full_state().items()}
     found["validation"] = torch.tensor(result.validation_loss, dtype=torch.float64)
     return found
 

@@ -41,6 +41,8 @@ _FREE_TRAIN_FIELDS = (
     "validate_every",
     "checkpoint_every",
     "num_checkpoints_kept",
+    "keep_best",
+    "async_checkpoints",
     "tensorboard",
     "log_code_flips",
     "parallel",

@@ -45,6 +45,9 @@ class TrainedModels:
     """
 
     is_sharded = False
+    """Whether the student, as it was given, is whole in no process any more."""
+    is_copy = False
+    """Whether another process holds the same rows."""
 
     def __init__(self, task: DistillTask, teacher: nn.Module, student: nn.Module, spec: TrainSpec):
         self._model = student
@@ -59,9 +62,9 @@ class TrainedModels:
         """What this process trains, by name: parameters, or the rows of them that it holds."""
         return {name: p for name, p in self._model.named_parameters() if p.requires_grad}
 
-    def whole_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the parameters that `trained_parameters` are parts of."""
-        return {name: tuple(p.shape) for name, p in self.trained_parameters().items()}
+    def shared_parameters(self) -> dict[str, Tensor]:
+        """The parameters that `trained_parameters` are parts of; the same where they are whole."""
+        return dict(self.trained_parameters())
 
     def zero_grad_(self) -> None:
         """Lets gradients leave memory that are not those of `trained_parameters`."""

@@ -111,6 +111,7 @@ class ShardedModels(TrainedModels):
         parallel = spec.parallel
         device = next(student.parameters()).device
         self.mesh = make_mesh(parallel, workers, device)
+        self.is_copy = parallel.mode == "hybrid" and self.mesh.get_local_rank(_REPLICATE) > 0
         self._reduces_once = parallel.reduce == "batch"
         self._as_codes = parallel.gather == "codes"
         self._model, self._integers = student, integers
@@ -140,8 +141,8 @@ class ShardedModels(TrainedModels):
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         return self._own
 
-    def whole_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(p.shape) for name, p in self._shared.items()}
+    def shared_parameters(self) -> dict[str, Tensor]:
+        return dict(self._shared)
 
     def zero_grad_(self) -> None:
         for parameter in self._shared.values():

@@ -114,6 +114,8 @@ class TrainSpec:
         seed: Decides data order, noise, timesteps and dropped captions.
         validate_every, checkpoint_every: Steps between two; both also happen at the end.
         num_checkpoints_kept: Older ones are removed.
+        keep_best: Also keep the checkpoint with the lowest held-out loss at the final width.
+        async_checkpoints: Write checkpoints from a copy on the host while training goes on.
         tensorboard: Write TensorBoard files beside `log.jsonl`.
         log_code_flips: Every `validate_every` steps, log which share of the weight codes has changed; needs a byte a weight.
         calibration_samples: Samples for static activation ranges (the paper: 100).
@@ -146,6 +148,8 @@ class TrainSpec:
     validate_every: int = 100
     checkpoint_every: int = 100
     num_checkpoints_kept: int = 2
+    keep_best: bool = True
+    async_checkpoints: bool = True
     tensorboard: bool = True
     log_code_flips: bool = False
     calibration_samples: int = 100

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 
 from fraqat.distill.checkpoint import CheckpointStore
+from fraqat.distill.checkpoint_files import loaded
 from fraqat.distill.checkpointing import checkpoint_blocks_
 from fraqat.distill.code_flips import CodeFlipLog
 from fraqat.distill.diagnose import first_non_finite_layer, first_non_finite_parameter
@@ -25,6 +26,15 @@ from fraqat.distill.log import RunLog, StepRecord
 from fraqat.distill.models import make_models
 from fraqat.distill.optimizers import make_optimizer
 from fraqat.distill.spec import TrainSpec
+from fraqat.distill.state import (
+    average_state,
+    identity,
+    load_model_state,
+    load_optimizer_state,
+    loaded_average_state,
+    model_state,
+    optimizer_state,
+)
 from fraqat.distill.task import Batch, DistillTask, Prediction
 from fraqat.distill.teacher import hold_teacher_
 from fraqat.distill.validation import to_device, validation_loss
@@ -85,10 +95,16 @@ class Distiller:
         self.task, self.schedule, self.spec, self.folder = task, schedule, spec, folder
         self.teacher = teacher.eval().requires_grad_(False)
         self.student = student
-        self.teacher_memory = hold_teacher_(self.teacher, student, spec.teacher.dtype)
         self.on_step, self.say, self.warn = on_step, say, warn
         self.device = next(student.parameters()).device
-        self.store = CheckpointStore(folder / "checkpoints", fingerprint or {}, spec.num_checkpoints_kept, warn)
+        self.store = CheckpointStore(
+            folder / "checkpoints",
+            {**(fingerprint or {}), "models": {"teacher": identity(teacher), "student": type(student).__name__}},
+            spec.num_checkpoints_kept,
+            warn,
+            self.workers,
+        )
+        self.teacher_memory = hold_teacher_(self.teacher, student, spec.teacher.dtype)
         if not any(p.requires_grad for p in student.parameters()):
             raise config_error(
                 "quantization", "all frozen", allowed="something to train", fix="free a family, or train for 0 steps"
@@ -103,6 +119,7 @@ class Distiller:
         self.integers = IntegerLayers(student, spec.engine) if spec.engine.name != EngineName.REFERENCE else None
         self.models = make_models(task, self.teacher, student, spec, self.workers, self.integers, schedule)
         self.trained = self.models.trained_parameters()
+        self._order = [*(name for name in self.trained if name not in scale_names), *scale_names]
         self.optimizer = make_optimizer(list(self.trained.values()), spec, [self.trained[name] for name in scale_names])
         self.average = ParameterAverage(self.trained, spec.ema_decay) if spec.ema_decay is not None else None
         stream = task.train_stream(spec.batch_size // spec.accumulation, spec.seed)
@@ -142,20 +159,35 @@ class Distiller:
                         num_named = self.integers.num_now
                     self.on_step(record)
                     is_last = self.step == self.schedule.total_steps
+                    best = None
                     if self.step % self.spec.validate_every == 0 and not is_last:
-                        log.write_validation(self.step, stage.bits, self.validate())
+                        best = self._validate_and_log(stage, log)
                     # read once: one that comes now is obeyed after the next step
-                    signal_number = self.workers.largest(guard.signal_number or 0)
-                    if self.step % self.spec.checkpoint_every == 0 or is_last or signal_number:
-                        self._save(log)
+                    signal_number, is_writing = self.workers.agree(guard.signal_number or 0, not self.store.is_written)
+                    if not is_writing:
+                        self._finish_save(log)
+                    if self.step % self.spec.checkpoint_every == 0 or is_last or signal_number or best is not None:
+                        self._begin_save(log, best)
                     if signal_number:
+                        self._finish_save(log)
                         self._leave(signal_number)
-                if signal_number := self.workers.largest(guard.signal_number or 0):
+                self._finish_save(log)
+                signal_number, _ = self.workers.agree(guard.signal_number or 0, False)
+                if signal_number:
                     self._leave(signal_number)
             return self._finish(log)
         finally:
             log.close()
             undo()
+
+    def _validate_and_log(self, stage: Stage, log: RunLog) -> float | None:
+        """The held-out loss where it is the lowest so far at the final width, which is worth a checkpoint of its own."""
+        loss = self.validate()
+        log.write_validation(self.step, stage.bits, loss)
+        if not self.spec.keep_best or stage.index + 1 < len(self.schedule):
+            return None
+        best = self.store.best_loss()
+        return loss if best is None or loss < best else None
 
     def validate(self) -> float:
         """Held-out distillation loss of the student, averaged if there is an average."""
@@ -290,38 +322,40 @@ class Distiller:
             self.integers.release_()
         return DistillResult(self.step, self.train_s, loss)
 
-    def _save(self, log: RunLog) -> None:
+    def _begin_save(self, log: RunLog, loss: float | None = None) -> None:
+        """Copies the state; it is written while training goes on, and counts once `_finish_save` has been called."""
+        self._finish_save(log)
         state = {
             "step": self.step,
             "train_s": self.train_s,
-            "student": self.student.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "average": self.average.state_dict() if self.average else None,
+            "student": model_state(self.models, self.student),
+            "optimizer": optimizer_state(self.models, self.optimizer, self._order),
+            "average": average_state(self.models, self.average.state_dict()) if self.average else None,
             "stream": self.stream.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
-        self.workers.first(lambda: self.store.save(self.step, state))
-        log.write_event("checkpoint", self.step)
+        self.store.begin(self.step, state, loss)
+        if not self.spec.async_checkpoints:
+            self._finish_save(log)
+
+    def _finish_save(self, log: RunLog) -> None:
+        step = self.store.finish()
+        if step is not None:
+            log.write_event("checkpoint", step)
 
     def _resume(self) -> None:
-        checkpoint = self.workers.first(self.store.load_latest)
-        if not self.workers.is_first:
-            checkpoint = self.store.load_latest()
+        checkpoint = self.store.load_latest()
         if checkpoint is None:
             return
         state = checkpoint.state
         self.step, self.train_s = checkpoint.step, state["train_s"]
         self._set_bits_(self.schedule.stage_at(self.step - 1).bits)
-        self.student.load_state_dict(state["student"])
+        load_model_state(self.student, state["student"])
         self._refresh_codes()
-        self.optimizer.load_state_dict(state["optimizer"])
+        is_8bit = self.spec.optimizer == "adamw_8bit"
+        load_optimizer_state(self.models, self.optimizer, self._order, state["optimizer"], is_8bit=is_8bit)
         if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        self.stream.load_state_dict(state["stream"])
-        torch.set_rng_state(state["rng"])
-        if torch.cuda.is_available() and len(state["cuda_rng"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+            self.average.load_state_dict(loaded_average_state(self.models, state["average"]))
+        self.stream.load_state_dict(loaded(state["stream"]))
 
     def _leave(self, signal_number: int) -> NoReturn:
         raise InterruptedRunError(

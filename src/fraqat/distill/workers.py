@@ -60,9 +60,10 @@ class Workers:
         dist.all_gather(found, own)
         return [part.tolist() for part in found]
 
-    def largest(self, value: int) -> int:
-        """The largest number of all processes: a signal that one has received is everybody's."""
-        return int(max(row[0] for row in self.gather([value])))
+    def agree(self, signal_number: int, is_busy: bool) -> tuple[int, bool]:
+        """A signal that one process has received is everybody's, and one that is busy makes all wait."""
+        told = self.gather([signal_number, is_busy])
+        return int(max(row[0] for row in told)), any(row[1] for row in told)
 
     def gather_text(self, text: str) -> list[str]:
         """A text of every process, in the order of their ranks."""

@@ -1,0 +1,157 @@
+"""A training run's state as checkpoints hold it: whole tensors, or the rows of them that this process holds.
+
+Whatever number of processes wrote it, any number can go on: rows are cut anew, and 8-bit optimizer states of rows pass through
+float32, which gives the same codes back where blocks of 256 stay together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fraqat.distill.checkpoint_files import Rows, SavedTensor, loaded
+from fraqat.distill.optimizers import (
+    TrainOptimizer,
+    _from_plain,  # pyright: ignore[reportPrivateUsage]
+    _to_plain,  # pyright: ignore[reportPrivateUsage]
+)
+from fraqat.distill.parallel import TrainedModels
+from fraqat.errors import CheckpointError
+from fraqat.nn.shards import is_sharded, own, own_rows
+
+_CODES = "codes"
+_SIGNED = "signed"
+_BLOCK = 256
+_LEAST_QUANTIZED = 4096
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@torch.no_grad()
+def identity(model: nn.Module) -> str:
+    """A number that another model, or the same with other weights, is most unlikely to have: class, shapes and a sum of the
+    weights' bits, the same on every device."""
+    total = 0
+    for name, parameter in sorted(model.named_parameters()):
+        bits = parameter.detach().contiguous().view(_INTEGERS[parameter.itemsize])
+        total += int(bits.sum(dtype=torch.int64)) * (1 + sum(name.encode()))
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return f"{type(model).__name__} of {num_parameters} parameters, {total % 2**64:016x}"
+
+
+def model_state(models: TrainedModels, student: nn.Module) -> dict[str, Tensor | Rows]:
+    """Parameters and saved buffers."""
+    return {name: _part(models, value, value) for name, value in student.state_dict().items()}
+
+
+def load_model_state(student: nn.Module, state: dict[str, SavedTensor]) -> None:
+    """Undoes `model_state`, in place.
+
+    Raises:
+        CheckpointError: It is the state of another model.
+    """
+    current = student.state_dict()
+    if current.keys() != state.keys():
+        differing = sorted(current.keys() ^ state.keys())
+        raise CheckpointError(
+            f"the checkpoint is of another student: {len(differing)} tensors are not in both, such as {differing[0]}. Fix: "
+            "train in a new folder."
+        )
+    with torch.no_grad():
+        for name, value in current.items():
+            held = own(value)
+            saved = _saved_part(state[name], value)
+            if saved.shape != held.shape:
+                raise CheckpointError(
+                    f"the checkpoint is of another student: {name} has shape {tuple(saved.shape)} there and "
+                    f"{tuple(held.shape)} here. Fix: train in a new folder."
+                )
+            held.copy_(saved)
+
+
+def average_state(models: TrainedModels, state: dict[str, Any]) -> dict[str, Any]:
+    """The state of a `ParameterAverage`."""
+    shared = models.shared_parameters()
+    averages = {name: _part(models, value, shared[name]) for name, value in state["averages"].items()}
+    return {**state, "averages": averages}
+
+
+def loaded_average_state(models: TrainedModels, state: dict[str, Any]) -> dict[str, Any]:
+    """Undoes `average_state`."""
+    shared = models.shared_parameters()
+    averages = {name: _saved_part(value, shared[name]) for name, value in state["averages"].items()}
+    return {**state, "averages": averages}
+
+
+def optimizer_state(models: TrainedModels, optimizer: TrainOptimizer, order: list[str]) -> dict[str, Any]:
+    """The state of an optimizer.
+
+    Args:
+        models: Give the rows.
+        optimizer: Of `models.trained_parameters()`.
+        order: Their names, as the optimizer numbers them.
+    """
+    state, shared = optimizer.state_dict(), models.shared_parameters()
+    parts: dict[str, Any] = {}
+    for index, values in state["state"].items():
+        parameter = shared[order[index]]
+        parts[order[index]] = {key: _optimizer_part(models, value, parameter) for key, value in values.items()}
+    return {"state": parts, "param_groups": state["param_groups"]}
+
+
+def load_optimizer_state(
+    models: TrainedModels, optimizer: TrainOptimizer, order: list[str], state: dict[str, Any], *, is_8bit: bool
+) -> None:
+    """Undoes `optimizer_state`; `is_8bit` says whether the optimizer keeps 8-bit states."""
+    shared = models.shared_parameters()
+    numbers = {name: number for number, name in enumerate(order)}
+    parts: dict[int, Any] = {}
+    for name, values in state["state"].items():
+        parameter = shared[name]
+        fit: Callable[[str, Any], Any] = lambda key, value, p=parameter: _fitted(key, value, p, is_8bit)  # noqa: E731
+        parts[numbers[name]] = {key: fit(key, value) for key, value in values.items()}
+    optimizer.load_state_dict({"state": parts, "param_groups": loaded(state["param_groups"])})
+
+
+def _optimizer_part(models: TrainedModels, value: Any, parameter: Tensor) -> Any:
+    if not is_sharded(parameter):
+        return value
+    if isinstance(value, dict):
+        value = cast(Any, _from_plain(value)).dequantize()
+    return _part(models, value, parameter) if value.shape == own(parameter).shape and value.ndim else value
+
+
+def _fitted(key: str, value: Any, parameter: Tensor, is_8bit: bool) -> Any:
+    """A saved value for the rows of `parameter` that are held here, in the precision that the optimizer would choose."""
+    if isinstance(value, SavedTensor):
+        tensor = value.whole() if key == "step" else _saved_part(value, parameter)
+    else:
+        quantized = loaded(value)
+        if not is_sharded(parameter):
+            return quantized
+        tensor = cast(Any, _from_plain(quantized)).dequantize()[own_rows(parameter)]
+    is_quantized = is_8bit and tensor.numel() >= _LEAST_QUANTIZED and tensor.numel() % _BLOCK == 0
+    if key == "step" or not is_quantized:
+        return tensor
+    empty = {
+        _CODES: torch.zeros(tensor.shape, dtype=torch.uint8),
+        "scale": torch.zeros(tensor.numel() // _BLOCK),
+        _SIGNED: key == "exp_avg",
+    }
+    state: Any = _from_plain(empty)
+    state.copy_(tensor)
+    return _to_plain(state)
+
+
+def _part(models: TrainedModels, value: Tensor, parameter: Tensor) -> Tensor | Rows:
+    """What this process writes of a tensor that is divided as `parameter` is."""
+    if not is_sharded(parameter):
+        return value
+    rows = own_rows(parameter)
+    return Rows(own(value.detach()), tuple(parameter.shape), rows.start, is_copy=models.is_copy)
+
+
+def _saved_part(saved: SavedTensor, parameter: Tensor) -> Tensor:
+    return saved.rows(own_rows(parameter)) if is_sharded(parameter) else saved.whole()
