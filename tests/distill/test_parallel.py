@@ -64,7 +64,17 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 DDP = {"mode": "ddp"}
 MORE_PARTS = {"accumulation": 4}
-TWO_PROCESSES: list[Job] = [*((name, DDP, {}) for name in CASES), ("plain", DDP, MORE_PARTS)]
+SHARDED = {"mode": "fsdp2", "teacher": "shard"}
+CODES = {"mode": "fsdp2", "gather": "codes"}
+NOT_AS_CODES = ("final-grid", "reference")
+TWO_PROCESSES: list[Job] = [
+    *((name, DDP, {}) for name in CASES),
+    *((name, SHARDED, {}) for name in CASES),
+    *((name, CODES, {}) for name in CASES if name not in NOT_AS_CODES),
+    ("plain", DDP, MORE_PARTS),
+    ("plain", {"mode": "hybrid", "shards": 1}, {}),
+    ("plain", {**CODES, "reduce": "part"}, MORE_PARTS),
+]
 REORDERED = 2e-3
 """Bound of a weight's difference where gradients are added in another order: a code that falls to the other side of a rounding
 changes what comes after it."""

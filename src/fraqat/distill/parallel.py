@@ -23,16 +23,20 @@ class Predictor(nn.Module):
     Args:
         task: Of the model.
         model: Teacher or student, compiled or not.
+        copies_views: Outputs own their memory; FSDP2 cannot watch views that are changed in place.
     """
 
-    def __init__(self, task: DistillTask, model: nn.Module):
+    def __init__(self, task: DistillTask, model: nn.Module, *, copies_views: bool = False):
         super().__init__()
         self.model = model
-        self._task = task
+        self._task, self._copies_views = task, copies_views
 
     def forward(self, inputs: Batch) -> Prediction:
         """The outputs that are distilled."""
-        return self._task.predict(self.model, inputs)
+        outputs = self._task.predict(self.model, inputs)
+        if not self._copies_views:
+            return outputs
+        return {name: value.clone() if value._is_view() else value for name, value in outputs.items()}
 
 
 class TrainedModels:
@@ -78,6 +82,9 @@ class TrainedModels:
 
     def weights_changed_(self) -> None:
         """Call it whenever trained parameters or widths have changed: nothing that was made of them is used again."""
+
+    def let_go_(self) -> None:
+        """Leaves in this process what it holds of the student, after a forward pass that no backward pass follows."""
 
     def full_state(self) -> dict[str, Tensor]:
         """The student's state dict, whole; on the host where processes hold parts. All must ask together."""

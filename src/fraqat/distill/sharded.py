@@ -106,6 +106,7 @@ class ShardedModels(TrainedModels):
         schedule: Schedule,
     ):
         super().__init__(task, teacher, student, spec)
+        self.student = Predictor(task, student, copies_views=True)
         _check_settings(student, spec, integers, schedule)
         check_shardable(student, "student")
         parallel = spec.parallel
@@ -117,7 +118,7 @@ class ShardedModels(TrainedModels):
         self._model, self._integers = student, integers
         for block in repeated_blocks(student):
             fully_shard(block, mesh=self.mesh, reshard_after_forward=not self._as_codes)
-        self._root: FSDPModule = fully_shard(cast(Predictor, self.student), mesh=self.mesh)
+        self._root: FSDPModule = fully_shard(self.student, mesh=self.mesh)
         if parallel.teacher == "shard":
             shard_teacher_(self.teacher, teacher, init_device_mesh(device.type, (workers.num,)))
         self._shared = {name: p for name, p in student.named_parameters() if p.requires_grad}
@@ -161,6 +162,9 @@ class ShardedModels(TrainedModels):
 
     def weights_changed_(self) -> None:
         self._share_maxima_()
+        self.let_go_()
+
+    def let_go_(self) -> None:
         for module in self._root.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()

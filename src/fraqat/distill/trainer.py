@@ -200,9 +200,11 @@ class Distiller:
         return loss
 
     def _validation_loss(self) -> float:
-        return validation_loss(
+        loss = validation_loss(
             self.task, self.teacher, self.student, self.spec, workers=self.workers, predict=self._predict
         )
+        self.models.let_go_()
+        return loss
 
     def _predict(self, model: nn.Module, inputs: Batch) -> Prediction:
         return (self.models.teacher if model is self.teacher else self.models.student)(inputs)
