@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from toy import ToyTask, toy_spec
 
 from fraqat import ScheduleSpec, quantize_
-from fraqat.distill import Distiller, ParallelSpec, joined, read_log
+from fraqat.distill import Distiller, ParallelSpec, StepRecord, joined, read_log
+from fraqat.errors import InterruptedRunError
 from fraqat.kernels import EngineName
 from fraqat.nn import EngineSpec, QuantSpec, WeightSpec
 
@@ -98,18 +101,43 @@ def make_case(
     return Distiller(ToyTask(num_rows=20), teacher, student, schedule, spec, folder, fingerprint={"case": 1})
 
 
-def train_case(name: str, folder: Path, parallel: ParallelSpec, **changes: Any) -> dict[str, Tensor]:
-    """Trains a case and gives the student with its losses."""
+def train_case(
+    name: str, folder: Path, parallel: ParallelSpec, *, stop_after: int | None = None, **changes: Any
+) -> dict[str, Tensor]:
+    """Trains a case and gives the student with its losses; nothing if it is stopped.
+
+    Args:
+        name: Of the case.
+        folder: Of the run; one that was stopped goes on.
+        parallel: In how many processes.
+        stop_after: Step after which the last process receives SIGTERM.
+        changes: Of the case.
+    """
     distiller = make_case(folder, parallel, **{**CASES[name], **changes})
-    result = distiller.run()
+    workers = distiller.workers
+
+    def stop(record: StepRecord) -> None:
+        if record.step + 1 == stop_after and workers.rank == workers.num - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    distiller.on_step = stop
+    try:
+        result = distiller.run()
+    except InterruptedRunError:
+        assert distiller.step == stop_after
+        return {}
     found = {name: value.clone() for name, value in distiller.models.full_state().items()}
     found["validation"] = torch.tensor(result.validation_loss, dtype=torch.float64)
     return found
 
 
 def job_folder(name: str, values: dict[str, Any], changes: dict[str, Any]) -> str:
-    """Where a job leaves its run."""
-    return "-".join((name, *(str(value) for value in (*values.values(), *changes.values()))))
+    """Where a job leaves its run: the same place for one that stops and one that goes on."""
+    return "-".join((name, *(str(value) for value in (*values.values(), *_without_stop(changes).values()))))
+
+
+def _without_stop(changes: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in changes.items() if key != "stop_after"}
 
 
 def losses(folder: Path) -> list[float]:
@@ -124,7 +152,8 @@ def main(out: Path, jobs: list[list[Any]]) -> None:
         for name, values, changes in jobs:
             folder = out / job_folder(name, values, changes)
             found = train_case(name, folder, ParallelSpec(**values), **changes)
-            save_file(found, folder / f"rank{workers.rank}.safetensors")
+            if found:
+                save_file(found, folder / f"rank{workers.rank}.safetensors")
 
 
 if __name__ == "__main__":

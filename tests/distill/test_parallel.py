@@ -16,7 +16,7 @@ from parallel_cases import CASES, job_folder, losses, train_case
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fraqat.distill import ParallelSpec, Workers
+from fraqat.distill import ParallelSpec, Workers, read_log
 from fraqat.errors import ConfigError
 
 Job = tuple[str, dict[str, Any], dict[str, Any]]
@@ -75,6 +75,10 @@ TWO_PROCESSES: list[Job] = [
     ("plain", {"mode": "hybrid", "shards": 1}, {}),
     ("plain", {**CODES, "reduce": "part"}, MORE_PARTS),
 ]
+OTHER_RUN = {"validate_every": 4}
+STOP = {"stop_after": 5}
+MOVED = ("averaged", "eight-bit", "learned")
+"""Cases that one process begins and two go on with, and the other way round; the second folder has its own name."""
 REORDERED = 2e-3
 """Bound of a weight's difference where gradients are added in another order: a code that falls to the other side of a rounding
 changes what comes after it."""
@@ -84,7 +88,11 @@ changes what comes after it."""
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runs of two processes: one start for all checks."""
     out = tmp_path_factory.mktemp("two")
-    spawn(2, out, TWO_PROCESSES)
+    for name in MOVED:
+        train_case(name, out / job_folder(name, CODES, OTHER_RUN), PLAIN, **STOP)
+    begun: list[Job] = [(name, SHARDED, {**OTHER_RUN, **STOP}) for name in MOVED]
+    gone_on: list[Job] = [(name, CODES, OTHER_RUN) for name in MOVED]
+    spawn(2, out, [*TWO_PROCESSES, *begun, *gone_on])
     return out
 
 
@@ -108,6 +116,24 @@ def test_two_processes_train_what_one_trains(job: Job, two: Path, alone: Any) ->
     assert_close(second, first, 0.0)
     assert_close(first, wanted, REORDERED if changes else 0.0)
     assert losses(two / job_folder(*job)) == pytest.approx(wanted_losses, rel=1e-2 if changes else 0.0)
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_two_processes_go_on_with_the_run_of_one(name: str, two: Path, alone: Any) -> None:
+    wanted, wanted_losses = alone(name)
+    folder = two / job_folder(name, CODES, OTHER_RUN)
+    assert_close(load_file(folder / "rank0.safetensors"), wanted, 0.0)
+    assert losses(folder) == wanted_losses
+    assert [event["step"] for event in read_log(folder) if event["event"] == "resume"] == [5]
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_one_process_goes_on_with_the_run_of_two(name: str, two: Path, alone: Any) -> None:
+    wanted, wanted_losses = alone(name)
+    folder = two / job_folder(name, SHARDED, OTHER_RUN)
+    assert len(list((folder / "checkpoints" / "step-00000005").glob("part-*"))) == 2
+    assert_close(train_case(name, folder, PLAIN, **OTHER_RUN), wanted, 0.0)
+    assert losses(folder) == wanted_losses
 
 
 def test_a_process_computes_its_own_parts() -> None:

@@ -105,9 +105,9 @@ class ShardedModels(TrainedModels):
         integers: IntegerLayers | None,
         schedule: Schedule,
     ):
+        _check_settings(student, spec, integers, schedule)
         super().__init__(task, teacher, student, spec)
         self.student = Predictor(task, student, copies_views=True)
-        _check_settings(student, spec, integers, schedule)
         check_shardable(student, "student")
         parallel = spec.parallel
         device = next(student.parameters()).device

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 
-from fraqat.distill.checkpoint import CheckpointStore
-from fraqat.distill.checkpoint_files import loaded
+from fraqat.distill.checkpoint import CheckpointStore, LoadedCheckpoint
+from fraqat.distill.checkpoint_files import DamagedError, loaded
 from fraqat.distill.checkpointing import checkpoint_blocks_
 from fraqat.distill.code_flips import CodeFlipLog
 from fraqat.distill.diagnose import first_non_finite_layer, first_non_finite_parameter
@@ -39,7 +39,7 @@ from fraqat.distill.task import Batch, DistillTask, Prediction
 from fraqat.distill.teacher import hold_teacher_
 from fraqat.distill.validation import to_device, validation_loss
 from fraqat.distill.workers import SharedStream, Workers, check_mode, current_workers
-from fraqat.errors import InterruptedRunError, NonFiniteLossError, config_error
+from fraqat.errors import CheckpointError, InterruptedRunError, NonFiniteLossError, config_error
 from fraqat.kernels import EngineName
 from fraqat.nn import IntegerLayers, scale_parameters, set_bits_
 from fraqat.schedules import Schedule, Stage
@@ -177,6 +177,8 @@ class Distiller:
                     self._leave(signal_number)
             return self._finish(log)
         finally:
+            if self.workers.num == 1:  # others may be gone
+                self._finish_save(log)
             log.close()
             undo()
 
@@ -348,6 +350,15 @@ class Distiller:
         checkpoint = self.store.load_latest()
         if checkpoint is None:
             return
+        try:
+            self._load(checkpoint)
+        except DamagedError as error:
+            raise CheckpointError(
+                f"the checkpoint after step {checkpoint.step} in {self.store.folder} is sound and not what this program wrote: "
+                f"{error}. Fix: remove it."
+            ) from error
+
+    def _load(self, checkpoint: LoadedCheckpoint) -> None:
         state = checkpoint.state
         self.step, self.train_s = checkpoint.step, state["train_s"]
         self._set_bits_(self.schedule.stage_at(self.step - 1).bits)
@@ -367,6 +378,7 @@ class Distiller:
         )
 
     def _fail(self, stage: Stage, where: str, what: str) -> NoReturn:
+        self.store.finish()
         kept = f"The newest checkpoint is kept in {self.store.folder}."
         if self.store.is_empty:
             kept = "No checkpoint had been written yet."

@@ -3,11 +3,12 @@
 Uses the extension of FSDP2 for that (`fsdp_pre_all_gather`, `fsdp_post_all_gather` of a sharded parameter's local tensor). Codes
 are made of the rows at the moment they leave, so that there are none of an older weight; the float weight is whole nowhere.
 
-Shape suffixes: O output channels, K input channels, P rows that a process holds, padded.
+Shape suffixes: K input channels (of all positions), P rows that a process holds, padded.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from fraqat.nn import IntegerLayers, QuantizedLayer
 from fraqat.nn.integer import IntegerWeight
 from fraqat.nn.shards import is_sharded, own, own_rows
 
+_SCALE_BYTES = 4
 _aten = torch.ops.aten
 _ALIASES = (_aten.detach.default, _aten.alias.default, _aten.as_strided.default)
 
@@ -56,29 +58,30 @@ class _CodesInTransit:
         self._rows = own_rows(layer.weight)
 
     @torch.no_grad()
-    def fsdp_pre_all_gather(self, mesh: DeviceMesh) -> tuple[tuple[Tensor, Tensor], None]:
-        """Codes int8 [P, K] and scales float32 [P, 1] of the rows as they are now."""
+    def fsdp_pre_all_gather(self, mesh: DeviceMesh) -> tuple[tuple[Tensor], None]:
+        """The rows as they are now, int8 [P, K + 4]: their codes, and the four bytes of each one's float32 scale."""
         weight = own(self._layer.weight.detach())
-        num_padded = -(-self._layer.weight.shape[0] // mesh.size())
-        codes_PK = torch.zeros(num_padded, *weight.shape[1:], dtype=torch.int8, device=weight.device)
-        scale_P = torch.ones(num_padded, 1, device=weight.device)
-        if len(weight):
+        num_rows, num_padded = len(weight), -(-self._layer.weight.shape[0] // mesh.size())
+        num_codes = math.prod(self._layer.weight.shape[1:])
+        packed = torch.zeros(num_padded, num_codes + _SCALE_BYTES, dtype=torch.int8, device=weight.device)
+        if num_rows:
             codes, scale = self._layer.weight_quantizer.unchecked_codes(weight, self._rows)
-            codes_PK[: len(weight)] = codes
-            scale_P[: len(weight)] = scale.flatten().unsqueeze(1)
-        return (codes_PK, scale_P), None
+            scale_P = scale.flatten().float().expand(num_rows).contiguous()
+            packed[:num_rows, :num_codes] = codes.flatten(1)
+            packed[:num_rows, num_codes:] = scale_P.view(torch.int8).view(num_rows, _SCALE_BYTES)
+        return (packed,), None
 
     @torch.no_grad()
     def fsdp_post_all_gather(
-        self, outputs: tuple[Tensor, ...], metadata: None, dtype: torch.dtype, *, out: Tensor | None = None
+        self, outputs: tuple[Tensor], metadata: None, dtype: torch.dtype, *, out: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
         """Gives the codes of all rows to the layer."""
-        codes, scale = outputs
-        num_rows = self._integer.codes.shape[0]
-        self._integer.set_(codes[:num_rows], scale[:num_rows])
+        packed = outputs[0][: self._integer.codes.shape[0]]
+        codes, scale_bytes = packed.split([packed.shape[1] - _SCALE_BYTES, _SCALE_BYTES], 1)
+        self._integer.set_(codes, scale_bytes.contiguous().view(torch.float32))
         if out is not None:
             return None
-        return WeightInCodes(self._layer.weight.shape, dtype, codes.device), ()
+        return WeightInCodes(self._layer.weight.shape, dtype, packed.device), ()
 
 
 def travel_as_codes_(integers: IntegerLayers) -> int:
