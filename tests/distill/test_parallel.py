@@ -67,17 +67,28 @@ MORE_PARTS = {"accumulation": 4}
 SHARDED = {"mode": "fsdp2", "teacher": "shard"}
 CODES = {"mode": "fsdp2", "gather": "codes"}
 NOT_AS_CODES = ("final-grid", "reference")
+UNEVEN = {"hidden": 33}
+"""Rows that two processes cannot share equally."""
 TWO_PROCESSES: list[Job] = [
-    *((name, DDP, {}) for name in CASES),
+    *((name, DDP, {}) for name in ("plain", "averaged", "eight-bit")),
     *((name, SHARDED, {}) for name in CASES),
     *((name, CODES, {}) for name in CASES if name not in NOT_AS_CODES),
-    ("plain", DDP, MORE_PARTS),
+    ("plain", SHARDED, UNEVEN),
+    ("per-tensor", CODES, UNEVEN),
     ("plain", {"mode": "hybrid", "shards": 1}, {}),
     ("plain", {**CODES, "reduce": "part"}, MORE_PARTS),
 ]
+FOUR_PROCESSES: list[Job] = [
+    ("averaged", DDP, MORE_PARTS),
+    ("averaged", {**SHARDED, "reduce": "part"}, MORE_PARTS),
+    ("averaged", {**CODES, "teacher": "shard"}, MORE_PARTS),
+    ("eight-bit", CODES, {**MORE_PARTS, "hidden": 256}),
+    ("learned", {"mode": "hybrid", "shards": 2, "gather": "codes"}, MORE_PARTS),
+    ("per-tensor", CODES, {**MORE_PARTS, "hidden": 66}),
+]
 OTHER_RUN = {"validate_every": 4}
 STOP = {"stop_after": 5}
-MOVED = ("averaged", "eight-bit", "learned")
+MOVED = ("averaged", "eight-bit")
 """Cases that one process begins and two go on with, and the other way round; the second folder has its own name."""
 REORDERED = 2e-3
 """Bound of a weight's difference where gradients are added in another order: a code that falls to the other side of a rounding
@@ -114,8 +125,22 @@ def test_two_processes_train_what_one_trains(job: Job, two: Path, alone: Any) ->
     wanted, wanted_losses = alone(name, **changes)
     first, second = results(two, job, 2)
     assert_close(second, first, 0.0)
-    assert_close(first, wanted, REORDERED if changes else 0.0)
-    assert losses(two / job_folder(*job)) == pytest.approx(wanted_losses, rel=1e-2 if changes else 0.0)
+    is_reordered = changes == MORE_PARTS
+    assert_close(first, wanted, REORDERED if is_reordered else 0.0)
+    assert losses(two / job_folder(*job)) == pytest.approx(wanted_losses, rel=1e-2 if is_reordered else 0.0)
+
+
+@pytest.mark.slow
+def test_four_processes_train_what_one_trains(tmp_path: Path, alone: Any) -> None:
+    spawn(4, tmp_path, FOUR_PROCESSES)
+    for job in FOUR_PROCESSES:
+        name, _, changes = job
+        wanted, wanted_losses = alone(name, **changes)
+        first, *others = results(tmp_path, job, 4)
+        for other in others:
+            assert_close(other, first, 0.0)
+        assert_close(first, wanted, REORDERED)
+        assert losses(tmp_path / job_folder(*job)) == pytest.approx(wanted_losses, rel=1e-2)
 
 
 @pytest.mark.parametrize("name", MOVED)

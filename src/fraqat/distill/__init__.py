@@ -11,7 +11,7 @@ from fraqat.distill.task import Batch, BatchStream, DistillTask, Prediction
 from fraqat.distill.teacher import StoredWeight, TeacherMemory, hold_teacher_, share_frozen_, store_weights_
 from fraqat.distill.trainer import Distiller, DistillResult
 from fraqat.distill.validation import validation_loss
-from fraqat.distill.workers import ALONE, Workers, current_workers, joined
+from fraqat.distill.workers import ALONE, Workers, current_workers, is_first_process, joined
 
 __all__ = [
     "ALONE",
@@ -44,6 +44,7 @@ __all__ = [
     "describe_difference",
     "distillation_loss",
     "hold_teacher_",
+    "is_first_process",
     "joined",
     "keep_products",
     "make_optimizer",

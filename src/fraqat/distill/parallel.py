@@ -86,8 +86,12 @@ class TrainedModels:
     def let_go_(self) -> None:
         """Leaves in this process what it holds of the student, after a forward pass that no backward pass follows."""
 
-    def full_state(self) -> dict[str, Tensor]:
-        """The student's state dict, whole; on the host where processes hold parts. All must ask together."""
+    def full_state(self, *, keeps: bool = True) -> dict[str, Tensor]:
+        """The student's state dict, whole; on the host where processes hold parts. All must ask together.
+
+        Args:
+            keeps: Whether this process wants it; the others get nothing where they hold parts.
+        """
         return self._model.state_dict()
 
 

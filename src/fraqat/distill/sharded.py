@@ -24,7 +24,7 @@ from fraqat.distill.workers import Workers
 from fraqat.errors import config_error
 from fraqat.nn import IntegerLayers, quantized_layers
 from fraqat.nn.integer import WIDEST_BITS
-from fraqat.nn.shards import own
+from fraqat.nn.shards import own, whole
 from fraqat.numerics import Granularity, RangeMethod
 from fraqat.schedules import Schedule
 
@@ -169,11 +169,12 @@ class ShardedModels(TrainedModels):
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def full_state(self) -> dict[str, Tensor]:
+    def full_state(self, *, keeps: bool = True) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
         for name, value in self._model.state_dict().items():
-            full = value.full_tensor() if hasattr(value, "full_tensor") else value
-            state[name] = full.detach().cpu().clone()
+            full = whole(value).detach()
+            if keeps:
+                state[name] = full.cpu().clone()
         return state
 
     @torch.no_grad()

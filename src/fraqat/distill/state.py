@@ -1,12 +1,12 @@
 """A training run's state as checkpoints hold it: whole tensors, or the rows of them that this process holds.
 
-Whatever number of processes wrote it, any number can go on: rows are cut anew, and 8-bit optimizer states of rows pass through
-float32, which gives the same codes back where blocks of 256 stay together.
+Whatever number of processes wrote it, any number can go on: rows are cut anew. Codes of 8-bit optimizer states stay what they are
+where their blocks of 256 do; elsewhere they pass through float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from typing import Any, cast
 
 import torch
@@ -23,7 +23,8 @@ from fraqat.errors import CheckpointError
 from fraqat.nn.shards import is_sharded, own, own_rows
 
 _CODES = "codes"
-_SIGNED = "signed"
+_SCALE, _SIGNED = "scale", "signed"
+_STEP, _SIGNED_STATE = "step", "exp_avg"
 _BLOCK = 256
 _LEAST_QUANTIZED = 4096
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -110,8 +111,12 @@ def load_optimizer_state(
     parts: dict[int, Any] = {}
     for name, values in state["state"].items():
         parameter = shared[name]
-        fit: Callable[[str, Any], Any] = lambda key, value, p=parameter: _fitted(key, value, p, is_8bit)  # noqa: E731
-        parts[numbers[name]] = {key: fit(key, value) for key, value in values.items()}
+        parts[numbers[name]] = {
+            key: value.whole()
+            if key == _STEP
+            else _fitted(value, parameter, is_8bit=is_8bit, is_signed=key == _SIGNED_STATE)
+            for key, value in values.items()
+        }
     optimizer.load_state_dict({"state": parts, "param_groups": loaded(state["param_groups"])})
 
 
@@ -119,30 +124,47 @@ def _optimizer_part(models: TrainedModels, value: Any, parameter: Tensor) -> Any
     if not is_sharded(parameter):
         return value
     if isinstance(value, dict):
+        if _has_whole_blocks_everywhere(parameter):
+            rows, per_row = own_rows(parameter), _row_size(parameter)
+            scale = Rows(
+                value[_SCALE], (parameter.numel() // _BLOCK,), rows.start * per_row // _BLOCK, is_copy=models.is_copy
+            )
+            return {**value, _CODES: _part(models, value[_CODES], parameter), _SCALE: scale}
         value = cast(Any, _from_plain(value)).dequantize()
-    return _part(models, value, parameter) if value.shape == own(parameter).shape and value.ndim else value
+    return _part(models, value, parameter) if value.ndim else value
 
 
-def _fitted(key: str, value: Any, parameter: Tensor, is_8bit: bool) -> Any:
-    """A saved value for the rows of `parameter` that are held here, in the precision that the optimizer would choose."""
+def _fitted(value: Any, parameter: Tensor, *, is_8bit: bool, is_signed: bool) -> Any:
+    """A saved state for the rows of `parameter` that are held here, in the precision that the optimizer would choose."""
+    rows, size = own_rows(parameter), own(parameter).numel()
+    is_quantized = is_8bit and size >= _LEAST_QUANTIZED and size % _BLOCK == 0
     if isinstance(value, SavedTensor):
-        tensor = value.whole() if key == "step" else _saved_part(value, parameter)
+        tensor = _saved_part(value, parameter)
     else:
-        quantized = loaded(value)
-        if not is_sharded(parameter):
-            return quantized
-        tensor = cast(Any, _from_plain(quantized)).dequantize()[own_rows(parameter)]
-    is_quantized = is_8bit and tensor.numel() >= _LEAST_QUANTIZED and tensor.numel() % _BLOCK == 0
-    if key == "step" or not is_quantized:
+        first = (rows.start or 0) * _row_size(parameter)
+        if is_quantized and first % _BLOCK == 0:
+            blocks = slice(first // _BLOCK, (first + size) // _BLOCK)
+            return {**value, _CODES: _saved_part(value[_CODES], parameter), _SCALE: value[_SCALE].rows(blocks)}
+        tensor = cast(Any, _from_plain(loaded(value))).dequantize()[rows]
+    if not is_quantized:
         return tensor
-    empty = {
-        _CODES: torch.zeros(tensor.shape, dtype=torch.uint8),
-        "scale": torch.zeros(tensor.numel() // _BLOCK),
-        _SIGNED: key == "exp_avg",
-    }
-    state: Any = _from_plain(empty)
+    codes, scale = torch.zeros(tensor.shape, dtype=torch.uint8), torch.zeros(size // _BLOCK)
+    state: Any = _from_plain({_CODES: codes, _SCALE: scale, _SIGNED: is_signed})
     state.copy_(tensor)
     return _to_plain(state)
+
+
+def _has_whole_blocks_everywhere(parameter: Tensor) -> bool:
+    """Whether the 8-bit blocks of every process are blocks of the whole tensor."""
+    num_shards = cast(Any, parameter).device_mesh.size(-1)
+    num_rows, per_row = parameter.shape[0], _row_size(parameter)
+    most = -(-num_rows // num_shards)
+    sizes = {min(most, max(0, num_rows - rank * most)) * per_row for rank in range(num_shards)}
+    return all(size >= _LEAST_QUANTIZED and size % _BLOCK == 0 for size in sizes)
+
+
+def _row_size(parameter: Tensor) -> int:
+    return math.prod(parameter.shape[1:])
 
 
 def _part(models: TrainedModels, value: Tensor, parameter: Tensor) -> Tensor | Rows:

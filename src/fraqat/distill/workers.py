@@ -197,6 +197,11 @@ def check_mode(spec: ParallelSpec, num: int) -> None:
         )
 
 
+def is_first_process() -> bool:
+    """Whether this is the one process that talks to people, as `torchrun` numbers them; also after they have parted."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def current_workers() -> Workers:
     """The processes of this program: those of torch.distributed, or one alone."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:

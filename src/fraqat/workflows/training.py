@@ -163,8 +163,24 @@ def train_student(
         warn=progress.warn,
     )
     result = distiller.run()
-    merge_adapters_(student)
+    is_whole = not distiller.models.is_sharded or distiller.workers.is_first
+    if distiller.models.is_sharded:
+        student = _whole_student(session, recipe, distiller)
+    if recipe.train.parallel.teacher == "shard":
+        session.forget_teacher()  # it is in parts, and whoever comes next wants it whole
+    if is_whole:
+        merge_adapters_(student)
     return student, result
+
+
+def _whole_student(session: Session[Any], recipe: Recipe, distiller: Distiller) -> nn.Module:
+    """The trained student in one piece, in the first process; the others keep their parts, and nobody asks for them."""
+    state = distiller.models.full_state(keeps=distiller.workers.is_first)
+    if not distiller.workers.is_first:
+        return distiller.student
+    student, _ = session.new_student(recipe)
+    student.load_state_dict(state)
+    return student.eval()
 
 
 def _shared_schedule(session: Session[Any], recipe: Recipe) -> Schedule | None:
