@@ -96,7 +96,14 @@ def make_case(
         for name, parameter in student.named_parameters():
             parameter.requires_grad_(name.startswith(train))
     schedule = ScheduleSpec("fractional", grid=grid).resolve(4.0, steps)
-    values = {"batch_size": 8, "accumulation": NUM_PARTS, "clip_norm": 1e6, "checkpoint_every": 7, "autocast": "none", **changes}
+    values = {
+        "batch_size": 8,
+        "accumulation": NUM_PARTS,
+        "clip_norm": 1e6,
+        "checkpoint_every": 7,
+        "autocast": "none",
+        **changes,
+    }
     spec = toy_spec(parallel=parallel, **values)
     return Distiller(ToyTask(num_rows=20), teacher, student, schedule, spec, folder, fingerprint={"case": 1})
 

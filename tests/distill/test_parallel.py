@@ -30,7 +30,12 @@ def spawn(num: int, out: Path, jobs: list[Job]) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num), "LOCAL_WORLD_SIZE": str(num)}
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(num),
+        "LOCAL_WORLD_SIZE": str(num),
+    }
     command = [sys.executable, "-W", "error::UserWarning:fraqat", str(WORKER), str(out), json.dumps(jobs)]
     processes = [
         subprocess.Popen(

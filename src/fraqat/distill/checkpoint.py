@@ -1,4 +1,4 @@
-"""Training checkpoints: written beside training, atomically, checksummed, the newest sound one found at start. Never a pickle."""
+"""Training checkpoints: written beside training, atomically, checksummed; the newest sound one is found at start. No pickle."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fraqat.distill.checkpoint_files import ROWS, DamagedError, SavedTensor, Snapshot, loaded, restore, snapshot
+from fraqat.distill.checkpoint_files import ROWS, DamagedError, Snapshot, loaded, restore, snapshot
 from fraqat.distill.workers import ALONE, Workers
 from fraqat.errors import CheckpointError, FraqatError, OutputError
 from fraqat.files import explain_os_errors, remove_leftovers, save_tensors, sha256_of, sync_folder, write_json_atomic

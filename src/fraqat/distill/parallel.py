@@ -111,7 +111,9 @@ class ReplicatedModels(TrainedModels):
             shard_teacher_(self.teacher, teacher, make_mesh(spec.parallel, workers, next(teacher.parameters()).device))
         # Learned scales of integer layers have no gradient from autograd, and not every model uses all that it has. PyTorch
         # must look for such parameters, and complains where there are none.
-        self.student.register_parameter("never_used", nn.Parameter(torch.zeros(1, device=next(student.parameters()).device)))
+        self.student.register_parameter(
+            "never_used", nn.Parameter(torch.zeros(1, device=next(student.parameters()).device))
+        )
         buffers = "forward_sync_buffers" if "forward_sync_buffers" in _ddp_arguments() else "broadcast_buffers"
         options: dict[str, Any] = {buffers: False, "init_sync": False, "find_unused_parameters": True}
         self._student = DistributedDataParallel(self.student, **options)
@@ -132,8 +134,8 @@ def check_same_start(student: nn.Module, workers: Workers) -> None:
     told = workers.gather([float(len(sums)), sum(sums), *(sums[:1] + sums[-1:])])
     if any(other != told[0] for other in told):
         raise ConfigError(
-            "the processes have begun with different students. Fix: let all of them read the same model and the same calibration "
-            "data, with the same versions of fraqat and torch on the same kind of machine."
+            "the processes have begun with different students. Fix: let all of them read the same model and the same "
+            "calibration data, with the same versions of fraqat and torch on the same kind of machine."
         )
 
 

@@ -6,7 +6,7 @@ Shape suffixes: O output channels, K input channels, P rows that a process holds
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -56,7 +56,8 @@ def shard_teacher_(predictor: nn.Module, teacher: nn.Module, mesh: DeviceMesh) -
     for module in teacher.modules():
         if isinstance(module, StoredWeight):
             for name in ("stored_weight", "stored_scale"):
-                stored = module._buffers.pop(name)
+                stored = getattr(module, name)
+                delattr(module, name)
                 module.register_parameter(name, None if stored is None else nn.Parameter(stored, requires_grad=False))
     check_shardable(teacher, "teacher")
     for block in repeated_blocks(teacher):
@@ -165,7 +166,7 @@ class ShardedModels(TrainedModels):
         self.let_go_()
 
     def let_go_(self) -> None:
-        for module in self._root.modules():
+        for module in self.student.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
@@ -184,21 +185,24 @@ class ShardedModels(TrainedModels):
             return
         rows = [own(layer.weight.detach()) for layer in self._one_scale]
         device = rows[0].device
-        maxima = torch.stack([row.abs().amax().float() if row.numel() else torch.zeros((), device=device) for row in rows])
+        maxima = torch.stack(
+            [row.abs().amax().float() if row.numel() else torch.zeros((), device=device) for row in rows]
+        )
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=self.mesh.get_group(_SHARD))
         for layer, largest in zip(self._one_scale, maxima, strict=True):
             layer.weight_quantizer.known_max = largest.view([1] * layer.weight.ndim)
 
 
-def _check_settings(
-    student: nn.Module, spec: TrainSpec, integers: IntegerLayers | None, schedule: Schedule
-) -> None:
+def _check_settings(student: nn.Module, spec: TrainSpec, integers: IntegerLayers | None, schedule: Schedule) -> None:
     parallel = spec.parallel
     if spec.compile != "none":
         raise config_error("train.compile", spec.compile, allowed="none with sharded models", fix="leave it out")
     for name, layer in quantized_layers(student):
         weight = layer.weight_quantizer.spec
-        if weight.granularity is Granularity.TENSOR and weight.range_method not in (RangeMethod.MAX_ABS, RangeMethod.MSE):
+        if weight.granularity is Granularity.TENSOR and weight.range_method not in (
+            RangeMethod.MAX_ABS,
+            RangeMethod.MSE,
+        ):
             raise config_error(
                 "train.parallel.mode",
                 parallel.mode,
@@ -221,6 +225,3 @@ def _check_settings(
     )
     if reason:
         raise config_error("train.parallel.gather", "codes", allowed=reason, fix="set train.parallel.gather: weights")
-
-
-

@@ -44,9 +44,9 @@ class ParallelSpec:
     None of it changes what a batch is: `train.accumulation` divides a batch into parts, and the processes share these.
 
     Args:
-        mode: `none`: one process. `ddp`: each has everything, gradients are averaged. `fsdp2`: each holds a part of every weight
-            of the student, with its gradient and optimizer state. `hybrid`: so do the processes of a group, and the groups
-            average their gradients.
+        mode: `none`: one process. `ddp`: each has everything, gradients are averaged. `fsdp2`: each holds a part of every
+            weight of the student, with its gradient and optimizer state. `hybrid`: so do the processes of a group, and the
+            groups average their gradients.
         shards: Processes of a group of `hybrid`; None: those of one machine.
         teacher: `replicate`: whole in every process; `shard`: in parts.
         gather: What travels when a sharded weight is made whole: `weights`, once or more for every part of a batch, or `codes`
@@ -74,10 +74,24 @@ class ParallelSpec:
         ):
             _check(f"train.parallel.{name}", getattr(self, name), getattr(self, name) in allowed, ", ".join(allowed))
         is_sharded = self.mode in ("fsdp2", "hybrid")
-        _check("train.parallel.gather", self.gather, is_sharded or self.gather == "weights", "weights without fsdp2 or hybrid")
-        _check("train.parallel.reduce", self.reduce, is_sharded or self.reduce == "batch", "batch without fsdp2 or hybrid")
-        _check("train.parallel.teacher", self.teacher, self.mode != "none" or self.teacher == "replicate", "replicate in one process")
-        _check("train.parallel.shards", self.shards, self.shards is None or self.mode == "hybrid", "null without hybrid")
+        _check(
+            "train.parallel.gather",
+            self.gather,
+            is_sharded or self.gather == "weights",
+            "weights without fsdp2 or hybrid",
+        )
+        _check(
+            "train.parallel.reduce", self.reduce, is_sharded or self.reduce == "batch", "batch without fsdp2 or hybrid"
+        )
+        _check(
+            "train.parallel.teacher",
+            self.teacher,
+            self.mode != "none" or self.teacher == "replicate",
+            "replicate in one process",
+        )
+        _check(
+            "train.parallel.shards", self.shards, self.shards is None or self.mode == "hybrid", "null without hybrid"
+        )
         _check("train.parallel.shards", self.shards, self.shards is None or self.shards >= 1, "1 or more, or null")
         _check("train.parallel.timeout_s", self.timeout_s, 0 < self.timeout_s < math.inf, "more than 0 seconds")
 

@@ -1,7 +1,7 @@
 """A training run's state as checkpoints hold it: whole tensors, or the rows of them that this process holds.
 
-Whatever number of processes wrote it, any number can go on: rows are cut anew. Codes of 8-bit optimizer states stay what they are
-where their blocks of 256 do; elsewhere they pass through float32.
+Whatever number of processes wrote it, any number can go on: rows are cut anew. Codes of 8-bit optimizer states stay what they
+are where their blocks of 256 do; elsewhere they pass through float32.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def _optimizer_part(models: TrainedModels, value: Any, parameter: Tensor) -> Any
                 value[_SCALE], (parameter.numel() // _BLOCK,), rows.start * per_row // _BLOCK, is_copy=models.is_copy
             )
             return {**value, _CODES: _part(models, value[_CODES], parameter), _SCALE: scale}
-        value = cast(Any, _from_plain(value)).dequantize()
+        value = _from_plain(value).dequantize()
     return _part(models, value, parameter) if value.ndim else value
 
 
@@ -145,7 +145,7 @@ def _fitted(value: Any, parameter: Tensor, *, is_8bit: bool, is_signed: bool) ->
         if is_quantized and first % _BLOCK == 0:
             blocks = slice(first // _BLOCK, (first + size) // _BLOCK)
             return {**value, _CODES: _saved_part(value[_CODES], parameter), _SCALE: value[_SCALE].rows(blocks)}
-        tensor = cast(Any, _from_plain(loaded(value))).dequantize()[rows]
+        tensor = _from_plain(loaded(value)).dequantize()[rows]
     if not is_quantized:
         return tensor
     codes, scale = torch.zeros(tensor.shape, dtype=torch.uint8), torch.zeros(size // _BLOCK)

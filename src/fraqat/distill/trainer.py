@@ -400,4 +400,3 @@ class Distiller:
         if self.spec.autocast == "none":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
-

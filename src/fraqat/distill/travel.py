@@ -1,7 +1,7 @@
 """Integer all-gather: a weight's rows are quantized where they lie, and codes with their scales travel in place of floats.
 
-Uses the extension of FSDP2 for that (`fsdp_pre_all_gather`, `fsdp_post_all_gather` of a sharded parameter's local tensor). Codes
-are made of the rows at the moment they leave, so that there are none of an older weight; the float weight is whole nowhere.
+Uses the extension of FSDP2 for that (`fsdp_pre_all_gather`, `fsdp_post_all_gather` of a sharded parameter's local tensor).
+Codes are made of the rows at the moment they leave, so that there are none of an older weight; floats are whole nowhere.
 
 Shape suffixes: K input channels (of all positions), P rows that a process holds, padded.
 """
@@ -29,7 +29,7 @@ class WeightInCodes(Tensor):
     """Stands for a whole weight that is there as codes alone: it takes gradients, and has shape, dtype and no values."""
 
     @staticmethod
-    def __new__(cls, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> WeightInCodes:
+    def __new__(cls: type[WeightInCodes], shape: torch.Size, dtype: torch.dtype, device: torch.device) -> WeightInCodes:
         return cast(Any, Tensor)._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
 
     @classmethod

@@ -210,15 +210,14 @@ def current_workers() -> Workers:
     return Workers(dist.get_rank(), num, int(os.environ.get("LOCAL_WORLD_SIZE", num)))
 
 
-
 def _take_device(device: torch.device) -> None:
     """Makes the GPU that `torchrun` numbers for this process the one that `cuda` means.
 
     Raises:
         ConfigError: This machine has fewer GPUs than processes.
     """
-    index = int(os.environ.get("LOCAL_RANK", "0"))
-    if device.type != "cuda" or device.index is not None:
+    index, has_index = int(os.environ.get("LOCAL_RANK", "0")), cast("int | None", device.index) is not None
+    if device.type != "cuda" or has_index:
         return
     if index >= torch.cuda.device_count():
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Parameters that several processes hold in parts: rows of the first axis, as FSDP's DTensors. Other tensors are their own part."""
+"""Parameters that several processes hold in parts: rows of the first axis, as FSDP's DTensors; others are their own part."""
 
 from __future__ import annotations
 
