@@ -23,6 +23,7 @@ Job = tuple[str, dict[str, Any], dict[str, Any]]
 """Case, values of `ParallelSpec`, changes of the case."""
 WORKER = Path(__file__).parent / "parallel_cases.py"
 PLAIN = ParallelSpec()
+pytestmark = pytest.mark.xdist_group("parallel")  # one worker, which starts the processes once
 
 
 def spawn(num: int, out: Path, jobs: list[Job]) -> None:

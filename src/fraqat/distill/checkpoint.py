@@ -67,13 +67,16 @@ class _Writing:
             return self._entry
         if isinstance(self._error, FraqatError):
             return {"error": str(self._error)}
-        raise self._error
+        return {
+            "error": f"{self._path} cannot be written: {self._error}. Fix: let all processes see the same run folder, on a disk "
+            "with room."
+        }
 
     def _run(self) -> None:
         try:
             with explain_os_errors(self._path):
                 self._entry = self._write()
-        except BaseException as error:  # noqa: BLE001 - raised again by `finish`, in the thread that trains
+        except BaseException as error:  # noqa: BLE001 - `finish` tells all processes, in the thread that trains
             self._error = error
 
     def _write(self) -> dict[str, Any]:
