@@ -53,34 +53,37 @@ def markdown(comparisons: Mapping[str, Comparison], command: str, date: str) -> 
     names = list(dict.fromkeys(result.method for c in comparisons.values() for result in c.results))
     rows: list[Sequence[Any]] = []
     for name in names:
-        ratios = [_ratio(comparison, name) for comparison in comparisons.values()]
-        rows.append((name, *map(_text, ratios), _text(overall(comparisons, name))))
+        ratios = [ratio_to_reference(comparison, name) for comparison in comparisons.values()]
+        rows.append((name, *map(text_of, ratios), text_of(overall(comparisons, name))))
     note = (
         "Ratio of the distillation loss on held-out data that chose nothing to that of vanilla QAT: geometric mean over "
         "seeds, in brackets its 95 % interval. All families: geometric mean over families, interval over seeds."
     )
     joint = Table("Ratio to vanilla QAT", ("method", *comparisons, "all families"), tuple(rows), (note,))
-    parts = [f"# Quality, {date}", f"```\n{command}\n```", _markdown_table(joint)]
+    parts = [f"# Quality, {date}", f"```\n{command}\n```", markdown_table(joint)]
     for family, comparison in comparisons.items():
-        parts += [f"## {family}", _markdown_table(comparison.to_table()), _markdown_table(comparison.rates_table())]
+        parts += [f"## {family}", markdown_table(comparison.to_table()), markdown_table(comparison.rates_table())]
     return "\n\n".join(parts) + "\n"
 
 
-def _ratio(comparison: Comparison, method: str) -> SeedMean | None:
+def ratio_to_reference(comparison: Comparison, method: str) -> SeedMean | None:
+    """A method's ratio to vanilla QAT in one comparison; None where it was not run."""
     result = next((r for r in comparison.results if r.method == method), None)
     if result is None:
         return None
     return SeedMean(1.0, None, None) if result is comparison.reference else comparison.ratio(result)
 
 
-def _text(interval: SeedMean | None) -> str | None:
+def text_of(interval: SeedMean | None) -> str | None:
+    """`mean (low to high)`."""
     if interval is None:
         return None
     ends = "" if interval.low is None or interval.high is None else f" ({interval.low:.3f} to {interval.high:.3f})"
     return f"{interval.mean:.3f}{ends}"
 
 
-def _markdown_table(table: Table) -> str:
+def markdown_table(table: Table) -> str:
+    """The table and its notes."""
     lines = ["| " + " | ".join(table.columns) + " |", "|" + " --- |" * len(table.columns)]
     lines += ["| " + " | ".join(format_value(value) for value in row) + " |" for row in table.rows]
     return "\n".join([*lines, "", *table.notes])

@@ -2,187 +2,104 @@
 
     OMP_NUM_THREADS=2 python benchmarks/training_step.py --width 1152 --tokens 1024
 
-Every arm is a process of its own on the same work (same seed, data, teacher, loss, AdamW); the processes take turns, a few
-steps at a time, so that what else the machine does falls on all of them. On a CPU the figures are ratios to plain bf16
-distillation. Appends one JSON line per arm to `docs/results/training_step.jsonl` and rewrites the table beside it.
+Every arm (training_arms.py) is a process of its own on the same work (same seed, data, teacher, loss, AdamW); the processes
+take turns, a few steps at a time, so that what else the machine does falls on all of them. On a CPU the figures are ratios to
+the first arm, plain distillation. Memory is the peak of the process less what it holds after a step on a tiny stack: the
+libraries, which have a column of their own. Appends one JSON line per arm to `docs/results/training_step.jsonl` and rewrites
+the table beside it.
+
+`--memory-only` computes no matrix product and no attention: their results are made and filled, and that is all. What a step
+allocates is the same but for workspaces inside them, so a machine that is slow at them can tell the memory of a large step.
+
+NVIDIA's ModelOpt pins other versions of what we use, so its arms run in an environment of their own:
+
+    python -m venv ENV && ENV/bin/pip install torch==2.13.0 nvidia-modelopt requests huggingface_hub
+    python benchmarks/training_step.py --arms plain ours ModelOpt --peer-python ENV/bin/python
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from fraqat import __version__
+from machine import commit, device_name
+from training_arms import NAMES, Training, Work
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "docs" / "results"
-LEARNING_RATE = 1e-4
-
-
-@dataclass(frozen=True)
-class Work:
-    """What every arm does.
-
-    Args:
-        width: of the tokens.
-        tokens: per sample.
-        batch: samples.
-        blocks: of the stack.
-        weights: dtype of the student's weights; autocast to bf16 in any case.
-    """
-
-    width: int
-    tokens: int
-    batch: int
-    blocks: int
-    weights: str
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+TINY = {"width": 64, "tokens": 32, "batch": 1, "blocks": 2}
+BASELINE = "torchao QAT"
+THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
+"""Variable of glibc: from this size on, memory that is freed goes back to the machine at once."""
 
 
-class Block(nn.Module):
-    """A pre-norm transformer block as in DiT: attention with biases, then a GELU network four times as wide."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.heads = width // 64
-        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
-        self.to_out = nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, T, C] to the same."""
-        normed = self.norm_1(x)
-        q, k, v = (
-            layer(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.to_q, self.to_k, self.to_v)
-        )
-        x = x + self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm_2(x)), approximate="tanh"))
-
-
-def build(work: Work) -> nn.Module:
-    """The stack, the same weights in every process."""
-    torch.manual_seed(0)
-    return nn.Sequential(*(Block(work.width) for _ in range(work.blocks))).to(getattr(torch, work.weights))
-
-
-class NaiveFakeQuantLinear(nn.Linear):
-    """The straightforward way: both operands rounded in floating point at every call, gradients straight through."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[..., I] to [..., O]."""
-        scale = input.detach().abs().amax(-1, keepdim=True).clamp(min=1e-8) / 127
-        x = input + (torch.round(input / scale).clamp(-128, 127) * scale - input).detach()
-        scale = self.weight.detach().abs().amax(1, keepdim=True).clamp(min=1e-8) / 7
-        weight = self.weight + (torch.round(self.weight / scale).clamp(-8, 7) * scale - self.weight).detach()
-        return F.linear(x, weight, self.bias)
-
-
-@dataclass
-class Arm:
-    """A student and what surrounds its step."""
-
-    student: nn.Module
-    before_update: Callable[[], None] = lambda: None
-    after_update: Callable[[], None] = lambda: None
-
-
-def _plain(model: nn.Module) -> Arm:
-    return Arm(model)
-
-
-def _ours(model: nn.Module, engine: str) -> Arm:
-    from fraqat.kernels import EngineName
-    from fraqat.nn import EngineSpec, IntegerLayers, quantize_
-
-    quantize_(model)
-    if engine == "reference":
-        return Arm(model)
-    layers = IntegerLayers(model, EngineSpec(EngineName(engine)))
-    return Arm(model, layers.finish_gradients_, layers.refresh_)
-
-
-def _torchao(model: nn.Module) -> Arm:
-    from torchao.quantization import quantize_
-    from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
-    from torchao.quantization.qat.api import QATStep
-
-    activation = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)
-    weight = IntxFakeQuantizeConfig(torch.int4, "per_channel")  # pyright: ignore[reportAttributeAccessIssue]
-    quantize_(model, QATConfig(activation_config=activation, weight_config=weight, step=QATStep.PREPARE))
-    return Arm(model)
-
-
-def _naive(model: nn.Module) -> Arm:
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = NaiveFakeQuantLinear
-    return Arm(model)
-
-
-ARMS: dict[str, Callable[[nn.Module], Arm]] = {
-    "plain bf16": _plain,
-    "ours": partial(_ours, engine="auto"),
-    "ours, reference": partial(_ours, engine="reference"),
-    "torchao QAT": _torchao,
-    "naive fake quantization": _naive,
-}
-NAMES = tuple(f"{name}{mode}" for name in ARMS for mode in ("", ", compiled"))
-
-
-def work_off(name: str, work: Work, device: torch.device) -> None:
+def work_off(name: str, work: Work, device: torch.device, *, memory_only: bool) -> None:
     """One arm: steps as many as each line of standard input says, and answers with their milliseconds."""
-    base_bytes = _resident_bytes()
-    compiled = name.endswith(", compiled")
-    teacher = build(work).to(device, torch.bfloat16).eval().requires_grad_(False)
-    arm = ARMS[name.removesuffix(", compiled")](build(work).to(device))
-    optimizer = torch.optim.AdamW(arm.student.parameters(), LEARNING_RATE, fused=True)
-    called_teacher: Any = torch.compile(teacher) if compiled else teacher
-    called_student: Any = torch.compile(arm.student) if compiled else arm.student
-    generator = torch.Generator(device).manual_seed(1)
-    inputs = torch.randn(work.batch, work.tokens, work.width, generator=generator, device=device).bfloat16()
-    autocast = torch.autocast(device.type, torch.bfloat16)
-    loss = torch.zeros(())
-
-    def step() -> None:
-        nonlocal loss
-        optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad(), autocast:
-            target = called_teacher(inputs)
-        with autocast:
-            output = called_student(inputs)
-            loss = F.mse_loss(output.float(), target.float())
-        loss.backward()
-        arm.before_update()
-        optimizer.step()
-        arm.after_update()
-
+    skipped = skip_products() if memory_only else None
+    Training(name, replace(work, **TINY), device).step()  # loads what a step needs
+    _release_unused()
+    libraries_bytes = _resident_bytes()
+    training = Training(name, work, device)
     for line in sys.stdin:
         times: list[float] = []
         _reset_peak(device)
+        loss = 0.0
         for _ in range(int(line)):
             _synchronize(device)
             start = time.perf_counter()
-            step()
+            loss = training.step()
             _synchronize(device)
             times.append(1000 * (time.perf_counter() - start))
-        peak = _peak_bytes(device) - (base_bytes if device.type == "cpu" else 0)
-        print(json.dumps({"times_ms": times, "peak_bytes": peak, "loss": loss.item()}), flush=True)
+        peak = _peak_bytes(device) - (libraries_bytes if device.type == "cpu" else 0)
+        answer = {"times_ms": times, "peak_bytes": peak, "libraries_bytes": libraries_bytes, "loss": loss}
+        print(json.dumps(answer), flush=True)
+    del skipped
+
+
+def skip_products() -> torch.library.Library:
+    """Replaces products and attention on CPUs by ones that only fill their results, as long as what is returned lives."""
+
+    def filled(tensor: Tensor) -> Tensor:
+        return tensor.fill_(1 if tensor.dtype == torch.int32 else 0.01)
+
+    def product(left: Tensor, right: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return filled(left.new_empty(*left.shape[:-1], right.shape[-1], dtype=dtype))
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        sizes = query.transpose(1, 2).shape
+        return filled(query.new_empty(sizes)).transpose(1, 2), filled(query.new_empty(sizes[:3], dtype=torch.float32))
+
+    def attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return tuple(filled(torch.empty_like(tensor)) for tensor in (query, key, value))
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("mm", product, "CPU")
+    library.impl("bmm", product, "CPU")
+    library.impl("_int_mm", lambda left, right: product(left, right, torch.int32), "CPU")
+    library.impl("addmm", lambda bias, left, right, beta=1, alpha=1: product(left, right), "CPU")
+    library.impl("_scaled_dot_product_flash_attention_for_cpu", attention, "CPU")
+    library.impl("_scaled_dot_product_flash_attention_for_cpu_backward", attention_backward, "CPU")
+    return library
+
+
+def _release_unused() -> None:
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident_bytes() -> int:
@@ -212,35 +129,46 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def compare(names: list[str], work: Work, rounds: int, steps: int, threads: int, device: str) -> list[dict[str, Any]]:
+def compare(names: list[str], work: Work, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Runs all arms in turns and returns one record each."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, __file__, "--worker", json.dumps(asdict(work)), "--device", device]
+    environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads)}
+    command = [__file__, "--worker", json.dumps(asdict(work)), "--device", arguments.device]
+    command += ["--memory-only"] if arguments.memory_only else []
+    peer = arguments.peer_python
     workers = {
         name: subprocess.Popen(
-            [*command, "--arms", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            [str(peer) if name.startswith("ModelOpt") else sys.executable, *command, "--arms", name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
         for name in names
     }
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    for index in range(rounds + 1):  # the first round compiles and warms up
+    for index in range(arguments.rounds + 1):  # the first round compiles and warms up
         for name, worker in workers.items():
-            assert worker.stdin is not None and worker.stdout is not None
-            worker.stdin.write(f"{steps if index else 3}\n")
-            worker.stdin.flush()
-            line = worker.stdout.readline()
-            if not line:
-                raise SystemExit(f"{name} failed, see above")
+            answer = _ask(name, worker, arguments.steps if index else arguments.warm_up_steps)
             if index:
-                answers[name].append(json.loads(line))
+                answers[name].append(answer)
             print(f"round {index}: {name}", file=sys.stderr)
     for worker in workers.values():
         worker.communicate("")
-    return [_record(name, answers[name], answers[names[0]], work, threads, device) for name in names]
+    return [_record(name, answers[name], answers[names[0]], work, arguments) for name in names]
+
+
+def _ask(name: str, worker: subprocess.Popen[str], steps: int) -> dict[str, Any]:
+    assert worker.stdin is not None and worker.stdout is not None
+    worker.stdin.write(f"{steps}\n")
+    worker.stdin.flush()
+    while line := worker.stdout.readline():
+        if line.startswith('{"times_ms"'):  # a library may greet on standard output
+            return json.loads(line)
+    raise SystemExit(f"{name} failed, see above")
 
 
 def _record(
-    name: str, rounds: list[dict[str, Any]], plain: list[dict[str, Any]], work: Work, threads: int, device: str
+    name: str, rounds: list[dict[str, Any]], plain: list[dict[str, Any]], work: Work, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     def medians(parts: list[dict[str, Any]]) -> list[float]:
         return [statistics.median(part["times_ms"]) for part in parts]
@@ -255,15 +183,16 @@ def _record(
         "ratio_spread": [ratios[0], ratios[-1]],
         "median_ms": statistics.median(times),
         "peak_gib": max(part["peak_bytes"] for part in rounds) / 2**30,
+        "libraries_gib": rounds[-1]["libraries_bytes"] / 2**30,
         "loss": rounds[-1]["loss"],
         "num_steps": len(times),
-        "threads": threads,
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+        "malloc_mmap_threshold": os.environ.get(THRESHOLD),
+        "memory_only": arguments.memory_only,
+        "threads": arguments.threads,
+        "device": device_name(arguments.device),
         "torch": torch.__version__,
         "fraqat": __version__,
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT
-        ).stdout.strip(),
+        "commit": commit(),
     }
 
 
@@ -276,24 +205,47 @@ def write_table(path: Path) -> None:
             f"{record['blocks']} blocks of width {record['width']}, {record['batch']} x {record['tokens']} tokens, "
             f"{record['weights']} weights, {record['device']}, {record['threads']} threads"
         )
+        title += ", no autocast" if record.get("autocast") == "none" else ""
+        title += f", {THRESHOLD}={size}" if (size := record.get("malloc_mmap_threshold")) else ""
+        title += ", memory alone" if record.get("memory_only") else ""
         newest.setdefault(title, {})[record["arm"]] = record
     parts = [
         "# Time and memory of a distillation step\n\nMade by `benchmarks/training_step.py`: teacher, student, backward "
         "pass, AdamW and (ours) new codes, bf16 autocast, all arms\nin turns in one run. Time is the median over rounds of "
-        "the ratio to plain bf16 distillation, with the least and the greatest; memory is\nthe peak of the process less "
-        "what it had before the models were built."
+        "the ratio to plain distillation, with the least and the greatest. Memory is the\npeak of the process less its "
+        "libraries; where there is no column of libraries they are in it. `of torchao` is over torchao's eager QAT\nwith "
+        "default settings; `alike` over torchao's arm of the same settings: `lean`, `compiled` or neither. `lean`: the "
+        "teacher in int8, AdamW's\nstate in 8 bits, blocks that keep the results of products alone. Tables of memory alone "
+        "were made with `--memory-only`."
     ]
-    for title, records in newest.items():
-        rows = ["| arm | time, ratio | spread | peak memory, GiB | loss |", "| --- | --- | --- | --- | --- |"]
-        for name in NAMES:
-            if record := records.get(name):
-                low, high = record["ratio_spread"]
-                rows.append(
-                    f"| {name} | {record['ratio']:.2f} | {low:.2f} to {high:.2f} | {record['peak_gib']:.2f} | "
-                    f"{record['loss']:.3g} |"
-                )
-        parts.append(f"## {title}\n\n" + "\n".join(rows))
+    for title in sorted(newest, key=lambda title: ("AMX" not in title, title)):
+        parts.append(f"## {title}\n\n" + "\n".join(_rows(newest[title])))
     path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
+
+
+def _rows(records: dict[str, dict[str, Any]]) -> list[str]:
+    has_libraries = all("libraries_gib" in record for record in records.values())
+    has_time = not any(record.get("memory_only") for record in records.values())
+    head = ["arm", *(["time, ratio", "spread"] if has_time else []), "peak memory, GiB", "of torchao", "alike"]
+    head += ["loss"] if has_time else []
+    head += ["libraries, GiB"] if has_libraries else []
+    rows = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    for name in NAMES:
+        if (record := records.get(name)) is None:
+            continue
+        low, high = record["ratio_spread"]
+        suffix = name[name.index(",") :] if "," in name else ""
+        alike = records.get(BASELINE + suffix.removeprefix(", reference"))
+        cells = [name, *([f"{record['ratio']:.2f}", f"{low:.2f} to {high:.2f}"] if has_time else [])]
+        cells += [f"{record['peak_gib']:.2f}", _over(record, records.get(BASELINE)), _over(record, alike)]
+        cells += [f"{record['loss']:.3g}"] if has_time else []
+        cells += [f"{record['libraries_gib']:.2f}"] if has_libraries else []
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def _over(record: dict[str, Any], other: dict[str, Any] | None) -> str:
+    return "" if other is None else f"{record['peak_gib'] / other['peak_gib']:.2f}"
 
 
 def main() -> None:
@@ -304,19 +256,35 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--weights", choices=("float32", "bfloat16"), default="float32", help="of the student")
-    parser.add_argument("--arms", nargs="+", choices=NAMES, default=list(NAMES), help="the first is the measure")
+    parser.add_argument("--autocast", choices=("bfloat16", "none"), default="bfloat16")
+    parser.add_argument(
+        "--arms", nargs="+", choices=NAMES, help="the first is the measure; all but ModelOpt's if left out"
+    )
+    parser.add_argument("--peer-python", type=Path, help="interpreter of the environment that has ModelOpt")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=5, help="per round")
+    parser.add_argument("--warm-up-steps", type=int, default=3)
+    parser.add_argument("--memory-only", action="store_true", help="without products: see above")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, default=RESULTS / "training_step.jsonl")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    names = arguments.arms or [name for name in NAMES if not name.startswith("ModelOpt")]
     if arguments.worker:
-        work_off(arguments.arms[0], Work(**json.loads(arguments.worker)), torch.device(arguments.device))
+        work_off(
+            names[0],
+            Work(**json.loads(arguments.worker)),
+            torch.device(arguments.device),
+            memory_only=arguments.memory_only,
+        )
         return
-    work = Work(arguments.width, arguments.tokens, arguments.batch, arguments.blocks, arguments.weights)
-    records = compare(arguments.arms, work, arguments.rounds, arguments.steps, arguments.threads, arguments.device)
+    if arguments.peer_python is None and any(name.startswith("ModelOpt") for name in names):
+        parser.error("arms of ModelOpt need --peer-python; how to make its environment is in --help")
+    work = Work(
+        arguments.width, arguments.tokens, arguments.batch, arguments.blocks, arguments.weights, arguments.autocast
+    )
+    records = compare(names, work, arguments)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with arguments.out.open("a") as stream:
         stream.writelines(json.dumps(record) + "\n" for record in records)

@@ -8,7 +8,15 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fraqat.errors import ConfigError
-from fraqat.schedules import LearningRateKind, LearningRateSpec, Schedule, ScheduleKind, ScheduleSpec, StageUnit
+from fraqat.schedules import (
+    CooldownShape,
+    LearningRateKind,
+    LearningRateSpec,
+    Schedule,
+    ScheduleKind,
+    ScheduleSpec,
+    StageUnit,
+)
 
 TABLE_4_BITS = (8, 7, 6, 5.5, 5, 4.75, 4.5, 4.25, 4)
 TABLE_4_EPOCHS = (1, 1, 1, 1, 1, 2, 2, 2, 14)
@@ -254,6 +262,39 @@ def test_restart_is_one_cosine_per_stage() -> None:
     assert rates("restart") == pytest.approx(expected)
 
 
+def test_cooldown_holds_the_peak_at_8_bits_and_falls_with_the_width() -> None:
+    schedule = custom((8, 10), (6, 10), (4, 20), unit="steps").resolve(4, None)
+    expected = [2.0] * 10 + [2 * (1 - i / 30) for i in range(30)]
+    assert rates("cooldown", schedule) == pytest.approx(expected)
+    wider = custom((16, 4), (8, 6), (7.5, 30), unit="steps").resolve(7.5, None)
+    assert rates("cooldown", wider) == pytest.approx(expected)
+
+
+def test_cooldown_of_a_single_width_falls_from_the_end_of_the_warm_up() -> None:
+    schedule = ScheduleSpec("constant").resolve(4, 40)
+    assert rates("cooldown", schedule) == pytest.approx([2 * (1 - i / 40) for i in range(40)])
+    course = rates("cooldown", schedule, warmup_steps=8)
+    assert course[7] == course[8] == max(course) == 2.0
+    assert course[8:] == pytest.approx([2 * (1 - i / 32) for i in range(32)])
+
+
+def test_cooldown_to_8_bits_falls_in_the_last_stage() -> None:
+    schedule = custom((16, 10), (8, 30), unit="steps").resolve(8, None)
+    assert rates("cooldown", schedule) == pytest.approx([2.0] * 10 + [2 * (1 - i / 30) for i in range(30)])
+
+
+def test_shapes_of_a_cooldown_share_their_ends() -> None:
+    schedule = ScheduleSpec("constant").resolve(4, 40)
+    courses = {shape: rates("cooldown", schedule, cooldown_shape=shape) for shape in CooldownShape}
+    assert courses["cosine"] == pytest.approx(rates("cosine", schedule))
+    assert courses["sqrt"][10] == pytest.approx(2 * (1 - math.sqrt(0.25)))
+    assert courses["linear"] == rates("cooldown", schedule)
+    for shape in CooldownShape:
+        spec = LearningRateSpec(1.0, "cooldown", final_ratio=0.1, cooldown_shape=shape)
+        assert spec.at(0, schedule) == 1.0
+        assert spec.at(40, schedule) == pytest.approx(0.1)
+
+
 @pytest.mark.parametrize("kind", list(LearningRateKind))
 @pytest.mark.parametrize("schedule_kind", NAMED)
 @pytest.mark.parametrize("warmup_steps", [0, 7, 1000])
@@ -290,7 +331,11 @@ def test_warmup_rises_linearly_from_the_first_step() -> None:
     assert rates("constant", warmup_steps=4)[:6] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
 
 
-@given(step=st.integers(0, 39), warmup=st.integers(1, 60), kind=st.sampled_from(list(LearningRateKind)))
+# A cooldown begins where the warm-up ends, so it alone is not a product of the two.
+MULTIPLIED = [kind for kind in LearningRateKind if kind is not LearningRateKind.COOLDOWN]
+
+
+@given(step=st.integers(0, 39), warmup=st.integers(1, 60), kind=st.sampled_from(MULTIPLIED))
 def test_warmup_multiplies_the_course(step: int, warmup: int, kind: LearningRateKind) -> None:
     plain = LearningRateSpec(1.0, kind).at(step, SCHEDULE)
     warm = LearningRateSpec(1.0, kind, warmup).at(step, SCHEDULE)
@@ -319,6 +364,11 @@ def test_rate_is_proportional_to_the_peak(peak: float, factor: float, step: int)
         ({"final_ratio": 1.5}, r"learning_rate\.final_ratio = 1\.5 .* \[0, 1\]"),
         ({"final_ratio": -0.1}, r"learning_rate\.final_ratio = -0\.1 "),
         ({"final_ratio": math.nan}, r"learning_rate\.final_ratio = nan "),
+        (
+            {"kind": "cooldown", "cooldown_shape": "steep"},
+            r"learning_rate\.cooldown_shape.*steep.*linear, sqrt, cosine",
+        ),
+        ({"cooldown_shape": "sqrt"}, r"learning_rate\.cooldown_shape = 'sqrt' .* null with kind decay_last"),
     ],
 )
 def test_impossible_learning_rate_is_refused(settings: dict[str, float], message: str) -> None:

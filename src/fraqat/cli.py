@@ -174,17 +174,35 @@ def plan(
     cached_teacher: Annotated[
         bool, typer.Option("--cached-teacher", help="Read the teacher's outputs from disk")
     ] = False,
+    pretraining_tokens: Annotated[
+        float | None,
+        typer.Option(help="Tokens that the original model was trained on: predicts the best length of the run"),
+    ] = None,
+    memory_budget: Annotated[
+        float | None, typer.Option(metavar="GIB", help="For the exported model: chooses the width of the weights")
+    ] = None,
+    pilot: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="RUN", help="Finished short run of the recipe, two or more: predicts the loss of this length"
+        ),
+    ] = None,
+    target_loss: Annotated[
+        float | None, typer.Option(help="Held-out distillation loss: predicts the steps that it needs, from the pilots")
+    ] = None,
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what a recipe needs before anything is downloaded or rented: memory, time, size of the result."""
+    """Say what a recipe needs before anything is downloaded or rented: memory, time, size of the result, length, width."""
     options = PlanOptions(
         num_devices=num_devices,
         sharding=sharding or (Sharding.NONE if num_devices == 1 else Sharding.FSDP),
         cached_teacher=cached_teacher,
     )
-    planned = workflows.plan(load_recipe(recipe, tuple(settings or ())), device, options)
-    _print_tables([planned.to_table()], as_json)
+    questions = workflows.ComputeQuestions(pretraining_tokens, memory_budget, tuple(pilot or ()), target_loss)
+    _print_tables(
+        workflows.plan_tables(load_recipe(recipe, tuple(settings or ())), device, options, questions), as_json
+    )
 
 
 @app.command()

@@ -52,12 +52,22 @@ class StageGrid(StrEnum):
 
 class LearningRateKind(StrEnum):
     """`decay_last`: constant through the stages, cosine in the last. `constant`. `cosine`: over all. `restart`: one cosine
-    per stage."""
+    per stage. `cooldown`: constant while weights have 8 bits or more, then falls with the width to the end of the run."""
 
     DECAY_LAST = "decay_last"
     CONSTANT = "constant"
     COSINE = "cosine"
     RESTART = "restart"
+    COOLDOWN = "cooldown"
+
+
+class CooldownShape(StrEnum):
+    """How a cooldown falls over its progress t in [0, 1]. `linear`: 1 - t. `sqrt`: 1 - sqrt(t), which falls fast at first.
+    `cosine`."""
+
+    LINEAR = "linear"
+    SQRT = "sqrt"
+    COSINE = "cosine"
 
 
 @dataclass(frozen=True)
@@ -242,7 +252,15 @@ class LearningRateSpec:
         kind: Course over the run.
         warmup_steps: Linear rise from 0 at the start of the run.
         warmup_share: The same as a share of the run, in [0, 1), instead of `warmup_steps`.
-        final_ratio: Share of the peak at the end of a cosine, in [0, 1].
+        final_ratio: Share of the peak at the end of the fall, in [0, 1].
+        cooldown_shape: Of `kind: cooldown`; None is linear.
+
+    A cooldown is the warm-up, stable, decay course whose decay is the quantized phase itself (arXiv 2509.22935): quantization
+    begins at the peak, and width and rate fall together. Stages at 8 bits and wider count as full precision; a run without
+    them decays from the end of the warm-up on, and one without narrower stages in its last stage.
+
+    Raises:
+        ConfigError: Numbers out of range, two warm-ups, or a shape without a cooldown.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_KEYS
@@ -252,9 +270,20 @@ class LearningRateSpec:
     warmup_steps: int = 0
     final_ratio: float = 0.0
     warmup_share: float = 0.0
+    cooldown_shape: CooldownShape | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", parse_choice("learning_rate.kind", self.kind, LearningRateKind))
+        if self.cooldown_shape is not None:
+            shape = parse_choice("learning_rate.cooldown_shape", self.cooldown_shape, CooldownShape)
+            object.__setattr__(self, "cooldown_shape", shape)
+            if self.kind is not LearningRateKind.COOLDOWN:
+                raise config_error(
+                    "learning_rate.cooldown_shape",
+                    shape.value,
+                    allowed=f"null with kind {self.kind.value}",
+                    fix="set learning_rate.kind: cooldown, or leave the shape out",
+                )
         if not (math.isfinite(self.peak) and self.peak > 0):
             raise config_error("learning_rate.peak", self.peak, allowed="a positive number", fix="try 1e-4")
         if self.warmup_steps < 0:
@@ -271,9 +300,12 @@ class LearningRateSpec:
 
     def at(self, step: int, schedule: Schedule) -> float:
         """Learning rate of step `step`, counted from 0."""
-        warmup_steps = self.warmup_steps or round(self.warmup_share * schedule.total_steps)
+        warmup_steps = self._num_warmup_steps(schedule)
         warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
         return self.peak * warmup * self._course(step, schedule)
+
+    def _num_warmup_steps(self, schedule: Schedule) -> int:
+        return self.warmup_steps or round(self.warmup_share * schedule.total_steps)
 
     def _course(self, step: int, schedule: Schedule) -> float:
         stage = schedule.stage_at(step)
@@ -287,6 +319,23 @@ class LearningRateSpec:
             case LearningRateKind.DECAY_LAST:
                 is_last = stage.index == len(schedule) - 1
                 return self._cosine((step - stage.first_step) / stage.num_steps) if is_last else 1.0
+            case LearningRateKind.COOLDOWN:
+                return self._cooldown(step, schedule)
+
+    def _cooldown(self, step: int, schedule: Schedule) -> float:
+        quantized = next((s for s in schedule if s.bits < _HIGHEST_BITS), schedule.stages[-1])
+        first = max(quantized.first_step, self._num_warmup_steps(schedule))
+        if step < first:
+            return 1.0
+        progress = min(1.0, (step - first) / max(1, schedule.total_steps - first))
+        match self.cooldown_shape:
+            case CooldownShape.COSINE:
+                return self._cosine(progress)
+            case CooldownShape.SQRT:
+                fall = 1 - math.sqrt(progress)
+            case _:
+                fall = 1 - progress
+        return self.final_ratio + (1 - self.final_ratio) * fall
 
     def _cosine(self, progress: float) -> float:
         fall = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

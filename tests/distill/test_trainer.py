@@ -47,7 +47,7 @@ def test_training_lowers_the_held_out_loss(make_distiller) -> None:
     before = distiller.validate()
     result = distiller.run()
     assert result.num_steps == 200
-    assert result.validation_loss < 0.7 * before
+    assert result.validation_loss < 0.8 * before
 
 
 def test_the_student_ends_at_the_target_width_and_passes_every_stage(make_distiller, tmp_path: Path) -> None:
@@ -67,8 +67,9 @@ def test_the_student_ends_at_the_target_width_and_passes_every_stage(make_distil
         {"optimizer": "adamw_8bit", "hidden": EIGHT_BIT_HIDDEN, "weight_decay": 0.1},
         {"teacher": TeacherSpec("int8")},
         {"schedule": ScheduleSpec("fractional", grid="final").resolve(4.0, 18)},
+        {"learning_rate": LearningRateSpec(1e-2, "cooldown", cooldown_shape="sqrt")},
     ],
-    ids=["plain", "averaged", "8-bit", "int8 teacher", "final grid"],
+    ids=["plain", "averaged", "8-bit", "int8 teacher", "final grid", "cooldown"],
 )
 def test_an_interrupted_run_ends_bitwise_equal(make_distiller, crash_after: int, options) -> None:
     whole = make_distiller(folder="whole", dropout=0.2, **options)

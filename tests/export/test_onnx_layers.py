@@ -145,6 +145,14 @@ def test_four_bit_codes_take_four_bits_and_products_are_integers(opened: Any, mo
     assert len(products) == num_integer
 
 
+def test_no_product_can_be_cut_off_at_16_bits(opened: Any) -> None:
+    """x86 without VNNI adds two products of signed weights in int16, where 2 * 255 * 65 does not fit."""
+    graph = onnx.load(opened._folder / "model.onnx").graph
+    products = [node for node in graph.node if node.op_type == "MatMulIntegerToFloat"]
+    shifted = {node.input[3].removesuffix(".weight_scale") for node in products if any(node.input[5:6])}
+    assert shifted == {"linear.eight_bit_weights", "linear.integer_groups"}
+
+
 def test_layers_show_their_inputs(part: Part, opened: Any, model: nn.Module) -> None:
     found = opened.run(part, inputs(3))
     assert set(found.layers) == set(layer_codes(model))

@@ -213,6 +213,38 @@ def test_the_emulator_computes_every_layer_within_one_step(case: Case) -> None:
         assert sqnr_db(alone, found.layers[name]) > target.bound.layer_sqnr_db
 
 
+def test_layers_are_shown_without_a_change_to_what_is_shown(case: Case) -> None:
+    """8-bit outputs of a graph get other kernels, so the graph that is looked at must have none; the copies are exact."""
+    import onnxruntime
+
+    from fraqat.export.onnx.htp import SHOWN, layer_tensors, with_layers_shown
+
+    path = case.folder / "toy.onnx"
+    changed, shown = with_layers_shown(path)
+    model = onnx.load_from_string(changed)  # type: ignore[arg-type]
+    makers = {name: node for node in model.graph.node for name in node.output}
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    for value in model.graph.output:
+        assert types[makers[value.name].input[2]] == onnx.TensorProto.UINT16, value.name
+    layers = layer_tensors(onnx.load(path))
+    assert shown.keys() == layers.keys()
+    pairs = {(a, b) for layer, names in layers.items() for a, b in zip(names, shown[layer], strict=True)}
+    assert sum(b == f"{a}{SHOWN}" for a, b in pairs) > len(pairs) / 2
+    present = {value.name for value in model.graph.output}
+    model.graph.output.extend(v for v in model.graph.value_info if v.name in {a for a, _ in pairs} - present)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    generator = torch.Generator().manual_seed(3)
+    feeds = {i.name: torch.randn(i.shape, generator=generator).numpy() for i in session.get_inputs()}
+    names = [value.name for value in session.get_outputs()]
+    found = dict(zip(names, session.run(names, feeds), strict=True))
+    scales = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    for original, copy in pairs:
+        step = scales[makers[original].input[1]]
+        assert (abs(found[original] - found[copy]) < step * 1e-3).all(), original
+
+
 def initializer(graph: Any, name: str) -> Any:
     return next(item for item in graph.initializer if item.name == name)
 

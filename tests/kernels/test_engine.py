@@ -1,6 +1,7 @@
 """Laws of the engines: the same integers and the same bits from all of them, and a choice that is measured and named."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -119,6 +120,7 @@ class Slow:
     """An engine that is always the slowest."""
 
     name = "int_mm"
+    is_layout_cheap = False
 
     def why_unavailable(self, device: torch.device) -> str:
         return "" if device.type == "cpu" else "cpu only"
@@ -163,6 +165,26 @@ def test_new_codes_are_never_computed_with_an_old_layout(engine):
     codes_OK.neg_()
     weight.renew()
     assert torch.equal(weight.product(operands, codes_OK), reference(operands, codes_OK))
+
+
+@pytest.mark.parametrize("counts_preparation", [True, False])
+def test_training_keeps_no_float_copy_of_codes(counts_preparation: bool):
+    operands, codes_OK = random_operands(5, 64, 8, seed=0, is_static=False, has_bias=True, out_dtype=torch.float32)
+    weight = PreparedWeight(EngineTable(CPU, EngineName.FLOAT32, counts_preparation=counts_preparation))
+    weight.product(operands, codes_OK)
+    assert (weight.layout("float32") is None) == counts_preparation
+
+
+@pytest.mark.parametrize("largest", [1, 7, 127])
+@pytest.mark.parametrize("is_static", [False, True])
+def test_cuts_of_narrow_and_wide_codes_are_exact(largest: int, is_static: bool):
+    operands, codes_OK = random_operands(
+        3, 9000, 4, seed=largest, is_static=is_static, has_bias=True, out_dtype=torch.float32
+    )
+    codes_OK = codes_OK.clamp(-largest, largest)
+    operands = dataclasses.replace(operands, row_sums_O=codes_OK.sum(1, dtype=torch.int32))
+    engine = ENGINES["float32"]
+    assert torch.equal(engine.product(operands, engine.prepare(codes_OK)), reference(operands, codes_OK))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

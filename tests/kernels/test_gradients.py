@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fraqat.kernels import input_gradient, native, weight_gradient
+from fraqat.kernels import gradients, input_gradient, native, weight_gradient
 
 HAS_NATIVE = not native.Native().why_unavailable(torch.device("cpu"))
 SIZES = st.integers(1, 130)
@@ -41,6 +41,19 @@ def test_gradients_are_those_of_the_rounded_operands(size_M, size_K, size_O, see
     for out_dtype, bound in ((torch.float32, 1e-5 if HAS_NATIVE else 4e-3), (torch.bfloat16, 4e-3)):
         found = weight_gradient(grad, token_scale, codes, zero_point, torch.bfloat16, out_dtype, is_native=HAS_NATIVE)
         assert found.dtype == out_dtype and relative_error(found, expected) < bound
+
+
+@pytest.mark.parametrize("multiplies_in_float32", [False, True])
+def test_a_cpu_without_bfloat16_products_gives_the_same_gradients(multiplies_in_float32: bool, monkeypatch):
+    monkeypatch.setattr(gradients, "_HAS_SLOW_BFLOAT16", multiplies_in_float32)
+    grad, weight_codes, codes, scale, token_scale, zero_point = random_case(40, 70, 50, 3, torch.bfloat16, True)
+    expected = (grad * scale).bfloat16().double() @ weight_codes.double()
+    found = input_gradient(grad, scale, weight_codes, torch.bfloat16)
+    assert found.dtype == torch.bfloat16 and relative_error(found, expected) < 4e-3
+    with torch.autocast("cpu", torch.bfloat16):  # it must not bring the slow product back
+        found = weight_gradient(grad, token_scale, codes, zero_point, torch.bfloat16, torch.float32)
+    expected = (grad * token_scale[:, None]).bfloat16().double().t() @ (codes.double() - int(zero_point))
+    assert relative_error(found, expected) < (1e-6 if multiplies_in_float32 else 4e-3)
 
 
 def test_float32_gradients_are_not_rounded():

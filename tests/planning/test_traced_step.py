@@ -122,7 +122,7 @@ def test_codes_of_fake_quantization_are_weights_on_their_grid_and_clip_masks() -
     num_weights = sum(layer.weight.numel() for _, layer in quantized_layers(make_student()))
     kept_bytes = 4 + 1  # the float weight on its grid, and one byte that says where it was not clipped
     assert codes_at_the_end(dataclasses.replace(PLAIN, engine=REFERENCE)) == num_weights * kept_bytes
-    assert codes_at_the_end(TrainSpec(batch_size=2, engine=REFERENCE)) == num_weights * (2 + 1)
+    assert codes_at_the_end(TrainSpec(batch_size=2, autocast="bfloat16", engine=REFERENCE)) == num_weights * (2 + 1)
 
 
 @pytest.mark.parametrize(("kind", "copies"), [(DeviceKind.GPU, 1), (DeviceKind.CPU, 2)])
@@ -303,7 +303,7 @@ def test_autocast_runs_norms_in_the_precision_of_the_device(kind: DeviceKind, dt
     with torch.device("meta"):
         student = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH, elementwise_affine=False))
     quantize_(student)
-    traced = trace(Workload(student, predict, make_toy_inputs), TrainSpec(batch_size=2), kind=kind)
+    traced = trace(Workload(student, predict, make_toy_inputs), TrainSpec(batch_size=2, autocast="bfloat16"), kind=kind)
     norms = {item.dtype for item in traced.work if item.name == "native_layer_norm" and item.phase is Phase.FORWARD}
     assert norms == {dtype}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from fraqat.baselines.layers import peer_layers
 from fraqat.baselines.torchao_layers import ParqOptimizer, ParqSpec, prepare_qat_, quantize_tensors_
-from fraqat.distill import Batch, DistillTask, TrainSpec, checkpoint_blocks_, hold_teacher_, make_optimizer
+from fraqat.distill import Batch, DistillTask, TrainSpec, autocast, checkpoint_blocks_, hold_teacher_, make_optimizer
 from fraqat.distill.validation import to_device, validation_loss
 from fraqat.errors import NonFiniteLossError, config_error, parse_choice
 from fraqat.nn import unquantize_
@@ -209,7 +209,7 @@ class _Loop:
             clip_grads_with_norm_(parameters, self.spec.clip_norm, norm)
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        return nullcontext() if self.spec.autocast == "none" else torch.autocast(device.type, dtype=torch.bfloat16)
+        return autocast(self.spec.autocast, device.type)
 
     def _check(self, is_finite: bool, what: str, step: int) -> None:
         if not is_finite:

@@ -97,6 +97,11 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 {"schedule": {"kind": "fractional"}, "train": _DECAY_LAST},
             ),
             Method(
+                "cooldown",
+                "Table 4's widths, learning rate falls together with the width",
+                {"schedule": {"kind": "fractional"}, "train": {"learning_rate": {"kind": "cooldown"}}},
+            ),
+            Method(
                 "integer",
                 "8, 7, 6, 5, 4 bits, learning rate decays at the final width",
                 {"schedule": {"kind": "integer"}, "train": _DECAY_LAST},

@@ -23,6 +23,7 @@ from fraqat.nn import (
     BranchSpec,
     LayerRule,
     QuantSpec,
+    RotationSpec,
     SmoothingSpec,
     WeightSpec,
 )
@@ -60,6 +61,7 @@ class QuantizationSpec:
         train: Family that is trained alone: FF, Attn, TF; All trains everything.
         branch: A low-rank branch in 16 bits beside every quantized layer (SVDQuant, DiTAS, SVDQAT); null: none.
         smoothing: Divide the input of every quantized layer by a factor per channel, chosen from calibration data; null: no.
+        rotation: Turn what every attention passes on by an orthogonal matrix, merged into the weights around it; null: no.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_KEYS
@@ -71,6 +73,7 @@ class QuantizationSpec:
     train: str = ALL
     branch: BranchSpec | None = None
     smoothing: SmoothingSpec | None = None
+    rotation: RotationSpec | None = None
 
     @property
     def spec(self) -> QuantSpec:

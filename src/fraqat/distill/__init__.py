@@ -6,6 +6,7 @@ from fraqat.distill.code_flips import CODES_EVENT, CodeFlips, FlipCount
 from fraqat.distill.log import LOG_FILE, StepRecord, read_log
 from fraqat.distill.losses import LANGUAGE_LOSSES, OUTPUT_LOSSES, LossSpec, distillation_loss
 from fraqat.distill.optimizers import DeviceOptimizer, HostOptimizer, TrainOptimizer, make_optimizer
+from fraqat.distill.precision import Autocast, autocast, autocast_dtype
 from fraqat.distill.spec import ParallelSpec, TeacherSpec, TrainSpec
 from fraqat.distill.task import Batch, BatchStream, DistillTask, Prediction
 from fraqat.distill.teacher import StoredWeight, TeacherMemory, hold_teacher_, share_frozen_, store_weights_
@@ -19,6 +20,7 @@ __all__ = [
     "LANGUAGE_LOSSES",
     "LOG_FILE",
     "OUTPUT_LOSSES",
+    "Autocast",
     "Batch",
     "BatchStream",
     "CheckpointStore",
@@ -39,6 +41,8 @@ __all__ = [
     "TrainOptimizer",
     "TrainSpec",
     "Workers",
+    "autocast",
+    "autocast_dtype",
     "checkpoint_blocks_",
     "current_workers",
     "describe_difference",

@@ -68,8 +68,8 @@ class _Writing:
         if isinstance(self._error, FraqatError):
             return {"error": str(self._error)}
         return {
-            "error": f"{self._path} cannot be written: {self._error}. Fix: let all processes see the same run folder, on a disk "
-            "with room."
+            "error": f"{self._path} cannot be written: {self._error}. Fix: let all processes see the same run folder, on a "
+            "disk with room."
         }
 
     def _run(self) -> None:

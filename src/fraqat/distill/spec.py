@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
 from fraqat.distill.losses import LossSpec
+from fraqat.distill.precision import Autocast
 from fraqat.errors import check_seed, config_error
 from fraqat.nn import STRICT_KEYS, EngineSpec, LowRankSpec
 from fraqat.schedules import LearningRateSpec
@@ -115,7 +116,8 @@ class TrainSpec:
         betas, eps, weight_decay: Of AdamW.
         clip_norm: Largest norm of the whole gradient, None to leave it.
         ema_decay: Averages the trained parameters; the student that is kept is then the average. None for none.
-        autocast: Precision of matrix products in training: `bfloat16`, or `none` for the model's own.
+        autocast: Precision of matrix products in training: `bfloat16`, `none` for the model's own, or `auto`: bfloat16 where
+            the hardware multiplies in it, else `none`. The log names what was taken.
         low_rank: Train thin matrices that are added to the frozen weights before these are quantized, instead of the weights;
             merged at the end. None trains the weights.
         teacher: How the teacher is held.
@@ -151,7 +153,7 @@ class TrainSpec:
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
     ema_decay: float | None = None
-    autocast: Literal["bfloat16", "none"] = "bfloat16"
+    autocast: Autocast = "auto"
     low_rank: LowRankSpec | None = None
     teacher: TeacherSpec = field(default_factory=TeacherSpec)
     activation_checkpointing: CheckpointedModules = "none"
@@ -179,6 +181,7 @@ class TrainSpec:
             "train.accumulation", self.accumulation, self.batch_size % self.accumulation == 0, "a divisor of batch_size"
         )
         check_seed("train.seed", self.seed)
+        _check_choice("train.autocast", self.autocast, Autocast)
         _check_choice("train.optimizer", self.optimizer, OptimizerName)
         _check_choice("train.optimizer_device", self.optimizer_device, OptimizerDevice)
         _check_choice("train.activation_checkpointing", self.activation_checkpointing, CheckpointedModules)

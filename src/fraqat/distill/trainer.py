@@ -6,7 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +25,7 @@ from fraqat.distill.interrupt import InterruptGuard
 from fraqat.distill.log import RunLog, StepRecord
 from fraqat.distill.models import make_models
 from fraqat.distill.optimizers import make_optimizer
+from fraqat.distill.precision import autocast, autocast_dtype
 from fraqat.distill.spec import TrainSpec
 from fraqat.distill.state import (
     average_state,
@@ -124,6 +125,8 @@ class Distiller:
         self.average = ParameterAverage(self.trained, spec.ema_decay) if spec.ema_decay is not None else None
         stream = task.train_stream(spec.batch_size // spec.accumulation, spec.seed)
         self.stream, self._last_part = SharedStream(stream, spec.accumulation, parts), parts[-1]
+        dtype = autocast_dtype(spec.autocast, self.device.type)
+        self.precision = "the model's own dtype" if dtype is None else str(dtype).removeprefix("torch.")
         self.step = 0
         self.train_s = 0.0
         self._recent_ms: deque[float] = deque(maxlen=_STEP_TIMES_AVERAGED)
@@ -143,6 +146,7 @@ class Distiller:
         if self.step:
             log.write_event("resume", self.step)
             self.say(f"going on from the checkpoint after step {self.step}")
+        self._name_precision(log)
         self.student.train()
         num_named = -1
         try:
@@ -181,6 +185,11 @@ class Distiller:
                 self._finish_save(log)
             log.close()
             undo()
+
+    def _name_precision(self, log: RunLog) -> None:
+        log.write_event("precision", self.step, products=self.precision)
+        if self.spec.autocast == "auto":
+            self.say(f"matrix products in {self.precision}")
 
     def _validate_and_log(self, stage: Stage, log: RunLog) -> float | None:
         """The held-out loss where it is the lowest so far at the final width, which is worth a checkpoint of its own."""
@@ -232,14 +241,14 @@ class Distiller:
         start = time.perf_counter()
         learning_rate = self.spec.learning_rate.at(self.step, self.schedule)
         self.optimizer.set_learning_rate_(learning_rate)
-        self.optimizer.zero_grad()
-        self.models.zero_grad_()
         loss = self._gradients_of_parts(stage)
         if self.integers is not None:
             self.integers.finish_gradients_()
         self.models.collect_gradients_()
         gradient_norm = self._clip_gradient(stage)
         self.optimizer.step()
+        self.optimizer.zero_grad()  # before new codes and validation, which would hold them too
+        self.models.zero_grad_()
         self._refresh_codes()
         if self.average is not None:
             self.average.update()
@@ -336,6 +345,7 @@ class Distiller:
             "optimizer": optimizer_state(self.models, self.optimizer, self._order),
             "average": average_state(self.models, self.average.state_dict()) if self.average else None,
             "stream": self.stream.state_dict(),
+            "precision": self.precision,
         }
         self.store.begin(self.step, state, loss)
         if not self.spec.async_checkpoints:
@@ -369,6 +379,12 @@ class Distiller:
         if self.average is not None:
             self.average.load_state_dict(loaded_average_state(self.models, state["average"]))
         self.stream.load_state_dict(loaded(state["stream"]))
+        before = state.get("precision", self.precision)
+        if before != self.precision:
+            self.warn(
+                f"the checkpoint was trained with matrix products in {before}, this machine goes on in {self.precision}. Set "
+                "train.autocast to keep one precision on all machines."
+            )
 
     def _leave(self, signal_number: int) -> NoReturn:
         raise InterruptedRunError(
@@ -397,6 +413,4 @@ class Distiller:
         return "the loss itself"
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self.spec.autocast == "none":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return autocast(self.spec.autocast, self.device.type)

@@ -184,7 +184,9 @@ class PreparedWeight:
         engine = self.table.engine_for(operands, codes_OK)
         layout = self._layouts.get(engine.name)
         if layout is None:
-            layout = self._layouts[engine.name] = engine.prepare(codes_OK)
+            layout = engine.prepare(codes_OK)
+            if not (self.table.counts_preparation and engine.is_layout_cheap):
+                self._layouts[engine.name] = layout
         return engine.product(operands, layout)
 
 

@@ -5,6 +5,8 @@ Shape suffixes: M tokens, K input channels, O output channels.
 
 from __future__ import annotations
 
+import platform
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,11 @@ from fraqat.kernels import native
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _NATIVE = native.Native()
+_IS_X86 = platform.machine() in ("x86_64", "AMD64")
+_HAS_SLOW_BFLOAT16 = _IS_X86 and not (
+    torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+)
+"""Whether products in bfloat16 run in torch's plain loops on this CPU, ten times and more slower than those in float32."""
 
 
 def has_native_gradients(device: torch.device) -> bool:
@@ -34,11 +41,12 @@ def input_gradient(
     Returns:
         [M, K] in `dtype`.
 
-    Numerics: dY * scale is computed in float32 and rounded once to `dtype`; sums are float32.
+    Numerics: dY * scale is computed in float32 and rounded once to `dtype`; sums are float32. A CPU without products in
+        bfloat16 multiplies the rounded operands in float32 and rounds the result.
     """
     if is_native and dtype == torch.bfloat16 and grad_MO.dtype in _DTYPES:
         return _native_input_gradient(grad_MO.contiguous(), scale_O, codes_OK)
-    return (grad_MO * scale_O).to(dtype) @ codes_OK.to(dtype)
+    return _product((grad_MO * scale_O).to(dtype), codes_OK, dtype).to(dtype)
 
 
 def weight_gradient(
@@ -65,13 +73,21 @@ def weight_gradient(
     Returns:
         [O, K] in `out_dtype`.
 
-    Numerics: as `input_gradient`; codes less zero point, at most 255, are exact in bfloat16. The native kernel rounds sums to
-        `out_dtype` alone, the other path to `dtype` before.
+    Numerics: as `input_gradient`; codes less zero point, at most 255, are exact in bfloat16. The native kernel, and a CPU
+        without products in bfloat16, round sums to `out_dtype` alone, the other path to `dtype` before.
     """
     if is_native and dtype == torch.bfloat16 and grad_MO.dtype in _DTYPES and out_dtype in _DTYPES:
         return _native_weight_gradient(grad_MO.contiguous(), token_scale, codes_MK, zero_point, out_dtype)
     scaled_MO = (grad_MO * token_scale.unsqueeze(-1)).to(dtype)
-    return (scaled_MO.t() @ centred_codes(codes_MK, zero_point, dtype)).to(out_dtype)
+    return _product(scaled_MO.t(), centred_codes(codes_MK, zero_point, dtype), dtype).to(out_dtype)
+
+
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left, of `dtype`, times integers that `dtype` holds; in `dtype` or in float32, whichever the device is made for."""
+    if _HAS_SLOW_BFLOAT16 and dtype == torch.bfloat16 and left.device.type == "cpu":
+        with torch.autocast("cpu", enabled=False):
+            return left.float() @ right.float()
+    return left @ right.to(dtype)
 
 
 def centred_codes(codes_MK: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -48,6 +48,7 @@ class Native:
     """Exact sums in AMX tiles; zero point, scales, bias and rounding while they are in the nearest cache."""
 
     name = "native"
+    is_layout_cheap = False
 
     def why_unavailable(self, device: torch.device) -> str:
         """Runs on x86 CPUs with AMX under Linux where a C++ compiler is at hand; the first call builds the kernel."""

@@ -12,6 +12,7 @@ class OneDnn:
     """`onednn.qlinear_pointwise`: exact sums, float32 or bfloat16 out."""
 
     name = "onednn"
+    is_layout_cheap = False
 
     def why_unavailable(self, device: torch.device) -> str:
         """Runs on x86 CPUs whose torch was built with oneDNN."""

@@ -2,49 +2,58 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from fraqat.kernels.product import Operands, scale_product
 
 _FLOAT32_EXACT = 2**24
-_LARGEST_PRODUCT = 255 * 128
+
+
+class _Floats(NamedTuple):
+    """Codes of a weight in float32, [O, K], and their largest magnitude."""
+
+    codes_OK: Tensor
+    largest: int
 
 
 class FloatCodes:
     """The codes as floating-point numbers, cut along the input channels so that no partial sum leaves float32's integers."""
 
     name = "float32"
-    _chunk = _FLOAT32_EXACT // _LARGEST_PRODUCT
+    is_layout_cheap = True
 
     def why_unavailable(self, device: torch.device) -> str:
         """Runs everywhere."""
         return ""
 
-    def prepare(self, codes_OK: Tensor) -> Tensor:
-        """The codes in float32, [O, K]."""
-        return codes_OK.float()
+    def prepare(self, codes_OK: Tensor) -> _Floats:
+        """The codes in float32, and how large they are: narrow ones need fewer cuts."""
+        largest = max(-int(codes_OK.min()), int(codes_OK.max()), 1) if codes_OK.numel() else 1
+        return _Floats(codes_OK.float(), largest)
 
-    def product(self, operands: Operands, prepared: Tensor) -> Tensor:
-        """The sum of exact partial sums, in float64 where there are several."""
-        codes = operands.codes_MK.float()
-        width = codes.shape[1]
-        if width <= self._chunk:
-            return scale_product(self._to_integer(codes @ prepared.t()), operands)
-        total = torch.zeros(codes.shape[0], prepared.shape[0], dtype=torch.int64, device=codes.device)
-        for start in range(0, width, self._chunk):
-            part = slice(start, start + self._chunk)
-            total += (codes[:, part] @ prepared[:, part].t()).to(torch.int64)
+    def product(self, operands: Operands, prepared: _Floats) -> Tensor:
+        """The sum of exact partial sums, in integers where there are several."""
+        codes, num_inputs = operands.codes_MK, operands.codes_MK.shape[1]
+        largest_product = prepared.largest * (255 if codes.dtype == torch.uint8 else 128)
+        chunk = _FLOAT32_EXACT // largest_product
+        if num_inputs <= chunk:
+            return scale_product((codes.float() @ prepared.codes_OK.t()).to(torch.int32), operands)
+        dtype = torch.int32 if 2 * num_inputs * largest_product < 2**31 else torch.int64
+        total = torch.zeros(codes.shape[0], prepared.codes_OK.shape[0], dtype=dtype, device=codes.device)
+        for start in range(0, num_inputs, chunk):
+            part = slice(start, start + chunk)
+            total += (codes[:, part].float() @ prepared.codes_OK[:, part].t()).to(dtype)
         return scale_product(total, operands)
-
-    def _to_integer(self, product_MO: Tensor) -> Tensor:
-        return product_MO.to(torch.int32)
 
 
 class IntegerMatmul:
     """`torch._int_mm`: int8 times int8 to int32, then scaled."""
 
     name = "int_mm"
+    is_layout_cheap = False
 
     def why_unavailable(self, device: torch.device) -> str:
         """Runs on a CPU and on CUDA devices with int8 matrix units."""

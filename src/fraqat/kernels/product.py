@@ -52,6 +52,11 @@ class Engine(Protocol):
         """What logs, records and recipes call it."""
         ...
 
+    @property
+    def is_layout_cheap(self) -> bool:
+        """Whether training had better bring the codes into the layout for every product than keep a larger copy of them."""
+        ...
+
     def why_unavailable(self, device: torch.device) -> str:
         """Why this engine cannot run on `device`; empty if it can."""
         ...

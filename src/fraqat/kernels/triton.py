@@ -240,6 +240,7 @@ class Triton:
     """
 
     name = "triton"
+    is_layout_cheap = False
 
     def why_unavailable(self, device: torch.device) -> str:
         """Runs on CUDA devices of compute capability 8.0 or more, and under Triton's interpreter."""

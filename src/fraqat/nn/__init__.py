@@ -9,6 +9,7 @@ from fraqat.nn.integer_layers import EngineSpec, IntegerLayers
 from fraqat.nn.layers import QuantizedLayer, QuantLinear, QuantPointwiseConv
 from fraqat.nn.low_rank import add_adapters_, merge_adapters_
 from fraqat.nn.packed import PackedLayer, packed_codes, to_packed_
+from fraqat.nn.rotation import RotationSpec, ValuePath, rotate_value_paths_
 from fraqat.nn.smoothing import InputSmoothing, SmoothingSpec
 from fraqat.nn.spec import STRICT_KEYS, ActivationSpec, LayerRule, QuantSpec, WeightSpec
 from fraqat.nn.swap import (
@@ -47,7 +48,9 @@ __all__ = [
     "QuantReport",
     "QuantSpec",
     "QuantizedLayer",
+    "RotationSpec",
     "SmoothingSpec",
+    "ValuePath",
     "WeightSpec",
     "add_adapters_",
     "add_branches_",
@@ -59,6 +62,7 @@ __all__ = [
     "packed_codes",
     "quantize_",
     "quantized_layers",
+    "rotate_value_paths_",
     "scale_parameters",
     "set_bits_",
     "set_bypassed_",

@@ -42,25 +42,33 @@ class ResultSize:
         return 8 * (self.num_code_bytes + self.num_scale_bytes) / self.num_quantized_weights
 
 
-def packed_size(model: nn.Module, float_dtype: torch.dtype = torch.float32) -> ResultSize:
+def packed_size(model: nn.Module, float_dtype: torch.dtype = torch.float32, *, bits: float | None = None) -> ResultSize:
     """Size of the packed export of a quantized model at its final width; the meta device is enough.
 
     Args:
         model: A model changed by `quantize_`.
         float_dtype: Precision of everything that is not quantized.
+        bits: Another width for all layers that end at the model's lowest or would fall below it; None is their own.
     """
     layers = dict(quantized_layers(model))
+    lowest = min((layer.weight_quantizer.spec.bits for layer in layers.values()), default=None)
+
+    def width(layer: QuantizedLayer) -> float:
+        own = layer.weight_quantizer.spec.bits
+        if bits is None:
+            return own
+        return bits if own == lowest else max(bits, own)
+
     return ResultSize(
-        num_code_bytes=sum(_code_bytes(layer) for layer in layers.values()),
+        num_code_bytes=sum(_code_bytes(layer, width(layer)) for layer in layers.values()),
         num_scale_bytes=sum(_scale_bytes(layer) for layer in layers.values()),
         num_other_bytes=_other_bytes(model, layers, float_dtype),
         num_quantized_weights=sum(layer.weight.numel() for layer in layers.values()),
     )
 
 
-def _code_bytes(layer: QuantizedLayer) -> int:
-    quantizer = layer.weight_quantizer
-    grid = quantizer.spec.grid(quantizer.spec.bits)
+def _code_bytes(layer: QuantizedLayer, bits: float) -> int:
+    grid = layer.weight_quantizer.spec.grid(bits)
     num_rows, row_length = layer.weight.shape[0], layer.weight[0].numel()
     if grid.storage_bits > _MAX_PACKED_BITS:
         return layer.weight.numel() * code_dtype(grid).itemsize

@@ -17,6 +17,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from fraqat.distill import (
     DeviceOptimizer,
     TrainSpec,
+    autocast_dtype,
     checkpoint_blocks_,
     keep_products,
     repeated_blocks,
@@ -224,7 +225,8 @@ class _Step:
                 average.lerp_(parameter.detach().float(), 0.1)
 
     def validate(self, inputs: dict[str, Any]) -> None:
-        """The held-out loss as the trainer takes it: whole batches, no autocast, gradients still there."""
+        """The held-out loss as the trainer takes it: whole batches, no autocast, gradients gone."""
+        self.optimizer.zero_grad()
         self.student.eval()
         with torch.no_grad():
             kept = [parameter.clone() for parameter in self.trained] if self.averages else []
@@ -266,9 +268,8 @@ class _Step:
         return outputs
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self.train.autocast == "none":
-            return nullcontext()
-        return torch.autocast(TRACE_DEVICE, dtype=torch.bfloat16)
+        dtype = autocast_dtype(self.train.autocast, "cpu" if self.kind is DeviceKind.CPU else "cuda")
+        return nullcontext() if dtype is None else torch.autocast(TRACE_DEVICE, dtype=dtype)
 
     def _label_gradient(self, parameter: Tensor) -> None:
         assert parameter.grad is not None

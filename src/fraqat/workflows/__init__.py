@@ -6,7 +6,7 @@ from fraqat.workflows.demo import demo
 from fraqat.workflows.evaluating import evaluate, quality_table
 from fraqat.workflows.exporting import Exported, check_packed, export, generate
 from fraqat.workflows.inspecting import inspect
-from fraqat.workflows.planning import plan
+from fraqat.workflows.planning import ComputeQuestions, plan, plan_tables
 from fraqat.workflows.progress import Progress, SilentProgress
 from fraqat.workflows.reporting import report
 from fraqat.workflows.runs import RunFolder
@@ -19,6 +19,7 @@ __all__ = [
     "AnalysisKind",
     "CompareOptions",
     "Comparison",
+    "ComputeQuestions",
     "Exported",
     "Progress",
     "RunFolder",
@@ -36,6 +37,7 @@ __all__ = [
     "layers",
     "open_session",
     "plan",
+    "plan_tables",
     "quality_table",
     "report",
     "resolve_schedule",

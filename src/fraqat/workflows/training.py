@@ -121,7 +121,7 @@ def _train_one(
         progress.say(f"{recipe.label}: finished already, nothing to do")
         return
     student, result = train_student(session, recipe, run, progress)
-    workers.first(lambda: _write_result(session, run, student, result))
+    workers.first(lambda: _write_result(session, recipe, run, student, result))
     progress.say(f"{recipe.label}: held-out distillation loss {result.validation_loss:.5f}")
 
 
@@ -202,18 +202,20 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     return load_values(values)
 
 
-def _write_result(session: Session[Any], run: RunFolder, student: nn.Module, result: DistillResult) -> None:
+def _write_result(
+    session: Session[Any], recipe: Recipe, run: RunFolder, student: nn.Module, result: DistillResult
+) -> None:
     with atomic_file(run.student_path) as path:
         save_tensors(student.state_dict(), path)
-    write_json_atomic(run.layers_path, _layer_rows(session, student))
+    write_json_atomic(run.layers_path, _layer_rows(session, recipe, student))
     write_json_atomic(run.result_path, dataclasses.asdict(result))
 
 
-def _layer_rows(session: Session[Any], student: nn.Module) -> list[dict[str, Any]]:
+def _layer_rows(session: Session[Any], recipe: Recipe, student: nn.Module) -> list[dict[str, Any]]:
     # Every layer's output of both models is held at once: a few samples suffice.
     batch = session.task.validation_batches(min(_LAYER_SAMPLES, session.recipe.train.batch_size))[0]
     inputs = session.task.make_inputs(batch, torch.Generator().manual_seed(0))
-    errors = layer_errors(session.teacher, student, lambda model: session.task.predict(model, inputs))
+    errors = layer_errors(session.reference(recipe), student, lambda model: session.task.predict(model, inputs))
     table = describe(student, session.families).to_table().to_json()
     rows: list[dict[str, Any]] = table["rows"]
     for row in rows:

@@ -23,6 +23,9 @@ Value = ir.Value
 _CHANNELS_LAST, _CHANNELS_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 _SIGMAS = 3.0
 _INT8_MIN, _INT8_MAX, _UINT8_MAX = -128, 127, 255
+_PAIR_LIMIT = 64
+"""Largest signed weight code that x86 CPUs without VNNI multiply exactly: ONNX Runtime adds two products of an input (up to
+255) in 16 bits there and cuts the sum off at 32767, in silence."""
 RUNTIME_DOMAIN = "com.microsoft"
 
 
@@ -133,17 +136,19 @@ def _integer_product(ops: Ops, layer: LayerCodes, x: Value, *, channels_first: b
     groups = layer.groups
     scale_O = (layer.qparams.scale if groups is None else groups.channel).flatten().float()
     weight_scale = ops.constant("weight_scale", scale_O.expand(len(layer.matrix)).contiguous())
-    weight = _integer_weight(ops, layer)
+    weight, weight_zero_point = _product_weight(ops, layer)
     if layer.activation is not None:
         codes, scale, zero_point = _static_codes(ops, activation, layer.activation, x)
         if channels_first:
             codes = ops("Transpose", codes, perm=_CHANNELS_LAST)
         bias = None if layer.bias is None else ops.constant("bias", layer.bias)
-        return ops.runtime("MatMulIntegerToFloat", codes, weight, scale, weight_scale, zero_point, None, bias)
+        return ops.runtime(
+            "MatMulIntegerToFloat", codes, weight, scale, weight_scale, zero_point, weight_zero_point, bias
+        )
     codes, scale, zero_point = _dynamic_integers(ops, activation, x, axis=1 if channels_first else -1)
     if channels_first:
         codes, scale = (ops("Transpose", value, perm=_CHANNELS_LAST) for value in (codes, scale))
-    y = ops.runtime("MatMulIntegerToFloat", codes, weight, ops.scalar(1.0), weight_scale, zero_point)
+    y = ops.runtime("MatMulIntegerToFloat", codes, weight, ops.scalar(1.0), weight_scale, zero_point, weight_zero_point)
     return _with_bias(ops, layer, ops("Mul", y, scale))
 
 
@@ -155,6 +160,18 @@ def _dynamic_integers(ops: Ops, activation: ActivationSpec, x: Value, axis: int)
         scaled = _rounded(ops, grid, scaled)
     zero_point = ops.common(np.array(-_INT8_MIN, np.uint8))
     return ops("QuantizeLinear", scaled, ops.scalar(1.0), zero_point), scale, zero_point
+
+
+def _product_weight(ops: Ops, layer: LayerCodes) -> tuple[Value, Value | None]:
+    """Weights as a product takes them, [K, O], and their zero point: uint8 around 128 where signed ones might be cut off."""
+    weight = _integer_weight(ops, layer)
+    largest = max(abs(layer.grid.qmin), abs(layer.grid.qmax))
+    if layer.groups is not None:
+        largest *= int(layer.groups.multiplier.max())
+    if largest <= _PAIR_LIMIT:
+        return weight, None
+    shifted = ops("Add", ops.cast(weight, ir.DataType.INT32), ops.common(np.array(-_INT8_MIN, np.int32)))
+    return ops.cast(shifted, ir.DataType.UINT8), ops.common(np.array(-_INT8_MIN, np.uint8))
 
 
 def _integer_weight(ops: Ops, layer: LayerCodes) -> Value:

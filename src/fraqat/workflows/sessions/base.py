@@ -43,10 +43,12 @@ from fraqat.nn import (
     add_branches_,
     describe,
     quantize_,
+    rotate_value_paths_,
 )
 from fraqat.planning import Workload
 from fraqat.tasks import ModelSpec
 from fraqat.tasks.known import KnownModel, describe_model
+from fraqat.tasks.value_paths import find_value_paths
 from fraqat.workflows.progress import Progress
 from fraqat.zoo import zoo_path
 
@@ -219,6 +221,7 @@ class Session(ABC, Generic[RecipeT]):
         """
         dtype = torch.float32 if recipe.train.low_rank is None else self.recipe.model.dtype
         student = self.load_model(dtype).requires_grad_(True)
+        _rotate_(student, recipe)
         report = self.quantize(student, recipe)
         self._add_adapters_(student, recipe)
         return student, report
@@ -228,6 +231,7 @@ class Session(ABC, Generic[RecipeT]):
         student = self.known.build()
         if recipe.train.low_rank is not None:
             student.to(recipe.model.dtype)
+        _rotate_(student, recipe)
         self.quantize(student, recipe)
         self._add_adapters_(student, recipe)
         return student
@@ -240,7 +244,17 @@ class Session(ABC, Generic[RecipeT]):
 
     def layers(self, recipe: Recipe) -> QuantReport:
         """The report of `new_student`, from the configuration alone."""
-        return self.quantize(self.known.build(), recipe)
+        model = self.known.build()
+        _rotate_(model, recipe)
+        return self.quantize(model, recipe)
+
+    def reference(self, recipe: Recipe) -> nn.Module:
+        """The teacher with the layers that a student of `recipe` begins from: rotated where the recipe says so."""
+        if recipe.quantization.rotation is None:
+            return self.teacher
+        model = self.load_model(self.recipe.model.dtype).eval().requires_grad_(False)
+        _rotate_(model, recipe)
+        return model
 
     def quantize(self, student: nn.Module, recipe: Recipe) -> QuantReport:
         """Quantizes a model of the session as a recipe says."""
@@ -293,6 +307,12 @@ class Session(ABC, Generic[RecipeT]):
         if name != EngineName.REFERENCE:
             IntegerLayers(model, EngineSpec(name), counts_preparation=False)
         return model
+
+
+def _rotate_(model: nn.Module, recipe: Recipe) -> None:
+    rotation = recipe.quantization.rotation
+    if rotation is not None:
+        rotate_value_paths_(model, find_value_paths(model).paths, rotation)
 
 
 def release_memory() -> None:
