@@ -27,15 +27,7 @@ from fraqat.distill.models import make_models
 from fraqat.distill.optimizers import make_optimizer
 from fraqat.distill.precision import autocast, autocast_dtype
 from fraqat.distill.spec import TrainSpec
-from fraqat.distill.state import (
-    average_state,
-    identity,
-    load_model_state,
-    load_optimizer_state,
-    loaded_average_state,
-    model_state,
-    optimizer_state,
-)
+from fraqat.distill.state import TrainedState, identity
 from fraqat.distill.task import Batch, DistillTask, Prediction
 from fraqat.distill.teacher import hold_teacher_
 from fraqat.distill.validation import to_device, validation_loss
@@ -120,9 +112,12 @@ class Distiller:
         self.integers = IntegerLayers(student, spec.engine) if spec.engine.name != EngineName.REFERENCE else None
         self.models = make_models(task, self.teacher, student, spec, self.workers, self.integers, schedule)
         self.trained = self.models.trained_parameters()
-        self._order = [*(name for name in self.trained if name not in scale_names), *scale_names]
+        order = [*(name for name in self.trained if name not in scale_names), *scale_names]
         self.optimizer = make_optimizer(list(self.trained.values()), spec, [self.trained[name] for name in scale_names])
         self.average = ParameterAverage(self.trained, spec.ema_decay) if spec.ema_decay is not None else None
+        self._state = TrainedState(
+            self.models, student, self.optimizer, order, self.average, spec.optimizer == "adamw_8bit"
+        )
         stream = task.train_stream(spec.batch_size // spec.accumulation, spec.seed)
         self.stream, self._last_part = SharedStream(stream, spec.accumulation, parts), parts[-1]
         dtype = autocast_dtype(spec.autocast, self.device.type)
@@ -341,9 +336,7 @@ class Distiller:
         state = {
             "step": self.step,
             "train_s": self.train_s,
-            "student": model_state(self.models, self.student),
-            "optimizer": optimizer_state(self.models, self.optimizer, self._order),
-            "average": average_state(self.models, self.average.state_dict()) if self.average else None,
+            **self._state.state_dict(),
             "stream": self.stream.state_dict(),
             "precision": self.precision,
         }
@@ -372,12 +365,9 @@ class Distiller:
         state = checkpoint.state
         self.step, self.train_s = checkpoint.step, state["train_s"]
         self._set_bits_(self.schedule.stage_at(self.step - 1).bits)
-        load_model_state(self.student, state["student"])
+        self._state.load_student(state)
         self._refresh_codes()
-        is_8bit = self.spec.optimizer == "adamw_8bit"
-        load_optimizer_state(self.models, self.optimizer, self._order, state["optimizer"], is_8bit=is_8bit)
-        if self.average is not None:
-            self.average.load_state_dict(loaded_average_state(self.models, state["average"]))
+        self._state.load_rest(state)
         self.stream.load_state_dict(loaded(state["stream"]))
         before = state.get("precision", self.precision)
         if before != self.precision:
