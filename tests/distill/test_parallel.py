@@ -97,8 +97,8 @@ STOP = {"stop_after": 5}
 MOVED = ("averaged", "eight-bit")
 """Cases that one process begins and two go on with, and the other way round; the second folder has its own name."""
 REORDERED = 2e-3
-"""Bound of a weight's difference where gradients are added in another order: a code that falls to the other side of a rounding
-changes what comes after it."""
+"""Bound of a weight's difference where gradients are added in another order, or the optimizer's vectors end elsewhere (uneven
+rows): a code that falls to the other side of a rounding changes what comes after it."""
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_two_processes_train_what_one_trains(job: Job, two: Path, alone: Any) ->
     wanted, wanted_losses = alone(name, **changes)
     first, second = results(two, job, 2)
     assert_close(second, first, 0.0)
-    is_reordered = changes == MORE_PARTS
+    is_reordered = bool(changes)
     assert_close(first, wanted, REORDERED if is_reordered else 0.0)
     assert losses(two / job_folder(*job)) == pytest.approx(wanted_losses, rel=1e-2 if is_reordered else 0.0)
 
