@@ -21,6 +21,7 @@ from rich.console import Console
 from fraqat import __version__, workflows
 from fraqat.config import METHODS, Recipe, load_recipe, recipe_names
 from fraqat.data.bad_samples import SkippedSamplesWarning
+from fraqat.distill import is_first_process
 from fraqat.errors import FraqatError, VerificationError, config_error
 from fraqat.export import TARGETS
 from fraqat.planning import DEVICES, THIS_MACHINE, PlanOptions, Sharding
@@ -102,7 +103,8 @@ def train(
     if out is None:
         raise typer.BadParameter("is needed, unless with --dry-run", param_hint="--out")
     run = workflows.train(resolved, out, ConsoleProgress(_errors, quiet), with_baselines=baselines)
-    _print_tables([_result_table(run)], as_json)
+    if is_first_process():
+        _print_tables([_result_table(run)], as_json)
 
 
 @app.command()

@@ -47,7 +47,7 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Generator[Path]:
         temporary.mkdir()
         try:
             yield temporary
-            _sync_folder(temporary)
+            sync_folder(temporary)
             if target.exists():
                 old = target.parent / f".{target.name}{_OLD_SUFFIX}"
                 if old.exists():  # of a process that was killed after its own replacement
@@ -190,8 +190,9 @@ def _existing_parent(path: Path) -> Path:
     return path
 
 
-def _sync_folder(folder: Path) -> None:
-    for path in (*folder.rglob("*"), folder):
+def sync_folder(folder: Path, *, recurse: bool = True) -> None:
+    """Makes sure that a folder is on disk, with what is in it unless `recurse` is false."""
+    for path in (*(folder.rglob("*") if recurse else ()), folder):
         _sync_path(path)
 
 

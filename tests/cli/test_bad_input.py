@@ -197,7 +197,7 @@ def test_a_corrupt_checkpoint_falls_back_and_says_so(fraqat, own_run) -> None:
     for name in ("student.safetensors", "result.json"):
         (own_run.path / name).unlink()
     newest = sorted((own_run.path / "checkpoints").iterdir())[-1]
-    (newest / "state.pt").write_bytes(b"broken")
+    next(newest.glob("part-*.safetensors")).write_bytes(b"broken")
     done = fraqat("train", "color-digits", "--out", own_run.path, *TINY_ARGUMENTS)
     assert done.code == 0, done.err
     assert f"checkpoint {newest.name} is damaged (its checksum does not match): trying the one before" in done.err

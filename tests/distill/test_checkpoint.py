@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from fraqat.distill import CheckpointStore
+from fraqat.distill.checkpoint_files import DamagedError, Rows, loaded, restore, snapshot
 from fraqat.errors import CheckpointError, OutputError
+
+PART = "part-00000-of-00001.safetensors"
 
 
 def make_store(folder: Path, warnings: list[str] | None = None, **fingerprint) -> CheckpointStore:
@@ -29,16 +32,18 @@ def test_latest_state_comes_back_and_old_ones_go(tmp_path: Path) -> None:
     loaded = make_store(tmp_path).load_latest()
     assert loaded is not None
     assert loaded.step == 3
-    assert torch.equal(loaded.state["x"], torch.full((3,), 3.0))
+    assert torch.equal(loaded.whole()["x"], torch.full((3,), 3.0))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
 
 
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda folder: (folder / "state.pt").write_bytes((folder / "state.pt").read_bytes()[:-7]),
-        lambda folder: (folder / "state.pt").write_bytes(b"\0" + (folder / "state.pt").read_bytes()[1:]),
-        lambda folder: (folder / "state.pt").unlink(),
+        lambda folder: (folder / PART).write_bytes((folder / PART).read_bytes()[:-7]),
+        lambda folder: (folder / PART).write_bytes(b"\0" + (folder / PART).read_bytes()[1:]),
+        lambda folder: (folder / PART).unlink(),
+        lambda folder: (folder / "state.json").unlink(),
+        lambda folder: (folder / "state.json").write_text((folder / "state.json").read_text().replace("1", "2")),
         lambda folder: (folder / "manifest.json").write_text("{"),
         lambda folder: (folder / "manifest.json").write_text("[]"),
         lambda folder: (folder / "manifest.json").unlink(),
@@ -59,7 +64,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path:
 
 def test_only_damaged_checkpoints_is_an_error(tmp_path: Path) -> None:
     make_store(tmp_path).save(1, state(1))
-    (tmp_path / "step-00000001" / "state.pt").write_bytes(b"no")
+    (tmp_path / "step-00000001" / PART).write_bytes(b"no")
     with pytest.raises(CheckpointError, match="all 1 checkpoints are damaged"):
         make_store(tmp_path).load_latest()
 
@@ -74,14 +79,25 @@ def test_a_pickle_is_never_run(tmp_path: Path) -> None:
             return (Path.write_text, (tmp_path / "owned", "x"))
 
     make_store(tmp_path / "c").save(1, state(1))
-    path = tmp_path / "c" / "step-00000001" / "state.pt"
+    path = tmp_path / "c" / "step-00000001" / PART
     path.write_bytes(pickle.dumps(Attack(), protocol=2))
     manifest = path.with_name("manifest.json")
     values = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps({**values, "sha256": sha256_of(path)}))
+    values["files"][0]["sha256"] = sha256_of(path)
+    manifest.write_text(json.dumps(values))
+    found = make_store(tmp_path / "c").load_latest()
+    assert found is not None
+    with pytest.raises(DamagedError):
+        found.whole()
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_file_outside_of_the_checkpoint_is_never_read(tmp_path: Path) -> None:
+    make_store(tmp_path / "c").save(1, state(1))
+    manifest = tmp_path / "c" / "step-00000001" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(PART, "../../elsewhere.safetensors"))
     with pytest.raises(CheckpointError, match="damaged"):
         make_store(tmp_path / "c").load_latest()
-    assert not (tmp_path / "owned").exists()
 
 
 def test_another_fingerprint_is_refused(tmp_path: Path) -> None:
@@ -104,11 +120,11 @@ def test_a_failing_save_loses_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     store.save(1, state(1))
     before = sorted(tmp_path.rglob("*"))
 
-    def fail(value, stream) -> None:
-        stream.write(b"half")
+    def fail(tensors, path) -> None:
+        path.write_bytes(b"half")
         raise OSError(failure, "no")
 
-    monkeypatch.setattr(torch, "save", fail)
+    monkeypatch.setattr("fraqat.distill.checkpoint.save_tensors", fail)
     message = (
         "the disk is full while writing .*files saved earlier are untouched"
         if failure == errno.ENOSPC
@@ -121,21 +137,20 @@ def test_a_failing_save_loses_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     assert make_store(tmp_path).load_latest().step == 1
 
 
-def test_a_really_full_device_is_reported(tmp_path: Path) -> None:
+def test_a_really_full_device_is_reported() -> None:
     if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")
-    from fraqat.distill.checkpoint import _torch_save
     from fraqat.files import explain_os_errors
 
     with pytest.raises(OutputError, match="the disk is full"), explain_os_errors(Path("/dev/full")):
-        _torch_save({"x": torch.zeros(100_000)}, Path("/dev/full"))
+        Path("/dev/full").write_bytes(b"0" * 100_000)
 
 
 def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     store = make_store(tmp_path)
     store.save(1, state(1))
     (tmp_path / ".step-00000002.abc.part").mkdir()
-    (tmp_path / ".step-00000002.abc.part" / "state.pt").write_bytes(b"half")
+    (tmp_path / ".step-00000002.abc.part" / PART).write_bytes(b"half")
     assert make_store(tmp_path).load_latest().step == 1
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
@@ -144,7 +159,7 @@ def test_a_damaged_checkpoint_never_pushes_a_good_one_out(tmp_path: Path) -> Non
     store = make_store(tmp_path)
     store.save(10, state(10))
     store.save(20, state(20))
-    (tmp_path / "step-00000020" / "state.pt").write_bytes(b"no")
+    (tmp_path / "step-00000020" / PART).write_bytes(b"no")
     tight = CheckpointStore(tmp_path, {"a": 1}, 1, lambda text: None)
     assert tight.load_latest().step == 10
     tight.save(12, state(12))
@@ -178,3 +193,71 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
     make_store(tmp_path).save(3, state(3))
     (tmp_path / "step-00000003").rename(tmp_path / ".step-00000003.old")
     assert make_store(tmp_path).load_latest().step == 3
+
+
+def test_another_version_is_refused_with_both_named(tmp_path: Path) -> None:
+    make_store(tmp_path).save(1, state(1))
+    manifest = tmp_path / "step-00000001" / "manifest.json"
+    values = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**values, "versions": {**values["versions"], "fraqat": "0.0.1"}}))
+    with pytest.raises(CheckpointError, match=r"was written by fraqat 0\.0\.1, this is"):
+        make_store(tmp_path).load_latest()
+
+
+def test_training_may_change_a_state_that_is_being_written(tmp_path: Path) -> None:
+    store, values = make_store(tmp_path), state(1)
+    store.begin(1, values)
+    values["x"].fill_(7)
+    assert store.pending_step == 1
+    assert store.finish() == 1
+    assert make_store(tmp_path).load_latest().whole()["x"].tolist() == [1, 1, 1]
+
+
+def test_a_checkpoint_that_was_begun_alone_does_not_count(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    store.save(1, state(1))
+    store.begin(2, state(2))  # and the process dies
+    while not store.is_written:
+        pass
+    assert make_store(tmp_path).load_latest().step == 1
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    for step, loss in enumerate((None, 0.5, 0.3, None, 0.4, None, None), 1):
+        store.save(step, state(step), loss)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000006", "step-00000007"]
+    assert store.best == tmp_path / "step-00000003"
+    assert store.best_loss() == 0.3
+
+
+@pytest.mark.parametrize("num_readers", [1, 2, 3, 5])
+@pytest.mark.parametrize("num_writers", [1, 2, 4])
+def test_rows_come_back_however_they_are_cut(tmp_path: Path, num_writers: int, num_readers: int) -> None:
+    from safetensors.torch import save_file
+
+    whole = torch.arange(21.0).view(7, 3)
+    files = {}
+    for rank, rows in enumerate(torch.chunk(whole, num_writers)):
+        first = rank * len(torch.chunk(whole, num_writers)[0])
+        taken = snapshot({"w": Rows(rows, (7, 3), first), "b": whole[0], "n": 1}, is_first=rank == 0)
+        path = tmp_path / f"{rank}.safetensors"
+        save_file(taken.tensors, path)
+        rows_of = {name: [list(shape), start] for name, (shape, start) in taken.places.items()}
+        files[path] = {"names": sorted(taken.tensors), "rows": rows_of}
+    found = restore(taken.tree, files)
+    size = -(-7 // num_readers)
+    parts = [found["w"].rows(slice(start, min(7, start + size))) for start in range(0, num_readers * size, size)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(loaded(found)["w"], whole)
+    assert torch.equal(found["b"].whole(), whole[0])
+    assert found["n"] == 1
+
+
+def test_missing_rows_are_named(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"w": torch.zeros(2, 3)}, tmp_path / "a")
+    found = restore({"w": {"__tensor__": "w"}}, {tmp_path / "a": {"names": ["w"], "rows": {"w": [[7, 3], 0]}}})
+    with pytest.raises(DamagedError, match="rows 0 to 7 of w are not all there"):
+        found["w"].whole()

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from fraqat.data.bad_samples import BadSamples
 from fraqat.data.samples import Outcome, Sample, SampleSet, Ticket, TicketOrder
@@ -57,22 +57,41 @@ class ShuffledBatches:
     """
 
     def __init__(self, rows: Rows, batch_size: int, seed: int):
-        from torchdata.stateful_dataloader.sampler import RandomSampler
-
-        sampler = RandomSampler(rows, generator=torch.Generator().manual_seed(seed))
-        self._loader = _stateful_loader(rows, batch_size=batch_size, sampler=sampler, drop_last=True)
+        self._rows, self._batch_size, self._seed = rows, batch_size, seed
+        self._num_given = 0
+        self._orders = self._shuffled()
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         while True:
-            yield from self._loader
+            indices = self._next_indices()
+            yield default_collate([self._rows[index] for index in indices])
+
+    def skip(self) -> None:
+        """Passes over the next batch without reading its rows."""
+        self._next_indices()
 
     def state_dict(self) -> dict[str, Any]:
-        """Position in the epoch and the state of the shuffling."""
-        return self._loader.state_dict()
+        """How many batches were given."""
+        return {"num_given": self._num_given}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Undoes `state_dict`; call it before iterating."""
-        self._loader.load_state_dict(state)
+        """Undoes `state_dict`."""
+        self._num_given = state["num_given"]
+        self._orders, self._epoch = self._shuffled(), -1
+
+    def _next_indices(self) -> list[int]:
+        epoch, place = divmod(self._num_given, len(self._rows) // self._batch_size)
+        while self._epoch < epoch:
+            self._epoch, self._order = self._epoch + 1, next(self._orders)
+        self._num_given += 1
+        return self._order[place * self._batch_size : (place + 1) * self._batch_size].tolist()
+
+    def _shuffled(self) -> Iterator[Tensor]:
+        """One permutation for every epoch, all of one generator."""
+        generator = torch.Generator().manual_seed(self._seed)
+        while True:
+            yield torch.randperm(len(self._rows), generator=generator)
 
 
 class RowSource:

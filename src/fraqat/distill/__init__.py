@@ -7,13 +7,15 @@ from fraqat.distill.log import LOG_FILE, StepRecord, read_log
 from fraqat.distill.losses import LANGUAGE_LOSSES, OUTPUT_LOSSES, LossSpec, distillation_loss
 from fraqat.distill.optimizers import DeviceOptimizer, HostOptimizer, TrainOptimizer, make_optimizer
 from fraqat.distill.precision import Autocast, autocast, autocast_dtype
-from fraqat.distill.spec import TeacherSpec, TrainSpec
+from fraqat.distill.spec import ParallelSpec, TeacherSpec, TrainSpec
 from fraqat.distill.task import Batch, BatchStream, DistillTask, Prediction
 from fraqat.distill.teacher import StoredWeight, TeacherMemory, hold_teacher_, share_frozen_, store_weights_
 from fraqat.distill.trainer import Distiller, DistillResult
 from fraqat.distill.validation import validation_loss
+from fraqat.distill.workers import ALONE, Workers, current_workers, is_first_process, joined
 
 __all__ = [
+    "ALONE",
     "CODES_EVENT",
     "LANGUAGE_LOSSES",
     "LOG_FILE",
@@ -30,6 +32,7 @@ __all__ = [
     "FlipCount",
     "HostOptimizer",
     "LossSpec",
+    "ParallelSpec",
     "Prediction",
     "StepRecord",
     "StoredWeight",
@@ -37,12 +40,16 @@ __all__ = [
     "TeacherSpec",
     "TrainOptimizer",
     "TrainSpec",
+    "Workers",
     "autocast",
     "autocast_dtype",
     "checkpoint_blocks_",
+    "current_workers",
     "describe_difference",
     "distillation_loss",
     "hold_teacher_",
+    "is_first_process",
+    "joined",
     "keep_products",
     "make_optimizer",
     "read_log",

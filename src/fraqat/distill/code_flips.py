@@ -142,7 +142,7 @@ def _codes(layer: QuantizedLayer) -> Tensor:
 
     A weight that is NaN has no code and counts as 0: the trainer finds it at the next step, and says where.
     """
-    quantizer, weight = layer.weight_quantizer, layer.master_weight().detach()
+    quantizer, weight = layer.weight_quantizer, layer.whole_weight().detach()
     blocks = quantizer.layout.split(weight)
     blocks = blocks.to(torch.promote_types(blocks.dtype, quantizer.grid.compute_dtype))
     codes = encode(blocks, quantizer.qparams(weight), quantizer.grid)

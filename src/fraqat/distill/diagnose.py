@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fraqat.nn.shards import own
+
 
 @torch.no_grad()
 def first_non_finite_layer(model: nn.Module, forward: Callable[[], object]) -> str | None:
@@ -40,7 +42,7 @@ def first_non_finite_parameter(model: nn.Module) -> str | None:
     """Name of the first parameter whose value or gradient is not finite, or None."""
     for name, parameter in model.named_parameters():
         for tensor in (parameter, parameter.grad):
-            if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            if tensor is not None and not bool(torch.isfinite(own(tensor.detach())).all()):
                 return name
     return None
 

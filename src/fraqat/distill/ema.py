@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class ParameterAverage:
@@ -16,14 +16,14 @@ class ParameterAverage:
     The decay rises as min(decay, (1 + n) / (10 + n)) over the first updates n, so that the start is forgotten.
 
     Args:
-        model: Its trainable parameters are averaged.
+        parameters: What is averaged, by name.
         decay: In [0, 1).
     """
 
-    def __init__(self, model: nn.Module, decay: float):
+    def __init__(self, parameters: Mapping[str, Tensor], decay: float):
         self.decay = decay
         self.num_updates = 0
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._parameters = dict(parameters)
         self._averages = {name: p.detach().float().clone() for name, p in self._parameters.items()}
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from fraqat.errors import config_error
 from fraqat.files import explain_os_errors, write_text_atomic
@@ -42,13 +42,18 @@ class RunLog:
         first_step: Step at which this process begins; later lines of an interrupted process are dropped, so the log of a
             resumed run has every step once.
         tensorboard: Write TensorBoard files too.
+        writes: False keeps no record: another process does.
 
     Raises:
         ConfigError: TensorBoard is wanted and not installed.
     """
 
-    def __init__(self, folder: Path, first_step: int = 0, *, tensorboard: bool = True):
+    def __init__(self, folder: Path, first_step: int = 0, *, tensorboard: bool = True, writes: bool = True):
         self.path = folder / LOG_FILE
+        self._stream: TextIO | None = None
+        self._writer: Any = None
+        if not writes:
+            return
         kept = [event for event in read_log(folder) if _is_before(event, first_step)]
         write_text_atomic(self.path, "".join(_line(event) for event in kept))
         with explain_os_errors(self.path):
@@ -84,11 +89,14 @@ class RunLog:
 
     def close(self) -> None:
         """Flushes and closes both records."""
-        self._stream.close()
+        if self._stream is not None:
+            self._stream.close()
         if self._writer is not None:
             self._writer.close()
 
     def _write(self, event: dict[str, Any]) -> None:
+        if self._stream is None:
+            return
         with explain_os_errors(self.path):
             self._stream.write(_line(event))
             self._stream.flush()

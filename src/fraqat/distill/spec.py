@@ -17,6 +17,7 @@ OptimizerName = Literal["adamw", "adamw_8bit"]
 OptimizerDevice = Literal["same", "host"]
 TeacherDtype = Literal["model", "bfloat16", "int8"]
 CheckpointedModules = Literal["none", "blocks"]
+ParallelMode = Literal["none", "ddp", "fsdp2", "hybrid"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,65 @@ class TeacherSpec:
 
 
 @dataclass(frozen=True)
+class ParallelSpec:
+    """How several processes, started by `torchrun`, train one student; see docs/parallel.md.
+
+    None of it changes what a batch is: `train.accumulation` divides a batch into parts, and the processes share these.
+
+    Args:
+        mode: `none`: one process. `ddp`: each has everything, gradients are averaged. `fsdp2`: each holds a part of every
+            weight of the student, with its gradient and optimizer state. `hybrid`: so do the processes of a group, and the
+            groups average their gradients.
+        shards: Processes of a group of `hybrid`; None: those of one machine.
+        teacher: `replicate`: whole in every process; `shard`: in parts.
+        gather: What travels when a sharded weight is made whole: `weights`, once or more for every part of a batch, or `codes`
+            with their scales, once for a batch; these need stages of at most 8 bits on grids of their own.
+        reduce: Sharded gradients are summed over the processes once for a `batch`, which keeps them whole until then, or for
+            every `part` of it.
+        timeout_s: Seconds that a process waits for the others before it gives up.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_KEYS
+
+    mode: ParallelMode = "none"
+    shards: int | None = None
+    teacher: Literal["replicate", "shard"] = "replicate"
+    gather: Literal["weights", "codes"] = "weights"
+    reduce: Literal["batch", "part"] = "batch"
+    timeout_s: float = 1800.0
+
+    def __post_init__(self) -> None:
+        _check_choice("train.parallel.mode", self.mode, ParallelMode)
+        for name, allowed in (
+            ("teacher", ("replicate", "shard")),
+            ("gather", ("weights", "codes")),
+            ("reduce", ("batch", "part")),
+        ):
+            _check(f"train.parallel.{name}", getattr(self, name), getattr(self, name) in allowed, ", ".join(allowed))
+        is_sharded = self.mode in ("fsdp2", "hybrid")
+        _check(
+            "train.parallel.gather",
+            self.gather,
+            is_sharded or self.gather == "weights",
+            "weights without fsdp2 or hybrid",
+        )
+        _check(
+            "train.parallel.reduce", self.reduce, is_sharded or self.reduce == "batch", "batch without fsdp2 or hybrid"
+        )
+        _check(
+            "train.parallel.teacher",
+            self.teacher,
+            self.mode != "none" or self.teacher == "replicate",
+            "replicate in one process",
+        )
+        _check(
+            "train.parallel.shards", self.shards, self.shards is None or self.mode == "hybrid", "null without hybrid"
+        )
+        _check("train.parallel.shards", self.shards, self.shards is None or self.shards >= 1, "1 or more, or null")
+        _check("train.parallel.timeout_s", self.timeout_s, 0 < self.timeout_s < math.inf, "more than 0 seconds")
+
+
+@dataclass(frozen=True)
 class TrainSpec:
     """How long, with what data order, optimizer and precision.
 
@@ -46,7 +106,7 @@ class TrainSpec:
             schedule's own stages.
         epochs: Passes over the training data, instead of `steps`.
         batch_size: Samples per optimizer step.
-        accumulation: Parts in which a batch is computed; `batch_size` must be a multiple.
+        accumulation: Parts in which a batch is computed; `batch_size` must be a multiple. Several processes share the parts.
         learning_rate: Peak and course.
         losses: Weighted terms on the outputs.
         optimizer: `adamw`, or `adamw_8bit` with its state in 8 bits (needs torchao); master weights are float32 with both.
@@ -64,11 +124,14 @@ class TrainSpec:
         activation_checkpointing: `blocks` keeps the results of matrix products in the student's repeated blocks and computes
             everything else again in the backward pass; `none` keeps what autograd keeps.
         engine: How the products of quantized layers are computed in training.
+        parallel: How several processes train together.
         compile: `none`; `default` compiles student and teacher once for all widths (needs a C++ compiler on a CPU, Triton on
             CUDA; minutes at the start); `cuda_graphs` also records CUDA graphs.
         seed: Decides data order, noise, timesteps and dropped captions.
         validate_every, checkpoint_every: Steps between two; both also happen at the end.
         num_checkpoints_kept: Older ones are removed.
+        keep_best: Also keep the checkpoint with the lowest held-out loss at the final width.
+        async_checkpoints: Write checkpoints from a copy on the host while training goes on.
         tensorboard: Write TensorBoard files beside `log.jsonl`.
         log_code_flips: Every `validate_every` steps, log which share of the weight codes has changed; needs a byte a weight.
         calibration_samples: Samples for static activation ranges (the paper: 100).
@@ -95,11 +158,14 @@ class TrainSpec:
     teacher: TeacherSpec = field(default_factory=TeacherSpec)
     activation_checkpointing: CheckpointedModules = "none"
     engine: EngineSpec = field(default_factory=EngineSpec)
+    parallel: ParallelSpec = field(default_factory=ParallelSpec)
     compile: CompileMode = "none"
     seed: int = 1234
     validate_every: int = 100
     checkpoint_every: int = 100
     num_checkpoints_kept: int = 2
+    keep_best: bool = True
+    async_checkpoints: bool = True
     tensorboard: bool = True
     log_code_flips: bool = False
     calibration_samples: int = 100

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,25 +14,29 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
-from fraqat.distill.checkpoint import CheckpointStore
+from fraqat.distill.checkpoint import CheckpointStore, LoadedCheckpoint
+from fraqat.distill.checkpoint_files import DamagedError, loaded
 from fraqat.distill.checkpointing import checkpoint_blocks_
 from fraqat.distill.code_flips import CodeFlipLog
 from fraqat.distill.diagnose import first_non_finite_layer, first_non_finite_parameter
 from fraqat.distill.ema import ParameterAverage
 from fraqat.distill.interrupt import InterruptGuard
 from fraqat.distill.log import RunLog, StepRecord
+from fraqat.distill.models import make_models
 from fraqat.distill.optimizers import make_optimizer
 from fraqat.distill.precision import autocast, autocast_dtype
-from fraqat.distill.spec import CompileMode, TrainSpec
+from fraqat.distill.spec import TrainSpec
 from fraqat.distill.stages import StageChooser
-from fraqat.distill.task import Batch, DistillTask
+from fraqat.distill.state import TrainedState, identity
+from fraqat.distill.task import Batch, DistillTask, Prediction
 from fraqat.distill.teacher import hold_teacher_
 from fraqat.distill.validation import batch_loss, to_device, validation_loss
-from fraqat.errors import InterruptedRunError, NonFiniteLossError, config_error
+from fraqat.distill.workers import SharedStream, Workers, check_mode, current_workers
+from fraqat.errors import CheckpointError, InterruptedRunError, NonFiniteLossError, config_error
 from fraqat.kernels import EngineName
-from fraqat.nn import IntegerLayers, kept_widths, scale_parameters, scale_rates, set_bits_
+from fraqat.nn import IntegerLayers, kept_widths, scale_rates, set_bits_
 from fraqat.schedules import Schedule, Stage
 
 _STEP_TIMES_AVERAGED = 20
@@ -64,6 +70,8 @@ class Distiller:
         on_step: Called after every optimizer step, for the progress line.
         say: Receives lines about what happens.
         warn: Receives lines that a person should not miss.
+        workers: The processes that train together; None: those of torch.distributed, or this one alone. The first one writes
+            log and checkpoints.
     """
 
     def __init__(
@@ -79,33 +87,50 @@ class Distiller:
         on_step: Callable[[StepRecord], None] = lambda record: None,
         say: Callable[[str], None] = lambda text: None,
         warn: Callable[[str], None] = print,
+        workers: Workers | None = None,
     ):
+        self.workers = workers or current_workers()
+        check_mode(spec.parallel, self.workers.num)
+        _check_schedule(schedule, self.workers.num)
+        parts = self.workers.parts(spec.accumulation)
         self.task, self.stages, self.spec, self.folder = task, StageChooser(schedule), spec, folder
         self.teacher = teacher.eval().requires_grad_(False)
         self.student = student
-        self.teacher_memory = hold_teacher_(self.teacher, student, spec.teacher.dtype)
         self.on_step, self.say, self.warn = on_step, say, warn
         self.device = next(student.parameters()).device
-        self.store = CheckpointStore(folder / "checkpoints", fingerprint or {}, spec.num_checkpoints_kept, warn)
-        trained = [p for p in student.parameters() if p.requires_grad]
-        if not trained:
+        self.store = CheckpointStore(
+            folder / "checkpoints",
+            {**(fingerprint or {}), "models": {"teacher": identity(teacher), "student": type(student).__name__}},
+            spec.num_checkpoints_kept,
+            warn,
+            self.workers,
+        )
+        self.teacher_memory = hold_teacher_(self.teacher, student, spec.teacher.dtype)
+        if not any(p.requires_grad for p in student.parameters()):
             raise config_error(
                 "quantization", "all frozen", allowed="something to train", fix="free a family, or train for 0 steps"
             )
-        self.trained = trained
-        self.optimizer = make_optimizer(trained, spec, scale_rates(student))
-        if spec.ema_decay is not None and any(scale.requires_grad for scale in scale_parameters(student)):
+        factors = _scale_factors(student)
+        if spec.ema_decay is not None and factors:
             # A learned scale jumps with the width; its average would still be that of wider stages at the end.
             raise config_error(
                 "train.ema_decay", spec.ema_decay, allowed="null with learned scales", fix="use range_method: mse"
             )
-        self.average = ParameterAverage(student, spec.ema_decay) if spec.ema_decay is not None else None
         self.integers = IntegerLayers(student, spec.engine) if spec.engine.name != EngineName.REFERENCE else None
-        self._called_teacher = compiled(self.teacher, spec.compile)
-        self._called_student = compiled(student, spec.compile)
+        self.models = make_models(task, self.teacher, student, spec, self.workers, self.integers, schedule)
+        self.trained = self.models.trained_parameters()
+        # As the optimizer numbers them: weights, then scales by falling rate.
+        order = sorted(self.trained, key=lambda name: -factors.get(name, math.inf))
+        rates = {self.trained[name]: factor for name, factor in factors.items()}
+        self.optimizer = make_optimizer(list(self.trained.values()), spec, rates)
+        self.average = ParameterAverage(self.trained, spec.ema_decay) if spec.ema_decay is not None else None
+        self._state = TrainedState(
+            self.models, student, self.optimizer, order, self.average, spec.optimizer == "adamw_8bit"
+        )
+        stream = task.train_stream(spec.batch_size // spec.accumulation, spec.seed)
+        self.stream, self._last_part = SharedStream(stream, spec.accumulation, parts), parts[-1]
         dtype = autocast_dtype(spec.autocast, self.device.type)
         self.precision = "the model's own dtype" if dtype is None else str(dtype).removeprefix("torch.")
-        self.stream = task.train_stream(spec.batch_size // spec.accumulation, spec.seed)
         self.step = 0
         self.bits: float | None = None
         self.train_s = 0.0
@@ -122,12 +147,11 @@ class Distiller:
         torch.manual_seed(self.spec.seed)
         undo = checkpoint_blocks_(self.student) if self.spec.activation_checkpointing == "blocks" else lambda: None
         self._resume()
-        log = RunLog(self.folder, self.step, tensorboard=self.spec.tensorboard)
+        log = RunLog(self.folder, self.step, tensorboard=self.spec.tensorboard, writes=self.workers.is_first)
         if self.step:
             log.write_event("resume", self.step)
             self.say(f"going on from the checkpoint after step {self.step}")
         self._name_precision(log)
-        batches = iter(self.stream)
         self.student.train()
         num_named = -1
         try:
@@ -135,7 +159,7 @@ class Distiller:
                 while self.step < self.schedule.total_steps:
                     stage = self._enter_stage(log)
                     flips.before_step(self.step)
-                    record = self._train_step(batches, stage)
+                    record = self._train_step(stage)
                     log.write_step(record)
                     flips.after_step(record)
                     if self.integers is not None and self.integers.num_now != num_named:
@@ -144,17 +168,26 @@ class Distiller:
                         num_named = self.integers.num_now
                     self.on_step(record)
                     is_last = self.step == self.schedule.total_steps
+                    best = None
                     if self.step % self.spec.validate_every == 0 and not is_last:
-                        self._validate_widths(log, stage.bits)
-                    signal_number = guard.signal_number  # read once: one that comes now is obeyed after the next step
-                    if self.step % self.spec.checkpoint_every == 0 or is_last or signal_number:
-                        self._save(log)
+                        best = self._validate_and_log(stage, log)
+                    # read once: one that comes now is obeyed after the next step
+                    signal_number, is_writing = self.workers.agree(guard.signal_number or 0, not self.store.is_written)
+                    if not is_writing:
+                        self._finish_save(log)
+                    if self.step % self.spec.checkpoint_every == 0 or is_last or signal_number or best is not None:
+                        self._begin_save(log, best)
                     if signal_number:
+                        self._finish_save(log)
                         self._leave(signal_number)
-                if guard.signal_number:
-                    self._leave(guard.signal_number)
+                self._finish_save(log)
+                signal_number, _ = self.workers.agree(guard.signal_number or 0, False)
+                if signal_number:
+                    self._leave(signal_number)
             return self._finish(log)
         finally:
+            if self.workers.num == 1:  # others may be gone
+                self._finish_save(log)
             log.close()
             undo()
 
@@ -168,13 +201,26 @@ class Distiller:
         """The stages of the run, of an automatic schedule as far as they are chosen."""
         return self.stages.schedule
 
+    def _validate_and_log(self, stage: Stage, log: RunLog) -> float | None:
+        """The held-out loss where it is the lowest so far at the final width, which is worth a checkpoint of its own.
+
+        Of a model that serves several widths, the mean over them.
+        """
+        losses = self._validate_widths(log, stage.bits)
+        is_at_target = stage.index + 1 == len(self.schedule) and stage.bits == self.schedule.target_bits
+        if not self.spec.keep_best or not (self.schedule.widths or is_at_target):
+            return None
+        loss = statistics.fmean(losses.values())
+        best = self.store.best_loss()
+        return loss if best is None or loss < best else None
+
     def validate(self) -> float:
         """Held-out distillation loss of the student, averaged if there is an average."""
         if self.average is None:
-            return validation_loss(self.task, self.teacher, self.student, self.spec)
+            return self._validation_loss()
         with self.average.applied():
             self._refresh_codes()
-            loss = validation_loss(self.task, self.teacher, self.student, self.spec)
+            loss = self._validation_loss()
         self._refresh_codes()
         return loss
 
@@ -204,7 +250,19 @@ class Distiller:
         self._set_bits_(bits)
         return measure()
 
+    def _validation_loss(self) -> float:
+        loss = validation_loss(
+            self.task, self.teacher, self.student, self.spec, workers=self.workers, predict=self._predict
+        )
+        self.models.let_go_()
+        return loss
+
+    def _predict(self, model: nn.Module, inputs: Batch) -> Prediction:
+        return (self.models.teacher if model is self.teacher else self.models.student)(inputs)
+
     def _refresh_codes(self) -> None:
+        """Call it whenever weights or widths have changed."""
+        self.models.weights_changed_()
         if self.integers is not None:
             self.integers.refresh_()
 
@@ -222,24 +280,18 @@ class Distiller:
             log.write_event("stage", self.step, stage=stage.index, bits=bits, num_steps=stage.num_steps)
         return stage
 
-    def _train_step(self, batches: Iterator[Batch], stage: Stage) -> StepRecord:
+    def _train_step(self, stage: Stage) -> StepRecord:
         start = time.perf_counter()
         learning_rate = self.spec.learning_rate.at(self.step, self.schedule)
         self.optimizer.set_learning_rate_(learning_rate)
-        loss = 0.0
-        inputs: Batch = {}
-        for part in range(self.spec.accumulation):
-            seed = (self.spec.seed << 32) + self.step * self.spec.accumulation + part
-            made = self.task.make_inputs(next(batches), torch.Generator().manual_seed(seed))
-            inputs = to_device(made, self.device)
-            part_loss = self._loss(inputs, stage) / self.spec.accumulation
-            part_loss.backward()
-            loss += part_loss.item()
+        loss, inputs = self._gradients_of_parts(stage)
         if self.integers is not None:
             self.integers.finish_gradients_()
+        self.models.collect_gradients_()
         gradient_norm = self._clip_gradient(stage)
         self.optimizer.step()
         self.optimizer.zero_grad()  # before new codes and validation, which would hold them too
+        self.models.zero_grad_()
         self._refresh_codes()
         if self.average is not None:
             self.average.update()
@@ -248,19 +300,48 @@ class Distiller:
             self.say(self.stages.choose(self.step, self._losses_of(inputs)))
         return self._record(stage, loss, learning_rate, gradient_norm, 1000 * (time.perf_counter() - start))
 
-    def _loss(self, inputs: Batch, stage: Stage) -> Tensor:
+    def _gradients_of_parts(self, stage: Stage) -> tuple[float, Batch]:
+        """Leaves the gradient of the whole batch in the parameters, and gives its loss and the inputs of the last part.
+
+        All that is random in a part is drawn from the part's own seed, so that it does not matter which process computes it.
+        """
+        losses: list[float] = []
+        suspect: Batch = {}
+        inputs: Batch = {}
+        # Gradients are averaged over the processes, each of which sums those of its own parts.
+        num_summed = self.spec.accumulation // self.workers.num
+        for part, batch in self.stream.next_parts():
+            seed = (self.spec.seed << 32) + self.step * self.spec.accumulation + part
+            torch.manual_seed(seed)
+            inputs = to_device(self.task.make_inputs(batch, torch.Generator().manual_seed(seed)), self.device)
+            with self.models.part(is_last=part == self._last_part):
+                loss = self._loss(inputs)
+                (loss / num_summed).backward()
+            if all(math.isfinite(value) for value in losses):
+                suspect = inputs
+            losses.append(loss.item())
+        told = [value for row in self.workers.gather(losses) for value in row]
+        self._check_losses(stage, told, suspect)
+        return sum(value / self.spec.accumulation for value in told), inputs
+
+    def _loss(self, inputs: Batch) -> Tensor:
         with torch.no_grad(), self._autocast():
-            teacher_output = self.task.predict(self._called_teacher, inputs)
+            teacher_output = self.models.teacher(inputs)
         with self._autocast():
-            student_output = self.task.predict(self._called_student, inputs)
-            loss = self.task.loss(student_output, teacher_output, inputs, self.spec.losses)
-        if not bool(torch.isfinite(loss)):
-            self._fail(stage, self._find_non_finite_layer(inputs), f"the loss is {loss.item()}")
-        return loss
+            student_output = self.models.student(inputs)
+            return self.task.loss(student_output, teacher_output, inputs, self.spec.losses)
+
+    def _check_losses(self, stage: Stage, losses: list[float], inputs: Batch) -> None:
+        """Stops all processes at a loss that is not finite. `inputs` are those of the first such part of this process."""
+        bad = [number for number, value in enumerate(losses) if not math.isfinite(value)]
+        if bad:
+            places = self.workers.gather_text(self._find_non_finite_layer(inputs))
+            first = bad[0] // (len(losses) // self.workers.num)
+            self._fail(stage, places[first], f"the loss is {losses[bad[0]]}")
 
     def _clip_gradient(self, stage: Stage) -> float:
-        parameters = [p for p in self.trained if p.grad is not None]
-        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        parameters = [p for p in self.trained.values() if p.grad is not None]
+        norm = self.models.total_norm([p.grad for p in parameters if p.grad is not None])
         if not bool(torch.isfinite(norm)):
             where = first_non_finite_parameter(self.student)
             self._fail(stage, f"the gradient of {where}", "the gradient is not finite")
@@ -302,39 +383,47 @@ class Distiller:
         by_width = {f"{bits:g}": loss for bits, loss in losses.items()}
         return DistillResult(self.step, self.train_s, losses[target], by_width, stages)
 
-    def _save(self, log: RunLog) -> None:
+    def _begin_save(self, log: RunLog, loss: float | None = None) -> None:
+        """Copies the state; it is written while training goes on, and counts once `_finish_save` has been called."""
+        self._finish_save(log)
         state = {
             "step": self.step,
             "train_s": self.train_s,
-            "student": self.student.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "average": self.average.state_dict() if self.average else None,
+            **self._state.state_dict(),
             "stages": self.stages.state_dict(),
             "stream": self.stream.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             "precision": self.precision,
         }
-        self.store.save(self.step, state)
-        log.write_event("checkpoint", self.step)
+        self.store.begin(self.step, state, loss)
+        if not self.spec.async_checkpoints:
+            self._finish_save(log)
+
+    def _finish_save(self, log: RunLog) -> None:
+        step = self.store.finish()
+        if step is not None:
+            log.write_event("checkpoint", step)
 
     def _resume(self) -> None:
         checkpoint = self.store.load_latest()
         if checkpoint is None:
             return
+        try:
+            self._load(checkpoint)
+        except DamagedError as error:
+            raise CheckpointError(
+                f"the checkpoint after step {checkpoint.step} in {self.store.folder} is sound and not what this program wrote: "
+                f"{error}. Fix: remove it."
+            ) from error
+
+    def _load(self, checkpoint: LoadedCheckpoint) -> None:
         state = checkpoint.state
         self.step, self.train_s = checkpoint.step, state["train_s"]
         self.stages.load_state_dict(state.get("stages", self.stages.state_dict()))  # older checkpoints have none
         self._set_bits_(self.schedule.stage_at(self.step - 1).bits)
-        self.student.load_state_dict(state["student"])
+        self._state.load_student(state)
         self._refresh_codes()
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        self.stream.load_state_dict(state["stream"])
-        torch.set_rng_state(state["rng"])
-        if torch.cuda.is_available() and len(state["cuda_rng"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        self._state.load_rest(state)
+        self.stream.load_state_dict(loaded(state["stream"]))
         before = state.get("precision", self.precision)
         if before != self.precision:
             self.warn(
@@ -350,6 +439,7 @@ class Distiller:
         )
 
     def _fail(self, stage: Stage, where: str, what: str) -> NoReturn:
+        self.store.finish()
         kept = f"The newest checkpoint is kept in {self.store.folder}."
         if self.store.is_empty:
             kept = "No checkpoint had been written yet."
@@ -362,7 +452,7 @@ class Distiller:
     def _find_non_finite_layer(self, inputs: Batch) -> str:
         for role, model in (("teacher", self.teacher), ("student", self.student)):
             with self._autocast():
-                name = first_non_finite_layer(model, lambda m=model: self.task.predict(m, inputs))
+                name = first_non_finite_layer(model, lambda m=model: self._predict(m, inputs))
             if name is not None:
                 return f"{role} layer {name}"
         return "the loss itself"
@@ -371,9 +461,17 @@ class Distiller:
         return autocast(self.spec.autocast, self.device.type)
 
 
-def compiled(model: nn.Module, mode: CompileMode) -> nn.Module:
-    """The model as training calls it: itself, or compiled."""
-    if mode == "none":
-        return model
-    options: Any = torch.compile(model, mode="reduce-overhead" if mode == "cuda_graphs" else "default")
-    return options
+def _check_schedule(schedule: Schedule, num_processes: int) -> None:
+    if num_processes > 1 and (schedule.automatic is not None or schedule.widths):
+        raise config_error(
+            "schedule.kind",
+            "automatic" if schedule.automatic is not None else "several",
+            allowed=f"fractional, integer, simple, constant or custom in {num_processes} processes",
+            fix="train in one process, or with one of these",
+        )
+
+
+def _scale_factors(student: nn.Module) -> dict[str, float]:
+    """Names of the learned scales, each with what its learning rate is multiplied by."""
+    rates = scale_rates(student)
+    return {name: rates[p] for name, p in student.named_parameters() if p.requires_grad and p in rates}

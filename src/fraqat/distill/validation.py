@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fraqat.distill.spec import TrainSpec
-from fraqat.distill.task import Batch, DistillTask
+from fraqat.distill.task import Batch, DistillTask, Prediction
+from fraqat.distill.workers import ALONE, Workers
 
 VALIDATION_SEED = 20_251_014
 
@@ -20,6 +21,9 @@ def validation_loss(
     student: nn.Module,
     spec: TrainSpec,
     batches: Sequence[Batch] | None = None,
+    *,
+    workers: Workers = ALONE,
+    predict: Callable[[nn.Module, Batch], Prediction] | None = None,
 ) -> float:
     """Mean loss over the task's held-out batches, without autocast, with noise that only task and batch size decide.
 
@@ -28,20 +32,31 @@ def validation_loss(
         teacher, student: Models; the student's training flag is put back.
         spec: Batch size and loss terms.
         batches: Held-out data to use instead of all that the task has.
+        workers: Share the batches among them; the result is the same in all, and the same bits as one process has.
+        predict: Instead of the task's.
     """
     was_training = student.training
     student.eval()
     device = next(student.parameters()).device
     generator = torch.Generator().manual_seed(VALIDATION_SEED)
-    total, count = 0.0, 0
-    for batch in task.validation_batches(spec.batch_size) if batches is None else batches:
-        inputs = to_device(task.make_inputs(batch, generator), device)
-        teacher_output = task.predict(teacher, inputs)
-        loss = task.loss(task.predict(student, inputs), teacher_output, inputs, spec.losses)
-        size = len(next(iter(batch.values())))
-        total, count = total + size * loss.item(), count + size
+    predict = predict or task.predict
+    own, sizes = [], []
+    last: Batch = {}
+    for number, batch in enumerate(task.validation_batches(spec.batch_size) if batches is None else batches):
+        inputs = task.make_inputs(batch, generator)  # by all: the noise of a batch follows that of the one before
+        sizes.append(len(next(iter(batch.values()))))
+        if number % workers.num == workers.rank:
+            last = to_device(inputs, device)
+            own.append(task.loss(predict(student, last), predict(teacher, last), last, spec.losses).item())
+        elif not last:
+            last = to_device(inputs, device)
+    num_each = -(-len(sizes) // workers.num)
+    while len(own) < num_each:  # a forward pass of sharded models is everybody's
+        own.append(task.loss(predict(student, last), predict(teacher, last), last, spec.losses).item())
     student.train(was_training)
-    return total / count
+    shared = workers.gather(own)
+    losses = [shared[number % workers.num][number // workers.num] for number in range(len(sizes))]
+    return sum(size * loss for size, loss in zip(sizes, losses, strict=True)) / sum(sizes)
 
 
 @torch.no_grad()

@@ -55,7 +55,12 @@ class LowRankAdapter(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """W + U D in float32, of the weight's shape."""
+        return self.added(weight, self.up, self.down)
+
+    @staticmethod
+    def added(weight: Tensor, up_OR: Tensor, down_RK: Tensor) -> Tensor:
+        """`forward` with thin matrices that are given."""
         device = weight.device.type
         with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
-            product = self.up.float() @ self.down.float()
+            product = up_OR.float() @ down_RK.float()
         return weight.float() + product.view(weight.shape)

@@ -102,6 +102,10 @@ class IntegerWeight(KeepsBufferDtype):
         weight: [O, K] or [O, K, 1, 1].
         has_integer_gradient: Whether the gradient of the input is an integer product too.
         codes: int8 [O, K] that are kept anyway (a packed layer's), to be used instead of a copy.
+
+    Attributes:
+        is_current: Whether the codes are those of the weight. Where processes hold rows of a weight each, they are not from a
+            change of the weight until it is gathered, which is when its layer is used next.
     """
 
     codes: Tensor
@@ -121,6 +125,7 @@ class IntegerWeight(KeepsBufferDtype):
         codes: Tensor | None = None,
     ):
         super().__init__()
+        self.is_current = True
         self.inputs = inputs
         self.prepared = PreparedWeight(table)
         self.has_native_gradients = has_native_gradients(weight.device)
@@ -147,6 +152,7 @@ class IntegerWeight(KeepsBufferDtype):
         if codes.data_ptr() != self.codes.data_ptr():
             self.codes.copy_(codes.flatten(1))
         self.scale.copy_(scale.flatten())
+        self.is_current = True
         torch.sum(self.codes, 1, dtype=torch.int32, out=self.row_sums)
         self.prepared.renew()
         self._transpose_()
@@ -174,6 +180,7 @@ class IntegerWeight(KeepsBufferDtype):
 
     def refresh_(self, quantizer: WeightQuantizer, weight: Tensor) -> None:
         """Quantizes the weight anew, at its current width."""
+        self.is_current = True
         if quantizer.layout.group_size is None and self._refresh_in_one_pass_(quantizer, weight):
             self._transpose_()
             return
@@ -186,6 +193,10 @@ class HasIntegerPath(nn.Module):
     activation_quantizer: ActivationQuantizer | None
     integer: IntegerWeight | None
 
+    def renew_codes_(self) -> None:
+        """Makes the codes of a weight that has changed since; called in the forward pass, where the weight is whole."""
+        raise RuntimeError(f"the codes of a {type(self).__name__} are not those of its weight")
+
     def integer_product(
         self, x: Tensor, bias: Tensor | None, weight: Tensor | None = None, adapter: LowRankAdapter | None = None
     ) -> Tensor | None:
@@ -193,6 +204,8 @@ class HasIntegerPath(nn.Module):
         dtype = integer_dtype(x, self.integer, self.activation_quantizer)
         if dtype is None or self.integer is None or self.activation_quantizer is None:
             return None
+        if not self.integer.is_current:
+            self.renew_codes_()
         return integer_linear(x, weight, bias, self.activation_quantizer, self.integer, dtype, adapter)
 
 

@@ -83,7 +83,13 @@ class IntegerLayers:
             if name not in self.reasons
         ]
         self.num_packed = self._attach_packed_(model, inputs)
+        self.is_sharded = False
         self.refresh_()
+
+    @property
+    def layers(self) -> list[tuple[QuantizedLayer, IntegerWeight]]:
+        """Quantized layers that have an integer path, and their codes."""
+        return list(self._layers)
 
     @property
     def num_layers(self) -> int:
@@ -111,11 +117,15 @@ class IntegerLayers:
 
         A layer wider than 8 bits takes the floating-point path until it is narrower, one between its weights and the final grid
         until it is on the grid, and so does one whose scale is trained without its weight.
+
+        With `is_sharded` (processes hold rows of the weights each) the codes are made when a weight is gathered next.
         """
         for layer, integer in self._layers:
             quantizer = layer.weight_quantizer
             is_integer = quantizer.bits <= WIDEST_BITS and quantizer.is_on_grid and not _trains_scale_alone(layer)
-            if is_integer:
+            if is_integer and self.is_sharded:
+                integer.is_current = False
+            elif is_integer:
                 integer.refresh_(quantizer, layer.master_weight())
             if (layer.integer is not None) != is_integer:
                 _set_integer_(layer, integer if is_integer else None)

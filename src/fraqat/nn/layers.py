@@ -16,6 +16,7 @@ from fraqat.nn.adapters import LowRankAdapter
 from fraqat.nn.branch import LowRankBranch
 from fraqat.nn.integer import HasIntegerPath
 from fraqat.nn.quantizers import ActivationQuantizer, WeightQuantizer
+from fraqat.nn.shards import whole
 from fraqat.nn.smoothing import InputSmoothing
 from fraqat.nn.spec import QuantSpec
 
@@ -56,6 +57,19 @@ class QuantizedLayer(HasIntegerPath):
     def master_weight(self) -> Tensor:
         """What is quantized: the weight, or in low-rank training its sum with the adapter, in float32."""
         return self.weight if self.adapter is None else self.adapter(self.weight)
+
+    @torch.no_grad()
+    def renew_codes_(self) -> None:
+        """Makes the codes of the weight as it is now, whole."""
+        assert self.integer is not None
+        self.integer.refresh_(self.weight_quantizer, self.master_weight())
+
+    def whole_weight(self) -> Tensor:
+        """`master_weight`, of all rows where processes hold some each; all of them must ask together."""
+        weight = whole(self.weight)
+        if self.adapter is None:
+            return weight
+        return self.adapter.added(weight, whole(self.adapter.up), whole(self.adapter.down))
 
     @property
     def has_extras(self) -> bool:

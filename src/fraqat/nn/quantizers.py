@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fraqat.errors import config_error
 from fraqat.nn.buffers import KeepsBufferDtype, OtherWidths
+from fraqat.nn.shards import is_sharded, own, own_rows, whole
 from fraqat.nn.spec import ActivationSpec, WeightSpec
 from fraqat.numerics import (
     FLOAT32_EXACT_BITS,
@@ -59,6 +60,8 @@ class WeightQuantizer(KeepsBufferDtype):
 
     Attributes:
         bits: Current width.
+        known_max: Largest magnitude of the whole weight, of the scale's shape, where processes hold rows of it and it has one
+            scale; None elsewhere.
         is_on_grid: Whether weights are quantized in full, and have codes; not at a wider width on the final grid.
         others: Scales or clippings of the other widths that the same weight serves; None where it serves one.
         defers_gradient: Whether backward passes leave the gradient of the quantized weight in `weight.grad` as it is, for
@@ -81,6 +84,7 @@ class WeightQuantizer(KeepsBufferDtype):
         self.is_bypassed = False
         self.defers_gradient = False
         self.bits = spec.bits
+        self.known_max: Tensor | None = None
         self.is_on_grid = True  # kept, not derived: torch.compile would make a graph for every width that it reads
         device = weight.device
         for name in ("qmin", "qmax", "range_divisor", "error_share"):
@@ -151,7 +155,8 @@ class WeightQuantizer(KeepsBufferDtype):
             before = self._searched_scale(weight).double()
             self._set_grid_(grid_bits)
             with torch.no_grad():  # float64: exactly the new scale where nothing was learned
-                self.scale.copy_(self.scale * (self._searched_scale(weight).double() / before))
+                factor = (self._searched_scale(weight).double() / before)[own_rows(self.scale)]
+                own(self.scale).copy_(own(self.scale) * factor)
         self.refresh_(weight)
 
     def _exchange_(self, others: OtherWidths, bits: float, weight: Tensor) -> None:
@@ -175,20 +180,26 @@ class WeightQuantizer(KeepsBufferDtype):
             ratio = mse_clip_ratio(weight.detach(), self.grid, self.layout, scale_dtype=self.spec.rounding_dtype)
             self.clip_ratio.copy_(ratio)
 
-    def qparams(self, weight: Tensor) -> QParams:
-        """Scale (and offset) of `weight` at the current width; constants for autograd."""
+    def qparams(self, weight: Tensor, rows: slice | None = None) -> QParams:
+        """Scale (and offset) of `weight` at the current width; constants for autograd.
+
+        Args:
+            weight: Whole, or the rows of it that this process holds.
+            rows: Which ones these are; None for the whole weight.
+        """
         if self.scale is not None:
             is_double = self.is_wide or weight.dtype == torch.float64
-            scale = self.scale.detach().to(torch.float64 if is_double else torch.float32)
+            held = whole(self.scale) if rows is None else own(self.scale)
+            scale = held.detach().to(torch.float64 if is_double else torch.float32)
             return QParams(finish_scale(scale, self.spec.rounding_dtype))
-        groups = self.group_scales(weight)
-        return self._measured(weight, self.spec.rounding_dtype) if groups is None else QParams(groups.product)
+        groups = self.group_scales(weight, rows)
+        return self._measured(weight, self.spec.rounding_dtype, rows) if groups is None else QParams(groups.product)
 
-    def group_scales(self, weight: Tensor) -> GroupScales | None:
-        """The integer group scales of `weight` at the current width; None where the spec has none."""
+    def group_scales(self, weight: Tensor, rows: slice | None = None) -> GroupScales | None:
+        """The integer group scales of `weight` at the current width; None where the spec has none. `rows`: see `qparams`."""
         if self.spec.group_scale == "float":
             return None
-        wanted = self._measured(weight, None).scale
+        wanted = self._measured(weight, None, rows).scale
         dtype = self.spec.rounding_dtype
         return integer_group_scales(weight.detach(), wanted, self._levels(), self.layout, scale_dtype=dtype)
 
@@ -204,14 +215,14 @@ class WeightQuantizer(KeepsBufferDtype):
         is_plain = spec.range_method is RangeMethod.MAX_ABS and spec.granularity is Granularity.CHANNEL
         return self.grid.range_divisor if is_plain and spec.symmetric and spec.rounding_dtype is None else None
 
-    def unchecked_codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def unchecked_codes(self, weight: Tensor, rows: slice | None = None) -> tuple[Tensor, Tensor]:
         """Integers as floats, of the weight's shape, and the scale that makes values of them.
 
         The integers are codes, or codes times the group's multiplier where group scales are integers: within int8 up to 8 bits,
-        with one scale per output channel. A weight that is not finite has a scale that is not.
+        with one scale per output channel. A weight that is not finite has a scale that is not. `rows`: see `qparams`.
         """
-        groups = self.group_scales(weight)
-        qparams = self.qparams(weight) if groups is None else QParams(groups.product)
+        groups = self.group_scales(weight, rows)
+        qparams = self.qparams(weight, rows) if groups is None else QParams(groups.product)
         blocks = self.layout.split(weight.detach())
         codes = encode(blocks.to(torch.promote_types(blocks.dtype, self.grid.compute_dtype)), qparams, self.grid)
         integers = codes if groups is None else codes * groups.multiplier
@@ -235,29 +246,43 @@ class WeightQuantizer(KeepsBufferDtype):
 
     @torch.no_grad()
     def finish_gradient_(self, weight: Tensor) -> None:
-        """Completes the backward passes that left the gradient of the quantized weight in `weight.grad`.
+        """Completes the backward passes that left the gradient of the quantized weight in `weight.grad`, in the rows held here.
 
         Linear in that gradient, so the same as completing each pass: zero where the weight is clipped at the current width, and
         with `learned` the scale's own gradient, added to what `scale.grad` holds (a loss term on the scale itself).
         """
         assert weight.grad is not None
+        rows = own_rows(weight) if is_sharded(weight) else None
+        values, gradient = own(weight.detach()), own(weight.grad)
+        if not values.numel():
+            return
         if self.scale is not None:
-            levels, qparams = self.grid, self.qparams(weight)
-            grad, grad_scale = learned_scale_gradients(weight.grad, weight.detach(), qparams, levels, self.layout)
-            weight.grad.copy_(grad)
+            grad, grad_scale = learned_scale_gradients(
+                gradient, values, self.qparams(values, rows), self.grid, self.layout
+            )
+            gradient.copy_(grad)
             if self.scale.requires_grad:
-                grad_scale = grad_scale.to(self.scale.dtype)
-                self.scale.grad = grad_scale if self.scale.grad is None else self.scale.grad + grad_scale
+                self._add_to_scale_gradient(grad_scale.to(self.scale.dtype))
             return
         method, rounding_dtype = self.spec.range_method, self.spec.rounding_dtype
         if self.spec.group_scale == "float" and covers_every_value(self.grid, method, scale_dtype=rounding_dtype):
             return
-        blocks = self.layout.split(weight.detach())
+        blocks = self.layout.split(values)
         rounded = round_to_codes(
-            blocks.to(torch.promote_types(blocks.dtype, self.grid.compute_dtype)), self.qparams(weight)
+            blocks.to(torch.promote_types(blocks.dtype, self.grid.compute_dtype)), self.qparams(values, rows)
         )
         is_inside = clamp_codes(rounded, self.grid) == rounded
-        weight.grad.mul_(self.layout.join(is_inside, tuple(weight.shape)))
+        gradient.mul_(self.layout.join(is_inside, tuple(values.shape)))
+
+    def _add_to_scale_gradient(self, gradient: Tensor) -> None:
+        assert self.scale is not None
+        if self.scale.grad is not None:
+            own(self.scale.grad).add_(gradient)
+        elif is_sharded(self.scale):
+            self.scale.grad = torch.zeros_like(self.scale)
+            own(self.scale.grad).copy_(gradient)
+        else:
+            self.scale.grad = gradient
 
     def _levels(self) -> Grid | TensorLevels:
         # `grid` changes with the width: reading it here would make torch.compile recompile.
@@ -265,14 +290,19 @@ class WeightQuantizer(KeepsBufferDtype):
             return self.grid
         return TensorLevels(self.qmin, self.qmax, self.range_divisor, self.spec.symmetric)
 
-    def _measured(self, weight: Tensor, scale_dtype: torch.dtype | None) -> QParams:
+    def _measured(self, weight: Tensor, scale_dtype: torch.dtype | None, rows: slice | None = None) -> QParams:
+        ratio = self.clip_ratio
+        if rows is not None and self.layout.granularity is Granularity.TENSOR:
+            assert self.known_max is not None  # of rows that other processes hold too
+            high = self.known_max if ratio is None else self.known_max * ratio
+            return qparams_from_range(-high, high, self._levels(), scale_dtype=scale_dtype)
         return choose_qparams(
             weight.detach(),
             self._levels(),
             self.layout,
             self.spec.range_method,
             scale_dtype=scale_dtype,
-            clip_ratio=self.clip_ratio,
+            clip_ratio=ratio if rows is None or ratio is None else ratio[rows],
         )
 
     def _searched_scale(self, weight: Tensor) -> Tensor:

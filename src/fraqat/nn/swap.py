@@ -199,7 +199,7 @@ def set_bits_(model: nn.Module, bits: float, *, where: str | None = None, on_fin
     num_changed = 0
     for name, layer in chosen:
         if not layer.weight_quantizer.is_at(targets[name], on_final_grid=on_final_grid):
-            layer.weight_quantizer.set_bits_(targets[name], layer.master_weight(), on_final_grid=on_final_grid)
+            layer.weight_quantizer.set_bits_(targets[name], layer.whole_weight(), on_final_grid=on_final_grid)
             num_changed += 1
     return num_changed
 

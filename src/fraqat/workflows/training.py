@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ from torch import nn
 
 from fraqat.analysis import layer_errors
 from fraqat.config import Recipe, load_values
-from fraqat.distill import Distiller, DistillResult, hold_teacher_, validation_loss
+from fraqat.distill import ALONE, Distiller, DistillResult, Workers, hold_teacher_, joined, validation_loss
 from fraqat.files import atomic_file, folder_lock, save_tensors, write_json_atomic
 from fraqat.nn import QuantReport, describe, merge_adapters_
 from fraqat.schedules import Schedule, StageUnit
 from fraqat.table import Table
 from fraqat.workflows.calibration import calibrated_student
-from fraqat.workflows.progress import Progress
+from fraqat.workflows.progress import Progress, SilentProgress
 from fraqat.workflows.runs import RunFolder
 from fraqat.workflows.sessions import Session, open_session
 
@@ -91,13 +92,18 @@ def train(
         FraqatError: See the errors of `Distiller.run` and `RunFolder.create`.
     """
     recipe = with_absolute_paths(recipe)
-    run = RunFolder.create(folder, recipe)
-    session = session or open_session(recipe)
-    with folder_lock(run.path):
-        for name in recipe.baselines if with_baselines else ():
-            baseline = recipe.baseline(name)
-            _train_one(session, baseline, RunFolder.create(run.baseline(name).path, baseline), progress)
-        _train_one(session, recipe, run, progress)
+    with joined(recipe.train.parallel, recipe.model.torch_device) as workers:
+        if not workers.is_first:
+            progress = SilentProgress()
+        run = RunFolder(folder)
+        workers.first(lambda: RunFolder.create(folder, recipe))
+        session = session or open_session(recipe)
+        with folder_lock(run.path) if workers.is_first else nullcontext():
+            for name in recipe.baselines if with_baselines else ():
+                baseline, place = recipe.baseline(name), run.baseline(name)
+                workers.first(lambda b=baseline, p=place: RunFolder.create(p.path, b))
+                _train_one(session, baseline, place, progress, workers)
+            _train_one(session, recipe, run, progress, workers)
     if recipe.train.teacher.dtype != "model":
         session.forget_teacher()  # evaluation measures the original as it is
     return run
@@ -119,12 +125,14 @@ def resolve_schedule(recipe: Recipe, steps_per_epoch: int, shared_steps: int | N
     return recipe.schedule.resolve(recipe.quantization.final_bits, total, steps_per_epoch, recipe.train.seed)
 
 
-def _train_one(session: Session[Any], recipe: Recipe, run: RunFolder, progress: Progress) -> None:
-    if run.is_finished:
+def _train_one(
+    session: Session[Any], recipe: Recipe, run: RunFolder, progress: Progress, workers: Workers = ALONE
+) -> None:
+    if any(workers.gather([run.is_finished])[0]):  # as the first process sees it: folders on other machines may lag
         progress.say(f"{recipe.label}: finished already, nothing to do")
         return
     student, result = train_student(session, recipe, run, progress)
-    _write_result(session, recipe, run, student, result)
+    workers.first(lambda: _write_result(session, recipe, run, student, result))
     progress.say(f"{recipe.label}: held-out distillation loss {result.validation_loss:.5f}")
 
 
@@ -165,7 +173,13 @@ def train_student(
         warn=progress.warn,
     )
     result = distiller.run()
-    merge_adapters_(student)
+    is_whole = not distiller.models.is_sharded or distiller.workers.is_first
+    if distiller.models.is_sharded:
+        student = _whole_student(session, recipe, distiller)
+    if recipe.train.parallel.teacher == "shard":
+        session.forget_teacher()  # it is in parts, and whoever comes next wants it whole
+    if is_whole:
+        merge_adapters_(student)
     return student, result
 
 
@@ -179,6 +193,16 @@ def _stages_phrase(schedule: Schedule) -> str:
 
 def _bits_list(widths: Sequence[float]) -> str:
     return ", ".join(f"{bits:g}" for bits in widths)
+
+
+def _whole_student(session: Session[Any], recipe: Recipe, distiller: Distiller) -> nn.Module:
+    """The trained student in one piece, in the first process; the others keep their parts, and nobody asks for them."""
+    state = distiller.models.full_state(keeps=distiller.workers.is_first)
+    if not distiller.workers.is_first:
+        return distiller.student
+    student, _ = session.new_student(recipe)
+    student.load_state_dict(state)
+    return student.eval()
 
 
 def _shared_schedule(session: Session[Any], recipe: Recipe) -> Schedule | None:

@@ -1,0 +1,44 @@
+"""Chooses how teacher and student are held and called."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fraqat.distill.parallel import ReplicatedModels, TrainedModels, check_same_start
+from fraqat.distill.spec import TrainSpec
+from fraqat.distill.task import DistillTask
+from fraqat.distill.workers import Workers
+from fraqat.nn import IntegerLayers
+from fraqat.schedules import Schedule
+
+
+def make_models(
+    task: DistillTask,
+    teacher: nn.Module,
+    student: nn.Module,
+    spec: TrainSpec,
+    workers: Workers,
+    integers: IntegerLayers | None,
+    schedule: Schedule,
+) -> TrainedModels:
+    """The models as a recipe wants them.
+
+    Args:
+        task: Gives the outputs.
+        teacher, student: Whole, in every process; sharding changes them.
+        spec: `parallel` and `compile`.
+        workers: The processes.
+        integers: Integer path of the student, its codes made.
+        schedule: Stages of the run.
+
+    Raises:
+        ConfigError: The processes have begun with different students, or a setting does not go with the mode.
+    """
+    if workers.num == 1:
+        return TrainedModels(task, teacher, student, spec)
+    check_same_start(student, workers)
+    if spec.parallel.mode == "ddp":
+        return ReplicatedModels(task, teacher, student, spec, workers)
+    from fraqat.distill.sharded import ShardedModels  # FSDP2 is slow to import
+
+    return ShardedModels(task, teacher, student, spec, workers, integers, schedule)

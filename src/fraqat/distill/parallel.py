@@ -1,0 +1,155 @@
+"""Teacher and student as the trainer calls them, in one process or in several."""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
+
+from fraqat.distill.spec import CompileMode, TrainSpec
+from fraqat.distill.task import Batch, DistillTask, Prediction
+from fraqat.distill.workers import Workers
+from fraqat.errors import ConfigError
+
+
+class Predictor(nn.Module):
+    """`task.predict` of a model as a forward pass of its own: what PyTorch's engines for several processes wrap.
+
+    Args:
+        task: Of the model.
+        model: Teacher or student, compiled or not.
+        copies_views: Outputs own their memory; FSDP2 cannot watch views that are changed in place.
+    """
+
+    def __init__(self, task: DistillTask, model: nn.Module, *, copies_views: bool = False):
+        super().__init__()
+        self.model = model
+        self._task, self._copies_views = task, copies_views
+
+    def forward(self, inputs: Batch) -> Prediction:
+        """The outputs that are distilled."""
+        outputs = self._task.predict(self.model, inputs)
+        if not self._copies_views:
+            return outputs
+        return {name: value.clone() if value._is_view() else value for name, value in outputs.items()}
+
+
+class TrainedModels:
+    """Both models in one process.
+
+    Args:
+        task: Gives the outputs.
+        teacher, student: As they are held.
+        spec: `compile`.
+    """
+
+    is_sharded = False
+    """Whether the student, as it was given, is whole in no process any more."""
+    is_copy = False
+    """Whether another process holds the same rows."""
+
+    def __init__(self, task: DistillTask, teacher: nn.Module, student: nn.Module, spec: TrainSpec):
+        self._model = student
+        self.teacher: nn.Module = Predictor(task, compiled(teacher, spec.compile))
+        self.student: nn.Module = Predictor(task, compiled(student, spec.compile))
+
+    def part(self, *, is_last: bool) -> AbstractContextManager[Any]:
+        """Around forward and backward pass of a part of a batch; gradients travel in the last one alone."""
+        return nullcontext()
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """What this process trains, by name: parameters, or the rows of them that it holds."""
+        return {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+
+    def shared_parameters(self) -> dict[str, Tensor]:
+        """The parameters that `trained_parameters` are parts of; the same where they are whole."""
+        return dict(self.trained_parameters())
+
+    def zero_grad_(self) -> None:
+        """Lets gradients leave memory that are not those of `trained_parameters`."""
+
+    def collect_gradients_(self) -> None:
+        """Gives `trained_parameters` their gradients, after the last backward pass of a batch."""
+
+    def total_norm(self, gradients: list[Tensor]) -> Tensor:
+        """Norm of the whole gradient, of which this process holds `gradients`."""
+        return get_total_norm(gradients)
+
+    def weights_changed_(self) -> None:
+        """Call it whenever trained parameters or widths have changed: nothing that was made of them is used again."""
+
+    def let_go_(self) -> None:
+        """Leaves in this process what it holds of the student, after a forward pass that no backward pass follows."""
+
+    def full_state(self, *, keeps: bool = True) -> dict[str, Tensor]:
+        """The student's state dict, whole; on the host where processes hold parts. All must ask together.
+
+        Args:
+            keeps: Whether this process wants it; the others get nothing where they hold parts.
+        """
+        return self._model.state_dict()
+
+
+class ReplicatedModels(TrainedModels):
+    """Every process has both models whole; `DistributedDataParallel` averages the gradients over the processes.
+
+    Args:
+        task, teacher, student, spec: See `TrainedModels`.
+        workers: The processes.
+    """
+
+    def __init__(self, task: DistillTask, teacher: nn.Module, student: nn.Module, spec: TrainSpec, workers: Workers):
+        super().__init__(task, teacher, student, spec)
+        if spec.parallel.teacher == "shard":
+            from fraqat.distill.sharded import make_mesh, shard_teacher_  # FSDP2 is slow to import
+
+            shard_teacher_(self.teacher, teacher, make_mesh(spec.parallel, workers, next(teacher.parameters()).device))
+        # Learned scales of integer layers have no gradient from autograd, and not every model uses all that it has. PyTorch
+        # must look for such parameters, and complains where there are none.
+        self.student.register_parameter(
+            "never_used", nn.Parameter(torch.zeros(1, device=next(student.parameters()).device))
+        )
+        buffers = "forward_sync_buffers" if "forward_sync_buffers" in _ddp_arguments() else "broadcast_buffers"
+        options: dict[str, Any] = {buffers: False, "init_sync": False, "find_unused_parameters": True}
+        self._student = DistributedDataParallel(self.student, **options)
+        self.student = self._student
+
+    def part(self, *, is_last: bool) -> AbstractContextManager[Any]:
+        return nullcontext() if is_last else self._student.no_sync()
+
+
+@torch.no_grad()
+def check_same_start(student: nn.Module, workers: Workers) -> None:
+    """Compares sums over every parameter.
+
+    Raises:
+        ConfigError: They differ between the processes.
+    """
+    sums = [value for p in student.parameters() for value in (_sum(p), _sum(p.abs()))]
+    told = workers.gather([float(len(sums)), sum(sums), *(sums[:1] + sums[-1:])])
+    if any(other != told[0] for other in told):
+        raise ConfigError(
+            "the processes have begun with different students. Fix: let all of them read the same model and the same "
+            "calibration data, with the same versions of fraqat and torch on the same kind of machine."
+        )
+
+
+def _sum(tensor: Tensor) -> float:
+    return tensor.sum(dtype=torch.float64).item()
+
+
+def _ddp_arguments() -> frozenset[str]:
+    return frozenset(inspect.signature(DistributedDataParallel.__init__).parameters)
+
+
+def compiled(model: nn.Module, mode: CompileMode) -> nn.Module:
+    """The model as training calls it: itself, or compiled."""
+    if mode == "none":
+        return model
+    options: Any = torch.compile(model, mode="reduce-overhead" if mode == "cuda_graphs" else "default")
+    return options

@@ -1,0 +1,227 @@
+"""FSDP2 around a quantized student and its teacher: every process holds rows of each weight.
+
+Shape suffixes: O output channels, K input channels, P rows that a process holds, padded.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from fraqat.distill.checkpointing import repeated_blocks
+from fraqat.distill.parallel import Predictor, TrainedModels
+from fraqat.distill.spec import ParallelSpec, TrainSpec
+from fraqat.distill.task import DistillTask
+from fraqat.distill.teacher import StoredWeight
+from fraqat.distill.travel import travel_as_codes_
+from fraqat.distill.workers import Workers
+from fraqat.errors import config_error
+from fraqat.nn import IntegerLayers, quantized_layers
+from fraqat.nn.integer import WIDEST_BITS
+from fraqat.nn.shards import own, whole
+from fraqat.numerics import Granularity, RangeMethod
+from fraqat.schedules import Schedule
+
+_SHARD, _REPLICATE = "shard", "replicate"
+
+
+def make_mesh(spec: ParallelSpec, workers: Workers, device: torch.device) -> DeviceMesh:
+    """The processes as FSDP2 sees them: a line that shares one copy, or several such lines.
+
+    Raises:
+        ConfigError: The copies of `hybrid` do not have equally many processes.
+    """
+    num = workers.num
+    if spec.mode != "hybrid":
+        return init_device_mesh(device.type, (num,), mesh_dim_names=(_SHARD,))
+    size = spec.shards or workers.local_num
+    if num % size:
+        raise config_error(
+            "train.parallel.shards",
+            size,
+            allowed=f"a divisor of the {num} processes",
+            fix="choose how many processes share one copy of the student",
+        )
+    return init_device_mesh(device.type, (num // size, size), mesh_dim_names=(_REPLICATE, _SHARD))
+
+
+def shard_teacher_(predictor: nn.Module, teacher: nn.Module, mesh: DeviceMesh) -> None:
+    """Lets every process hold rows of the teacher's weights; blocks are made whole while they run."""
+    for module in teacher.modules():
+        if isinstance(module, StoredWeight):
+            for name in ("stored_weight", "stored_scale"):
+                stored = getattr(module, name)
+                delattr(module, name)
+                module.register_parameter(name, None if stored is None else nn.Parameter(stored, requires_grad=False))
+    check_shardable(teacher, "teacher")
+    for block in repeated_blocks(teacher):
+        fully_shard(block, mesh=mesh)
+    fully_shard(predictor, mesh=mesh)
+
+
+def check_shardable(model: nn.Module, role: str) -> None:
+    """Refuses parameters without an axis, which cannot be divided.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 0:
+            raise config_error(
+                "train.parallel.mode", "fsdp2", allowed=f"ddp: {name} of the {role} is a single number", fix="use ddp"
+            )
+
+
+class ShardedModels(TrainedModels):
+    """Rows of the student in every process. Optimizer, average and clipping work on these rows, as plain tensors.
+
+    Args:
+        task, teacher, student, spec: See `TrainedModels`. The student's codes have been made already.
+        workers: The processes.
+        integers: Integer path of the student.
+        schedule: Decides whether weights can travel as codes.
+
+    Attributes:
+        num_as_codes: Layers whose weights travel as codes.
+
+    Raises:
+        ConfigError: A setting that sharded models do not have.
+    """
+
+    is_sharded = True
+
+    def __init__(
+        self,
+        task: DistillTask,
+        teacher: nn.Module,
+        student: nn.Module,
+        spec: TrainSpec,
+        workers: Workers,
+        integers: IntegerLayers | None,
+        schedule: Schedule,
+    ):
+        _check_settings(student, spec, integers, schedule)
+        super().__init__(task, teacher, student, spec)
+        self.student = Predictor(task, student, copies_views=True)
+        check_shardable(student, "student")
+        parallel = spec.parallel
+        device = next(student.parameters()).device
+        self.mesh = make_mesh(parallel, workers, device)
+        self.is_copy = parallel.mode == "hybrid" and self.mesh.get_local_rank(_REPLICATE) > 0
+        self._reduces_once = parallel.reduce == "batch"
+        self._as_codes = parallel.gather == "codes"
+        self._model, self._integers = student, integers
+        for block in repeated_blocks(student):
+            fully_shard(block, mesh=self.mesh, reshard_after_forward=not self._as_codes)
+        self._root: FSDPModule = fully_shard(self.student, mesh=self.mesh)
+        if parallel.teacher == "shard":
+            shard_teacher_(self.teacher, teacher, init_device_mesh(device.type, (workers.num,)))
+        self._shared = {name: p for name, p in student.named_parameters() if p.requires_grad}
+        self._own = {name: nn.Parameter(own(p.detach())) for name, p in self._shared.items()}
+        self._one_scale = [
+            layer
+            for _, layer in quantized_layers(student)
+            if layer.weight_quantizer.layout.granularity is Granularity.TENSOR
+        ]
+        if integers is not None:
+            integers.is_sharded = True
+        self.num_as_codes = travel_as_codes_(integers) if self._as_codes and integers is not None else 0
+        self.weights_changed_()
+
+    def part(self, *, is_last: bool) -> AbstractContextManager[Any]:
+        self._root.set_requires_gradient_sync(is_last or not self._reduces_once)
+        if self._as_codes:
+            self._root.set_reshard_after_backward(is_last)  # one gather serves all parts of a batch
+        return nullcontext()
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        return self._own
+
+    def shared_parameters(self) -> dict[str, Tensor]:
+        return dict(self._shared)
+
+    def zero_grad_(self) -> None:
+        for parameter in self._shared.values():
+            parameter.grad = None
+
+    def collect_gradients_(self) -> None:
+        for name, parameter in self._shared.items():
+            self._own[name].grad = None if parameter.grad is None else own(parameter.grad)
+
+    def total_norm(self, gradients: list[Tensor]) -> Tensor:
+        squares = [gradient.square().sum(dtype=torch.float64) for gradient in gradients]
+        device = next(self._model.parameters()).device
+        total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=device)
+        dist.all_reduce(total, group=self.mesh.get_group(_SHARD))
+        return total.sqrt().float()
+
+    def weights_changed_(self) -> None:
+        self._share_maxima_()
+        self.let_go_()
+
+    def let_go_(self) -> None:
+        for module in self.student.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def full_state(self, *, keeps: bool = True) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = {}
+        for name, value in self._model.state_dict().items():
+            full = whole(value).detach()
+            if keeps:
+                state[name] = full.cpu().clone()
+        return state
+
+    @torch.no_grad()
+    def _share_maxima_(self) -> None:
+        """The largest magnitude of every weight that has one scale, in one message for all of them."""
+        if not self._one_scale:
+            return
+        rows = [own(layer.weight.detach()) for layer in self._one_scale]
+        device = rows[0].device
+        maxima = torch.stack(
+            [row.abs().amax().float() if row.numel() else torch.zeros((), device=device) for row in rows]
+        )
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=self.mesh.get_group(_SHARD))
+        for layer, largest in zip(self._one_scale, maxima, strict=True):
+            layer.weight_quantizer.known_max = largest.view([1] * layer.weight.ndim)
+
+
+def _check_settings(student: nn.Module, spec: TrainSpec, integers: IntegerLayers | None, schedule: Schedule) -> None:
+    parallel = spec.parallel
+    if spec.compile != "none":
+        raise config_error("train.compile", spec.compile, allowed="none with sharded models", fix="leave it out")
+    for name, layer in quantized_layers(student):
+        weight = layer.weight_quantizer.spec
+        if weight.granularity is Granularity.TENSOR and weight.range_method not in (
+            RangeMethod.MAX_ABS,
+            RangeMethod.MSE,
+        ):
+            raise config_error(
+                "train.parallel.mode",
+                parallel.mode,
+                allowed=f"ddp where one scale of a whole weight is found by {weight.range_method.value} ({name})",
+                fix="use ddp, granularity: channel, or range_method: max_abs",
+            )
+    if parallel.gather != "codes":
+        return
+    widest = max(stage.bits for stage in schedule)
+    reason = (
+        "weights where train.engine.name is reference"
+        if integers is None
+        else "weights where a stage is wider than 8 bits"
+        if widest > WIDEST_BITS
+        else "weights with schedule.grid: final, whose wider stages have no codes"
+        if schedule.on_final_grid
+        else "weights with train.low_rank, where a weight is no rows of its own"
+        if spec.low_rank is not None
+        else ""
+    )
+    if reason:
+        raise config_error("train.parallel.gather", "codes", allowed=reason, fix="set train.parallel.gather: weights")
