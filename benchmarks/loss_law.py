@@ -213,7 +213,7 @@ def report(records: Sequence[dict[str, Any]]) -> str:
     fitted = [record for record in records if record["size"] in HEADS]
     only_predicted = [_law_run(record) for record in records if record["size"] not in HEADS]
     runs = [_law_run(record) for record in fitted]
-    parts = ["# A loss law of our own runs", __doc__.strip().split("\n\n", 1)[1], _losses(records)]
+    parts = ["# A loss law of our own runs", str(__doc__).strip().split("\n\n", 1)[1], _losses(records)]
     parts += ["## The law", *(_law_section(runs, only_predicted, size_in_floor) for size_in_floor in (True, False))]
     return "\n\n".join([*parts, "## Predicted from pilots", _pilot_section(fitted)]) + "\n"
 

@@ -256,7 +256,7 @@ def _minimized(design: _Design, first: Tensor, free: Tensor) -> tuple[Tensor, fl
         jacobian = jacobian * free
         weighted = jacobian * (HUBER_DELTA / residual.abs().clamp_min(HUBER_DELTA))[:, None]
         curvature, gradient = weighted.T @ jacobian, weighted.T @ residual
-        has_moved = False
+        moved, new_value, has_moved = parameters, value, False
         while not has_moved and damping < _MOST_DAMPING:
             stiffness = torch.diag(curvature.diagonal() * damping + 1e-12)
             moved = parameters - torch.linalg.solve(curvature + stiffness, gradient)

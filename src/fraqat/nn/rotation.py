@@ -120,9 +120,10 @@ def _turn_outputs_(layer: nn.Linear, rotation_DE: Tensor) -> None:
     size = len(rotation_DE)
     weight_HDI = layer.weight.double().unflatten(0, (-1, size))
     layer.weight.copy_(torch.einsum("hdi,de->hei", weight_HDI, rotation_DE.to(layer.weight.device)).flatten(0, 1))
-    if layer.bias is not None:
-        bias_HD = layer.bias.double().unflatten(0, (-1, size))
-        layer.bias.copy_((bias_HD @ rotation_DE.to(layer.bias.device)).flatten())
+    bias = cast("Tensor | None", layer.bias)
+    if bias is not None:
+        bias_HD = bias.double().unflatten(0, (-1, size))
+        bias.copy_((bias_HD @ rotation_DE.to(bias.device)).flatten())
 
 
 def _turn_inputs_(layer: nn.Linear, rotation_DE: Tensor, first: int, num_heads: int) -> None:
