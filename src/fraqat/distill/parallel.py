@@ -55,6 +55,8 @@ class TrainedModels:
 
     def __init__(self, task: DistillTask, teacher: nn.Module, student: nn.Module, spec: TrainSpec):
         self._model = student
+        # Kept: a scale changes its name with the width where a model serves several.
+        self._trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
         self.teacher: nn.Module = Predictor(task, compiled(teacher, spec.compile))
         self.student: nn.Module = Predictor(task, compiled(student, spec.compile))
 
@@ -64,7 +66,7 @@ class TrainedModels:
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """What this process trains, by name: parameters, or the rows of them that it holds."""
-        return {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+        return dict(self._trained)
 
     def shared_parameters(self) -> dict[str, Tensor]:
         """The parameters that `trained_parameters` are parts of; the same where they are whole."""
