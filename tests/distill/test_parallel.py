@@ -97,8 +97,8 @@ STOP = {"stop_after": 5}
 MOVED = ("averaged", "eight-bit")
 """Cases that one process begins and two go on with, and the other way round; the second folder has its own name."""
 REORDERED = 1e-2
-"""The learning rate, which is one step of a weight. It bounds a weight's difference where gradients are added in another order
-or the optimizer's vectors end elsewhere (unequal rows): a code that falls to the other side of a rounding changes what follows."""
+"""The learning rate, which is one step of a weight. It bounds a weight's difference where gradients are added in another order,
+or the optimizer's vectors end elsewhere (unequal rows): a code on the other side of a rounding changes what follows."""
 
 
 @pytest.fixture(scope="module")
