@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/linear_forward.py
 
-The ways take turns on the same input; a figure is the median over rounds of the ratio to bf16, with the least and the greatest.
+The ways take turns on the same input; a figure is the median over rounds of the ratio to bf16, or to another `--measure`, with
+the least and the greatest. A CPU without bf16 products (AVX2) is slow in bf16: there float32 is the honest measure.
 Appends JSON lines to `docs/results/linear_forward.jsonl` and rewrites the table beside it.
 """
 
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fraqat import __version__
 from fraqat.kernels import EngineTable
 from fraqat.nn import IntegerLayers, QuantSpec, quantize_
+from machine import device_name
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -89,7 +90,9 @@ WAYS: dict[str, Callable[[nn.Linear], Call]] = {
 
 
 @torch.inference_mode()
-def measure(num_tokens: int, shape: tuple[int, int], rounds: int, compiled: bool) -> list[dict[str, Any]]:
+def measure(
+    num_tokens: int, shape: tuple[int, int], rounds: int, compiled: bool, reference: str
+) -> list[dict[str, Any]]:
     """All ways on one shape, in turns."""
     x = torch.randn(num_tokens, shape[0], generator=torch.Generator().manual_seed(0)).bfloat16()
     calls: dict[str, Call] = {}
@@ -105,13 +108,16 @@ def measure(num_tokens: int, shape: tuple[int, int], rounds: int, compiled: bool
             call(x)
             if index > 1:
                 times[name].append(1000 * (time.perf_counter() - start))
-    return [_record(name, own, times["bf16"], num_tokens, shape, compiled) for name, own in times.items()]
+    return [
+        {"measure": reference} | _record(name, own, times[reference], num_tokens, shape, compiled)
+        for name, own in times.items()
+    ]
 
 
 def _record(
-    name: str, own: list[float], bf16: list[float], num_tokens: int, shape: tuple[int, int], compiled: bool
+    name: str, own: list[float], other: list[float], num_tokens: int, shape: tuple[int, int], compiled: bool
 ) -> dict[str, Any]:
-    ratios = sorted(a / b for a, b in zip(own, bf16, strict=True))
+    ratios = sorted(a / b for a, b in zip(own, other, strict=True))
     return {
         "benchmark": "linear_forward",
         "way": name,
@@ -125,30 +131,32 @@ def _record(
         "num_calls": len(own),
         "threads": torch.get_num_threads(),
         "engines": [engine.name for engine in EngineTable(torch.device("cpu")).candidates],
-        "device": platform.machine(),
+        "device": device_name(),
         "torch": torch.__version__,
         "fraqat": __version__,
     }
 
 
 def write_table(records: list[dict[str, Any]], path: Path) -> None:
-    """One row per shape and number of tokens, one column per way; of several measurements the last."""
-    first = records[-1]
-    mode = "compiled" if first["compiled"] else "eager"
-    lines = [
-        "# One linear layer in inference\n",
-        f"Made by `benchmarks/linear_forward.py`: {first['threads']} threads of an {first['device']} CPU, {mode}. Ratio of "
-        "time to bf16's, median over\ncalls in turns, with the 10th and 90th percentile.\n",
-        "| tokens | in -> out | " + " | ".join(WAYS) + " |",
-        "| --- | --- |" + " --- |" * len(WAYS),
+    """A table per machine: one row per shape and number of tokens, one column per way; of several measurements the last."""
+    mode = "compiled" if records[-1]["compiled"] else "eager"
+    parts = [
+        f"# One linear layer in inference\n\nMade by `benchmarks/linear_forward.py`, {mode}. Median over calls in turns, with "
+        "the 10th and 90th percentile."
     ]
-    cells: dict[tuple[int, int, int], dict[str, str]] = {}
+    tables: dict[str, dict[tuple[int, int, int], dict[str, str]]] = {}
     for r in records:
         low, high = r["ratio_spread"]
-        cells.setdefault((r["tokens"], r["in"], r["out"]), {})[r["way"]] = f"{r['ratio']:.2f} ({low:.2f} to {high:.2f})"
-    for (tokens, width, out), row in sorted(cells.items()):
-        lines.append(f"| {tokens} | {width} -> {out} | " + " | ".join(row[name] for name in WAYS) + " |")
-    path.write_text("\n".join(lines) + "\n")
+        title = f"{r['device']}, {r['threads']} threads: time over {r.get('measure', 'bf16')}'s"
+        row = tables.setdefault(title, {}).setdefault((r["tokens"], r["in"], r["out"]), {})
+        row[r["way"]] = f"{r['ratio']:.2f} ({low:.2f} to {high:.2f})"
+    for title, cells in tables.items():
+        lines = [f"## {title}\n", "| tokens | in -> out | " + " | ".join(WAYS) + " |"]
+        lines.append("| --- " * (2 + len(WAYS)) + "|")
+        for (tokens, width, out), row in sorted(cells.items()):
+            lines.append(f"| {tokens} | {width} -> {out} | " + " | ".join(row[name] for name in WAYS) + " |")
+        parts.append("\n".join(lines))
+    path.write_text("\n\n".join(parts) + "\n")
 
 
 def main() -> None:
@@ -157,13 +165,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--compile", action="store_true", help="compile every way")
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
+    parser.add_argument("--shapes", nargs="+", default=[f"{a}x{b}" for a, b in SHAPES], help="as 1152x4608")
+    parser.add_argument("--measure", choices=list(WAYS), default="bf16", help="what times are relative to")
     parser.add_argument("--out", type=Path, default=RESULTS / "linear_forward.jsonl")
     arguments = parser.parse_args()
     records = [
         record
         for num_tokens in arguments.tokens
-        for shape in SHAPES
-        for record in measure(num_tokens, shape, arguments.rounds, arguments.compile)
+        for width, out in (map(int, shape.split("x")) for shape in arguments.shapes)
+        for record in measure(num_tokens, (width, out), arguments.rounds, arguments.compile, arguments.measure)
     ]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with arguments.out.open("a") as stream:

@@ -5,7 +5,7 @@
 Blocks of Sana 600M, PixArt-Sigma and SD3.5 Medium with random weights, one sample of 1024 tokens, with the model's own
 embedding and output layers. The ways take turns on the same input; a figure is the median over rounds of the ratio to
 float32 in ONNX Runtime, with the least and the greatest. Sizes are those of the
-ONNX files. Writes `docs/results/onnx_latency.jsonl` and `.md`.
+ONNX files. Appends to `docs/results/onnx_latency.jsonl` and writes `.md`; `--keep` leaves the graphs for `onnx_profile.py`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
@@ -38,10 +39,19 @@ from fraqat.tasks.diffusion import OUTPUT, NamedTransformer
 from fraqat.tasks.example_inputs import example_inputs
 from fraqat.tasks.pipelines import build_transformer
 from fraqat.workflows import open_session as open_recipe
+from onnx_profile import cpu_name
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 MEASURE = "ONNX Runtime, float32"
+FILE_NAMES = {
+    MEASURE: "float32",
+    "ONNX Runtime, W4A16": "w4a16",
+    "ONNX Runtime, W4A8 per token": "w4a8-token",
+    "ONNX Runtime, W4A8 static": "w4a8-static",
+}
+FIRST_CPU = "two-core x86 with AMX"
+"""Of the records from before a record named its processor."""
 STATIC = ActivationSpec(granularity="tensor", static=True, symmetric=False, range_method="three_sigma")  # pyright: ignore[reportArgumentType]
 
 
@@ -139,9 +149,10 @@ def ways_of(block: Block, folder: Path) -> tuple[dict[str, Call], dict[str, int]
     graphs["ONNX Runtime, W4A8 static"] = integer_graph(proto, layer_codes(quantized(static, STATIC, inputs)))
     sizes["W4A8 static, other floats in bfloat16"] = _stored_size(graphs["ONNX Runtime, W4A8 static"], folder)
     feeds = {name: value.numpy() for name, value in inputs.items()}
+    np.savez(folder / f"{block.recipe}.inputs.npz", **feeds)  # pyright: ignore[reportArgumentType]
     calls: dict[str, Call] = {}
     for name, graph in graphs.items():
-        path = folder / f"{block.recipe}-{len(sizes)}.onnx"
+        path = folder / f"{block.recipe}.{FILE_NAMES[name]}.onnx"
         save(graph, path)
         sizes[name] = sum(file.stat().st_size for file in folder.glob(f"{path.name}*"))
         # Accuracy level 1 keeps the inputs of INT4 products in float32; without it they are rounded to 8 bits.
@@ -196,10 +207,10 @@ def measure(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
 
 def write_table(path: Path) -> None:
     """The newest records of every block as Markdown."""
-    newest: dict[str, dict[str, Any]] = {}
+    newest: dict[tuple[str, str], dict[str, Any]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
-        newest[record["block"]] = record
+        newest[record["block"], record.get("cpu", FIRST_CPU)] = record
     lines = [
         "# Latency and size of one full-width block",
         "",
@@ -207,8 +218,8 @@ def write_table(path: Path) -> None:
         "median over rounds of the ratio to float32 in ONNX Runtime, with the least and the greatest; size is that of the",
         "ONNX file over the float32 one.",
     ]
-    for title, record in newest.items():
-        head = f"## {title}, {record['threads']} thread{'s' if record['threads'] > 1 else ''}, {record['machine']}"
+    for (title, cpu), record in newest.items():
+        head = f"## {title}, {record['threads']} thread{'s' if record['threads'] > 1 else ''}, {cpu}"
         lines += ["", head, "", "| way | time, ratio | spread | file, ratio |", "| --- | --- | --- | --- |"]
         for name, values in record["ratios"].items():
             size = record["sizes"].get(name)
@@ -226,12 +237,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--blocks", nargs="+", choices=[b.recipe for b in BLOCKS], default=[b.recipe for b in BLOCKS])
     parser.add_argument("--out", type=Path, default=RESULTS / "onnx_latency.jsonl")
+    parser.add_argument("--keep", type=Path, help="folder for the graphs and inputs; 1 GB for all blocks")
     arguments = parser.parse_args()
+    if arguments.keep is not None:
+        arguments.keep.mkdir(parents=True, exist_ok=True)
     for block in BLOCKS:
         if block.recipe not in arguments.blocks:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            calls, sizes = ways_of(block, Path(folder))
+            calls, sizes = ways_of(block, arguments.keep or Path(folder))
             ratios = measure(calls, arguments.rounds)
         record = {
             "block": block.title,
@@ -239,6 +253,7 @@ def main() -> None:
             "sizes": sizes,
             "threads": torch.get_num_threads(),
             "machine": platform.machine(),
+            "cpu": cpu_name(),
             "torch": torch.__version__,
             "fraqat": __version__,
         }

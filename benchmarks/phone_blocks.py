@@ -2,9 +2,11 @@
 
 One block of each model, built from its configuration with random weights, W4A8 with static inputs, batch 1, at the tokens of a
 512 pixel image. The offline compiler of onnxruntime-qnn writes the context binary that a phone loads; it fails if one operator
-is left to the CPU. Appends one JSON line per block.
+is left to the CPU. With `--emulate` the block also runs in the emulator, and every layer is compared with ONNX Runtime's
+computation of the same node for the same input. Appends one JSON line per block.
 
     python benchmarks/phone_blocks.py --out docs/results/phone_blocks.jsonl
+    python benchmarks/phone_blocks.py --out docs/results/phone_blocks.jsonl --models sana-600m --emulate
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from fraqat import ActivationSpec, QuantSpec, WeightSpec, __version__, calibrate_, quantize_
-from fraqat.export import Inputs, Part, layer_codes
+from fraqat.analysis.layer_error import sqnr_db
+from fraqat.export import Inputs, LayerCodes, Part, layer_codes, run_module
 from fraqat.numerics import Granularity, RangeMethod
 from fraqat.tasks.known import build_on_meta, known_model
 
@@ -142,8 +145,38 @@ def build(case: Case) -> nn.Module:
     return module
 
 
-def measure(name: str) -> dict[str, Any]:
-    """Builds, exports, compiles."""
+def emulated(folder: Path, part: Part, module: nn.Module, codes: Mapping[str, LayerCodes]) -> dict[str, Any]:
+    """One sample in the emulator: steps of every layer, and the whole output against ONNX Runtime and the student."""
+    import onnxruntime
+
+    from fraqat.export.onnx.htp import HtpExport
+
+    sample = {name: value[:1] for name, value in part.batches()[0].items()}
+    export = HtpExport(folder, module)
+    start = time.perf_counter()
+    found = export.run(part, sample)
+    run_s = time.perf_counter() - start
+    apart = export.steps_apart(part, [found])
+    assert apart.keys() == codes.keys(), "a layer is not shown"
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(
+        str(folder / f"{part.name}.onnx"), options, providers=["CPUExecutionProvider"]
+    )
+    feeds = {item.name: sample[item.name].numpy() for item in session.get_inputs()}
+    exact = dict(zip(part.outputs, map(torch.from_numpy, session.run(list(part.outputs), feeds)), strict=True))
+    student = run_module(module, module, [], part, sample).outputs
+    return {
+        "steps": {layer: item.largest for layer, item in apart.items()},
+        "share_equal": {layer: round(item.share_equal, 4) for layer, item in apart.items()},
+        "output_db": {name: sqnr_db(exact[name], found.outputs[name]) for name in part.outputs},
+        "student_db": {name: sqnr_db(student[name], found.outputs[name]) for name in part.outputs},
+        "run_s": round(run_s, 1),
+    }
+
+
+def measure(name: str, *, emulate: bool) -> dict[str, Any]:
+    """Builds, exports, compiles, and runs in the emulator if asked to."""
     from fraqat.export.onnx.graph import save
     from fraqat.export.onnx.htp import SM8750, compile_context
     from fraqat.export.onnx.qualcomm import static_model
@@ -165,6 +198,7 @@ def measure(name: str) -> dict[str, Any]:
         compiled = compile_context(path, SM8750)
         compile_s = time.perf_counter() - start
         num_bytes = compiled.num_bytes
+        emulator = {"emulator": emulated(Path(folder), part, module, codes)} if emulate else {}
     num_weights = sum(layer.codes.numel() for layer in codes.values())
     return {
         "benchmark": "phone_blocks",
@@ -184,6 +218,7 @@ def measure(name: str) -> dict[str, Any]:
         "onnxruntime_qnn": importlib.metadata.version("onnxruntime-qnn"),
         "machine": platform.machine(),
         "commit": _commit(),
+        **emulator,
     }
 
 
@@ -197,15 +232,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--models", nargs="*", default=list(CASES), choices=list(CASES))
+    parser.add_argument(
+        "--emulate", action="store_true", help="run one sample in the emulator (minutes for the large blocks)"
+    )
     arguments = parser.parse_args()
     if len(arguments.models) == 1:
-        record = measure(arguments.models[0])
+        record = measure(arguments.models[0], emulate=arguments.emulate)
         with arguments.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         print(json.dumps(record, indent=1))
         return
     for name in arguments.models:
         command = [sys.executable, __file__, "--out", str(arguments.out), "--models", name]
+        command += ["--emulate"] * arguments.emulate
         subprocess.run(command, check=True)
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fraqat.errors import ConfigError
 from fraqat.schedules import (
+    AutomaticSpec,
     CooldownShape,
     LearningRateKind,
     LearningRateSpec,
@@ -20,7 +21,7 @@ from fraqat.schedules import (
 
 TABLE_4_BITS = (8, 7, 6, 5.5, 5, 4.75, 4.5, 4.25, 4)
 TABLE_4_EPOCHS = (1, 1, 1, 1, 1, 2, 2, 2, 14)
-NAMED = [kind for kind in ScheduleKind if kind is not ScheduleKind.CUSTOM]
+NAMED = [ScheduleKind(name) for name in ("fractional", "integer", "simple", "constant")]
 
 
 def bits_of(schedule: Schedule) -> tuple[float, ...]:
@@ -182,7 +183,7 @@ def test_impossible_stages_are_refused(stages: list[tuple[float, float]], unit: 
 
 def test_last_entry_must_be_the_target() -> None:
     with pytest.raises(
-        ConfigError, match=r"a last entry at the target, 3 bits\. Fix: end the list with \[3, \.\.\.\] or change"
+        ConfigError, match=r"a last entry at the target, 3 bits\. Fix: end the list with 3 bits or change"
     ):
         custom((8, 0.5), (4, 0.5)).resolve(3, 100)
 
@@ -415,3 +416,56 @@ def test_the_grid_of_stages_changes_neither_widths_nor_steps(kind: ScheduleKind)
 def test_an_unknown_grid_of_stages_is_named() -> None:
     with pytest.raises(ConfigError, match=r"schedule\.grid"):
         ScheduleSpec(grid="other")
+
+
+# --- several widths, automatic
+
+
+def test_several_widths_have_one_stage_whose_width_turns() -> None:
+    schedule = ScheduleSpec("several", widths=(8, 6, 5, 4)).resolve(4, 10)
+    assert bits_of(schedule) == (4,) and schedule.served_bits == (8, 6, 5, 4) and schedule.target_bits == 4
+    assert [schedule.stage_at(step).bits for step in range(10)] == [8, 6, 5, 4, 8, 6, 5, 4, 8, 6]
+    assert LearningRateSpec(kind=LearningRateKind.DECAY_LAST).at(5, schedule) == pytest.approx(5e-5)
+
+
+def test_sampled_widths_are_the_seeds_own_and_even() -> None:
+    spec = ScheduleSpec("several", widths=(8, 4), order="sampled")
+    drawn = [[spec.resolve(4, 400, seed=seed).stage_at(step).bits for step in range(400)] for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert 160 < drawn[0].count(8) < 240
+
+
+def test_an_automatic_schedule_begins_at_the_top_and_knows_its_end() -> None:
+    schedule = ScheduleSpec("automatic").resolve(4, 50)
+    assert bits_of(schedule) == (8,) and schedule.total_steps == 50 and not schedule.is_decided
+    assert schedule.choices == TABLE_4_BITS and schedule.target_bits == 4
+    narrowed = schedule.narrowed(1, 6).narrowed(12, 4)
+    assert bits_of(narrowed) == (8, 6, 4) and steps_of(narrowed) == (1, 11, 38) and narrowed.is_decided
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"kind": "several"}, r"schedule.widths = \(\) .*two or more that fall"),
+        ({"kind": "several", "widths": (4,)}, "schedule.widths.*two or more"),
+        ({"kind": "several", "widths": (4, 8)}, "schedule.widths.*fall to the target"),
+        ({"kind": "several", "widths": (8, 1)}, "bits = 1"),
+        ({"kind": "several", "widths": (8, 4), "grid": "final"}, "schedule.grid.*own for several"),
+        ({"kind": "several", "widths": (8, 4), "order": "random"}, "schedule.order.*in_turn, sampled"),
+        ({"kind": "constant", "widths": (8, 4)}, "schedule.widths.*unless kind is several"),
+        ({"kind": "constant", "order": "sampled"}, "schedule.order.*unless kind is several"),
+        ({"kind": "automatic", "grid": "final"}, "schedule.grid.*own for automatic"),
+        ({"kind": "constant", "automatic": AutomaticSpec(rise=3)}, "schedule.automatic.*unless kind is automatic"),
+    ],
+)
+def test_impossible_widths_are_named(values: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ScheduleSpec(**values)
+
+
+def test_several_widths_end_at_the_target_and_automatic_settings_are_checked() -> None:
+    with pytest.raises(ConfigError, match=r"schedule.widths.*a last entry at the target, 3 bits"):
+        ScheduleSpec("several", widths=(8, 4)).resolve(3, 10)
+    for name, value in (("ramp_share", 1), ("rise", 0.5), ("window_share", 0), ("gain", 1)):
+        with pytest.raises(ConfigError, match=f"schedule.automatic.{name} = {value}"):
+            AutomaticSpec(**{name: value})

@@ -53,6 +53,10 @@ RunArgument = Annotated[Path, typer.Argument(help="Folder of a run")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a field of the recipe")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print tables as JSON")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is there")]
+WidthOption = Annotated[
+    float | None,
+    typer.Option("--bits", help="Which of the widths of schedule.kind: several, instead of the final one"),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Show no progress")]
 
 
@@ -137,12 +141,15 @@ def analyze(
     what: Annotated[
         AnalysisKind,
         typer.Option(
-            help="Loss over widths; outliers of inputs and weights; loss with each layer quantized alone and left out"
+            help="Loss over widths; outliers of inputs and weights; loss with each layer quantized alone and left out; "
+            "loss with each layer alone at several widths"
         ),
     ],
     bits: Annotated[
         str | None,
-        typer.Option(help="Comma-separated widths, with --what bits; default: 8 to 2 with the fractional ones"),
+        typer.Option(
+            help="Comma-separated widths, with --what bits (default: 8 to 2 with the fractional ones) and layer-widths"
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -200,9 +207,9 @@ def plan(
         cached_teacher=cached_teacher,
     )
     questions = workflows.ComputeQuestions(pretraining_tokens, memory_budget, tuple(pilot or ()), target_loss)
-    _print_tables(
-        workflows.plan_tables(load_recipe(recipe, tuple(settings or ())), device, options, questions), as_json
-    )
+    resolved = load_recipe(recipe, tuple(settings or ()))
+    tables = [*workflows.plan_tables(resolved, device, options, questions), workflows.chosen_widths_table(resolved)]
+    _print_tables([table for table in tables if table is not None], as_json)
 
 
 @app.command()
@@ -214,13 +221,14 @@ def evaluate(
             "--num-samples", "--num-images", help="Held-out samples per model, instead of the recipe's number"
         ),
     ] = None,
+    bits: WidthOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Compare original, baselines and student on the same prompts and seeds."""
     table = workflows.evaluate(
-        RunFolder.open(run), ConsoleProgress(_errors, quiet), num_samples=num_samples, overwrite=overwrite
+        RunFolder.open(run), ConsoleProgress(_errors, quiet), bits=bits, num_samples=num_samples, overwrite=overwrite
     )
     _print_tables([table], as_json)
 
@@ -252,6 +260,7 @@ def export(
     float_dtype: Annotated[FloatPrecision, typer.Option(help="Precision of what is not quantized")] = (
         FloatPrecision.FLOAT32
     ),
+    bits: WidthOption = None,
     accept_loss: Annotated[
         bool, typer.Option("--accept-loss", help="Quantize the trained weights anew where the target has another grid")
     ] = False,
@@ -259,11 +268,12 @@ def export(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Write the trained student as files for a target, in RUN/export/TARGET."""
+    """Write the trained student as files for a target, in RUN/export/TARGET, with --bits in RUN/export/TARGET-N-bits."""
     done = workflows.export(
         RunFolder.open(run),
         target,
         ConsoleProgress(_errors, quiet),
+        bits=bits,
         float_dtype=float_dtype.value,
         accept_loss=accept_loss,
         overwrite=overwrite,

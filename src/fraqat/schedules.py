@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, ClassVar
 
@@ -24,7 +25,8 @@ class ScheduleKind(StrEnum):
     """Named schedules, each ending at the target width.
 
     `fractional`: Table 4; for a target other than 4 bits its distances above the target are kept. `integer`: 8, 7, 6, 5, 4.
-    `simple`: 16, 8, 4. `constant`: the target only (vanilla QAT). `custom`: the stages given.
+    `simple`: 16, 8, 4. `constant`: the target only (vanilla QAT). `custom`: the stages given. `several`: one of `widths` each
+    step, so that the same weights serve all. `automatic`: training chooses of Table 4's widths; see `AutomaticSpec`.
     """
 
     FRACTIONAL = "fractional"
@@ -32,6 +34,16 @@ class ScheduleKind(StrEnum):
     SIMPLE = "simple"
     CONSTANT = "constant"
     CUSTOM = "custom"
+    SEVERAL = "several"
+    AUTOMATIC = "automatic"
+
+
+class WidthOrder(StrEnum):
+    """Which of several widths a step trains. `in_turn`: one after the other, from the widest. `sampled`: drawn at random, each
+    as likely."""
+
+    IN_TURN = "in_turn"
+    SAMPLED = "sampled"
 
 
 class StageUnit(StrEnum):
@@ -86,6 +98,40 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class AutomaticSpec:
+    """How training chooses its own stages.
+
+    A stage ends when the mean training loss of a window is no longer below that of the window before by `gain`. The loss of the
+    step's batch is then measured at every narrower width, and the narrowest one follows whose loss is at most `rise` times that
+    at the present width, or else the next one. The first choice is made after the first step, which trains at 8 bits, and
+    begins the ramp.
+
+    Args:
+        ramp_share: Largest share of the steps above the target; when it is spent, the target follows.
+        rise: Factor, 1 or more, by which the loss may rise at a change of the width.
+        window_share: Length of a window as a share of the steps; at least two steps.
+        gain: Relative fall of the loss from window to window that keeps a stage going.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_KEYS
+
+    ramp_share: float = 0.25
+    rise: float = 2.0
+    window_share: float = 0.02
+    gain: float = 0.05
+
+    def __post_init__(self) -> None:
+        for name, is_possible, allowed in (
+            ("ramp_share", 0 < self.ramp_share < 1, "between 0 and 1"),
+            ("rise", 1 <= self.rise < math.inf, "1 or more"),
+            ("window_share", 0 < self.window_share < 1, "between 0 and 1"),
+            ("gain", 0 <= self.gain < 1, "0 or more, below 1"),
+        ):
+            if not is_possible:
+                raise config_error(f"schedule.automatic.{name}", getattr(self, name), allowed=allowed, fix="correct it")
+
+
+@dataclass(frozen=True)
 class ScheduleSpec:
     """A bit-width schedule before the length of the run is known.
 
@@ -94,6 +140,9 @@ class ScheduleSpec:
         stages: Only with `custom`: (bits, length) in falling order of bits; the last entry is the target.
         unit: What the lengths count: shares of the run (they sum to 1), epochs, or steps.
         grid: What the widths above the target round to.
+        widths: Only with `several`: two or more, falling to the target.
+        order: Only with `several`: which width a step trains.
+        automatic: Only with `automatic`: how the stages are chosen.
 
     Raises:
         ConfigError: Stages out of order, impossible widths or lengths, shares that do not sum to 1.
@@ -105,12 +154,18 @@ class ScheduleSpec:
     stages: tuple[tuple[float, float], ...] = ()
     unit: StageUnit = StageUnit.SHARE
     grid: StageGrid = StageGrid.OWN
+    widths: tuple[float, ...] = ()
+    order: WidthOrder = WidthOrder.IN_TURN
+    automatic: AutomaticSpec = field(default_factory=AutomaticSpec)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", parse_choice("schedule.kind", self.kind, ScheduleKind))
         object.__setattr__(self, "grid", parse_choice("schedule.grid", self.grid, StageGrid))
         object.__setattr__(self, "unit", parse_choice("schedule.unit", self.unit, StageUnit))
         object.__setattr__(self, "stages", tuple((float(b), float(n)) for b, n in self.stages))
+        object.__setattr__(self, "widths", tuple(float(bits) for bits in self.widths))
+        object.__setattr__(self, "order", parse_choice("schedule.order", self.order, WidthOrder))
+        self._check_widths()
         if self.kind is ScheduleKind.CUSTOM:
             self._check_stages()
         elif self.stages:
@@ -143,24 +198,36 @@ class ScheduleSpec:
                 ramp = [(b, share) for b in (16.0, 8.0) if b > target_bits]
             case ScheduleKind.CONSTANT:
                 ramp = []
+            case ScheduleKind.SEVERAL:
+                self._check_target(self.widths[-1], target_bits, "schedule.widths", self.widths)
+                ramp = []
+            case ScheduleKind.AUTOMATIC:
+                ramp = _fractional_ramp(target_bits)
             case ScheduleKind.CUSTOM:
-                if self.stages[-1][0] != target_bits:
-                    raise config_error(
-                        "schedule.stages",
-                        self.stages,
-                        allowed=f"a last entry at the target, {target_bits:g} bits",
-                        fix=f"end the list with [{target_bits:g}, ...] or change quantization.weight.bits",
-                    )
+                self._check_target(self.stages[-1][0], target_bits, "schedule.stages", self.stages)
                 return self.stages
         return (*ramp, (target_bits, _TABLE_4_TARGET_EPOCHS))
 
-    def resolve(self, target_bits: float, total_steps: int | None, steps_per_epoch: int | None = None) -> Schedule:
-        """Fixes the steps of every stage.
+    @staticmethod
+    def _check_target(last: float, target_bits: float, name: str, value: object) -> None:
+        if last != target_bits:
+            raise config_error(
+                name,
+                value,
+                allowed=f"a last entry at the target, {target_bits:g} bits",
+                fix=f"end the list with {target_bits:g} bits or change the lowest width of quantization",
+            )
+
+    def resolve(
+        self, target_bits: float, total_steps: int | None, steps_per_epoch: int | None = None, seed: int = 0
+    ) -> Schedule:
+        """Fixes the steps of every stage; of an automatic schedule only its length.
 
         Args:
             target_bits: Width of the finished model.
             total_steps: Length of the run; None takes it from stages given in steps or epochs.
             steps_per_epoch: Needed for stages given in epochs.
+            seed: Of widths that are drawn.
 
         Raises:
             ConfigError: Fewer steps than stages, or a total that disagrees with the stages' own lengths.
@@ -194,9 +261,32 @@ class ScheduleSpec:
                 allowed=f"enough for {len(steps)} stages of at least one step",
                 fix="train longer or use fewer stages",
             )
+        if self.kind is ScheduleKind.AUTOMATIC:
+            whole = Stage(0, lengths[0][0], 0, sum(steps))
+            return Schedule((whole,), choices=tuple(bits for bits, _ in lengths), automatic=self.automatic)
         firsts = [sum(steps[:i]) for i in range(len(steps))]
         stages = tuple(Stage(i, lengths[i][0], firsts[i], steps[i]) for i in range(len(steps)))
-        return Schedule(stages, on_final_grid=self.grid is StageGrid.FINAL)
+        return Schedule(
+            stages, on_final_grid=self.grid is StageGrid.FINAL, widths=self.widths, order=self.order, seed=seed
+        )
+
+    def _check_widths(self) -> None:
+        is_several = self.kind is ScheduleKind.SEVERAL
+
+        def check(name: str, is_possible: bool, allowed: str) -> None:
+            if not is_possible:
+                value = getattr(self, name)
+                raise config_error(f"schedule.{name}", value, allowed=allowed, fix=f"correct {name} or kind")
+
+        is_automatic = self.kind is ScheduleKind.AUTOMATIC
+        check("order", is_several or self.order is WidthOrder.IN_TURN, "left out unless kind is several")
+        check("grid", not (is_several or is_automatic) or self.grid is StageGrid.OWN, f"own for {self.kind.value}")
+        check("automatic", is_automatic or self.automatic == AutomaticSpec(), "left out unless kind is automatic")
+        for bits in self.widths:
+            Grid(bits)
+        is_falling = list(self.widths) == sorted(set(self.widths), reverse=True)
+        check("widths", is_several or not self.widths, "left out unless kind is several")
+        check("widths", not is_several or (len(self.widths) > 1 and is_falling), "two or more that fall to the target")
 
     def _check_stages(self) -> None:
         def fail(allowed: str, fix: str) -> None:
@@ -222,10 +312,20 @@ class Schedule:
     Attributes:
         stages: In order.
         on_final_grid: Widths above the target are shares of the final grid's error; see `StageGrid`.
+        widths: Several widths that steps of the one stage train, falling to the target; empty for other schedules.
+        order: Which of them a step trains.
+        seed: Of those that are drawn.
+        choices: Of an automatic schedule: falling widths, of which `stages` has those that were chosen so far.
+        automatic: How it chooses; None for other schedules.
     """
 
     stages: tuple[Stage, ...]
     on_final_grid: bool = False
+    widths: tuple[float, ...] = ()
+    order: WidthOrder = WidthOrder.IN_TURN
+    seed: int = 0
+    choices: tuple[float, ...] = ()
+    automatic: AutomaticSpec | None = None
 
     @property
     def total_steps(self) -> int:
@@ -233,8 +333,45 @@ class Schedule:
         return self.stages[-1].end_step
 
     def stage_at(self, step: int) -> Stage:
-        """The stage that trains step `step`, counted from 0; the last one for any later step."""
-        return next((stage for stage in self.stages if step < stage.end_step), self.stages[-1])
+        """The stage that trains step `step`, counted from 0; the last one for any later step.
+
+        With several widths it has that of the step.
+        """
+        stage = next((stage for stage in self.stages if step < stage.end_step), self.stages[-1])
+        return replace(stage, bits=self._width_at(step)) if self.widths else stage
+
+    def _width_at(self, step: int) -> float:
+        if self.order is WidthOrder.SAMPLED:
+            return random.Random(f"width {self.seed} {step}").choice(self.widths)  # noqa: S311
+        return self.widths[step % len(self.widths)]
+
+    @property
+    def target_bits(self) -> float:
+        """Width of the finished model."""
+        return self.choices[-1] if self.choices else self.stages[-1].bits
+
+    @property
+    def served_bits(self) -> tuple[float, ...]:
+        """Widths that the finished model serves, the target last."""
+        return self.widths or (self.target_bits,)
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether all stages are known; those of an automatic schedule are once the target is reached."""
+        return self.stages[-1].bits == self.target_bits
+
+    def narrowed(self, step: int, bits: float) -> Schedule:
+        """An automatic schedule that goes on at `bits` from `step` on, to the end of the run if nothing else is chosen.
+
+        Args:
+            step: First step of the new stage, after the first step of the last one.
+            bits: Of `choices`, below the present width.
+        """
+        last = self.stages[-1]
+        assert bits in self.choices and bits < last.bits and last.first_step < step < self.total_steps
+        ended = replace(last, num_steps=step - last.first_step)
+        new = Stage(last.index + 1, bits, step, self.total_steps - step)
+        return replace(self, stages=(*self.stages[:-1], ended, new))
 
     def __iter__(self) -> Iterator[Stage]:
         return iter(self.stages)
@@ -317,7 +454,7 @@ class LearningRateSpec:
             case LearningRateKind.RESTART:
                 return self._cosine((step - stage.first_step) / stage.num_steps)
             case LearningRateKind.DECAY_LAST:
-                is_last = stage.index == len(schedule) - 1
+                is_last = stage.index == len(schedule) - 1 and schedule.is_decided
                 return self._cosine((step - stage.first_step) / stage.num_steps) if is_last else 1.0
             case LearningRateKind.COOLDOWN:
                 return self._cooldown(step, schedule)

@@ -184,6 +184,29 @@ def test_a_model_that_cannot_be_traced_is_refused(tmp_path: Path) -> None:
     assert "forward" not in model.layer.__dict__
 
 
+def test_of_a_table_only_what_is_read_is_stored(tmp_path: Path) -> None:
+    from fraqat.export import TARGETS
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(IN, OUT)
+            self.register_buffer("table", torch.randn(1, 24 * 24, OUT))
+
+        def forward(self, x: Tensor) -> Tensor:
+            table = self.get_buffer("table").reshape(1, 24, 24, OUT)[:, 10:13, 7:11].reshape(1, -1, OUT)
+            return self.layer(x) + table
+
+    model = Positions().eval().requires_grad_(False)
+    quantize_(model)
+    part = Part("positions", model, ("y",), lambda: [inputs(2)], {"x": {0: "batch"}})
+    TARGETS["onnx"].write(ExportJob(model, lambda: (part,), ModelDescription("M", {}, "m"), None, tmp_path))
+    graph = onnx.load(tmp_path / "positions.onnx").graph
+    assert max(len(t.raw_data) for t in graph.initializer if "codes" not in t.name) == 12 * OUT * 4
+    found = TARGETS["onnx"].open(tmp_path, model).run(part, inputs(3))
+    assert sqnr_db(model(**inputs(3)), found.outputs["y"]) > 110
+
+
 def test_floats_in_bfloat16_are_those_of_the_rounded_model(model: nn.Module, part: Part, tmp_path: Path) -> None:
     import copy
 

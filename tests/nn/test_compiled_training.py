@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fraqat.nn import ActivationSpec, QuantSpec, WeightSpec, calibrate_, quantize_, set_bits_
+from fraqat.nn import ActivationSpec, QuantSpec, WeightSpec, calibrate_, quantize_, serve_widths_, set_bits_
 
 # torch._dynamo instantiates torch.autograd.Function itself and warns about it.
 pytestmark = pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
@@ -64,6 +64,21 @@ def test_one_graph_serves_every_width_of_table_4(spec: QuantSpec) -> None:
         expected = step(model, model, x)
         for ours, theirs in zip(step(compiled, model, x), expected, strict=True):
             assert torch.equal(ours, theirs)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("method", ["mse", "learned"])
+def test_one_graph_serves_several_widths_with_scales_of_their_own(method: str) -> None:
+    model, x = Small(), torch.randn(2, 3, 5, 8)
+    quantize_(model, QuantSpec(WeightSpec(range_method=method)))
+    serve_widths_(model, (8, 6, 5, 4))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for bits in (8, 6, 5, 4, 8, 4):
+        set_bits_(model, bits)
+        expected = [None if t is None else t.clone() for t in step(model, model, x)]
+        for ours, theirs in zip(step(compiled, model, x), expected, strict=True):
+            assert (ours is None and theirs is None) or torch.equal(ours, theirs)
     assert counter.frame_count == 1
 
 

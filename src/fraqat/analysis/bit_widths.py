@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fraqat.analysis.bypass import kept_switches, kept_widths, layers_of
+from fraqat.analysis.bypass import kept_switches, layers_of
 from fraqat.errors import config_error
-from fraqat.nn import QuantizedLayer, set_bypassed_
+from fraqat.nn import QuantizedLayer, kept_widths, set_bypassed_
 
 DEFAULT_BITS = (8.0, 7.0, 6.0, 5.5, 5.0, 4.75, 4.5, 4.25, 4.0, 3.0, 2.0)
 """The widths of the fractional schedule, and two below."""
@@ -77,7 +77,7 @@ def losses_over_widths(
     lowest = min(layer.weight_quantizer.spec.bits for layer in layers.values())
     has_inputs = any(layer.activation_quantizer is not None for layer in layers.values())
     measured: list[WidthLoss] = []
-    with kept_switches(layers), kept_widths(layers):
+    with kept_switches(layers), kept_widths(model):
         set_bypassed_(layers.values(), weights=True, inputs=True)
         float_loss = loss()
         for width in bits:

@@ -1,5 +1,6 @@
 """The recipe: one frozen, validated description of a run, made of each part's own section."""
 
+from fraqat.config.layer_widths import LayerWidthsSpec, read_layer_choices, rise_column
 from fraqat.config.methods import METHODS, Method, method_named
 from fraqat.config.reading import load_recipe, load_values, recipe_names
 from fraqat.config.recipe import ORIGINAL, QuantizationSpec, Recipe, merged, plain
@@ -10,6 +11,7 @@ __all__ = [
     "ORIGINAL",
     "ImageRecipe",
     "LanguageRecipe",
+    "LayerWidthsSpec",
     "Method",
     "QuantizationSpec",
     "Recipe",
@@ -19,5 +21,7 @@ __all__ = [
     "merged",
     "method_named",
     "plain",
+    "read_layer_choices",
     "recipe_names",
+    "rise_column",
 ]

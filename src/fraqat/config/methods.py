@@ -53,6 +53,19 @@ _PEER_GRID = {"quantization": {"weight": {"range_method": "max_abs", "scale_dtyp
 _PEER = _PEER_GRID | {"schedule": {"kind": "constant"}, "train": _COSINE}
 _PEER_UNTRAINED = _PEER_GRID | _UNTRAINED
 
+_ALONE = {
+    "train-ff": ("FF", "feed-forward layers"),
+    "train-attn": ("Attn", "attention layers"),
+    "train-transformer": ("TF", "transformer blocks"),
+    "train-all": ("All", "whole model"),
+}
+
+
+def _trained_alone(name: str, family: str, what: str) -> Method:
+    """One row of the paper's Table 2: everything is quantized, one family is trained, by the recipe's own schedule."""
+    return Method(name, f"{what} trained, all else quantized and frozen", {"quantization": {"train": family}})
+
+
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         method.name: method
@@ -102,6 +115,11 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 {"schedule": {"kind": "fractional"}, "train": {"learning_rate": {"kind": "cooldown"}}},
             ),
             Method(
+                "automatic",
+                "training chooses of Table 4's widths where it goes and when, cosine learning rate",
+                {"schedule": {"kind": "automatic"}, "train": _COSINE},
+            ),
+            Method(
                 "integer",
                 "8, 7, 6, 5, 4 bits, learning rate decays at the final width",
                 {"schedule": {"kind": "integer"}, "train": _DECAY_LAST},
@@ -111,6 +129,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 "16, 8, 4 bits, learning rate decays at the final width",
                 {"schedule": {"kind": "simple"}, "train": _DECAY_LAST},
             ),
+            *(_trained_alone(name, family, what) for name, (family, what) in _ALONE.items()),
             Method(
                 "lsq",
                 "LSQ: learned scales that train at the weights' own rate, final width, cosine",

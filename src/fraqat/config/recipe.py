@@ -6,11 +6,13 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from glob import escape
 from typing import Any, ClassVar, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fraqat.config.layer_widths import LayerWidthsSpec, with_chosen_widths
 from fraqat.config.methods import METHODS, method_named
 from fraqat.config.problems import explain_problems
 from fraqat.distill import TrainSpec
@@ -62,6 +64,7 @@ class QuantizationSpec:
         branch: A low-rank branch in 16 bits beside every quantized layer (SVDQuant, DiTAS, SVDQAT); null: none.
         smoothing: Divide the input of every quantized layer by a factor per channel, chosen from calibration data; null: no.
         rotation: Turn what every attention passes on by an orthogonal matrix, merged into the weights around it; null: no.
+        layer_widths: A width for every layer at a given average size, instead of `weight.bits`; null: one width for all.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_KEYS
@@ -74,6 +77,19 @@ class QuantizationSpec:
     branch: BranchSpec | None = None
     smoothing: SmoothingSpec | None = None
     rotation: RotationSpec | None = None
+    layer_widths: LayerWidthsSpec | None = None
+
+    @property
+    def final_bits(self) -> float:
+        """Where the schedule ends: the lowest width of the finished model."""
+        bits = self.layer_widths.bits if self.layer_widths is not None else {}
+        return min(bits.values(), default=self.weight.bits)
+
+    @property
+    def width_rules(self) -> tuple[LayerRule, ...]:
+        """One rule for every layer whose width was chosen; they apply after all others."""
+        bits = self.layer_widths.bits if self.layer_widths is not None else {}
+        return tuple(LayerRule(pattern=escape(name), weight_bits=width) for name, width in bits.items())
 
     @property
     def spec(self) -> QuantSpec:
@@ -120,7 +136,7 @@ class Recipe(BaseModel, ABC):
             values = _with_target(values)
         if isinstance(values.get("preset"), str):
             values = _with_preset(values)
-        return values
+        return with_chosen_widths(values)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -128,10 +144,10 @@ class Recipe(BaseModel, ABC):
             raise config_error(
                 "name", self.name, allowed=f"a name whose last part is not empty, . or {ORIGINAL}", fix="rename it"
             )
-        target = self.quantization.weight.bits
+        target = self.quantization.final_bits
         stages = self.schedule.lengths(target)
         kind = self.schedule.kind
-        if len(stages) == 1 and kind not in (ScheduleKind.CONSTANT, ScheduleKind.CUSTOM):
+        if len(stages) == 1 and kind not in (ScheduleKind.CONSTANT, ScheduleKind.CUSTOM, ScheduleKind.SEVERAL):
             raise config_error(
                 "schedule.kind",
                 kind.value,
@@ -158,7 +174,8 @@ class Recipe(BaseModel, ABC):
         if self.train.steps == 0:
             return "post-training"
         kind = self.schedule.kind.value
-        return {"fractional": "fraqat", "constant": "constant-width"}.get(kind, f"{kind}-schedule")
+        named = {"fractional": "fraqat", "constant": "constant-width", "several": "several-widths"}
+        return named.get(kind, f"{kind}-schedule")
 
     def baseline(self, name: str) -> Self:
         """The recipe of a baseline: this one with the baseline's own quantization, schedule and training settings.
@@ -298,6 +315,10 @@ def _check_branch(recipe: Recipe) -> None:
     for name in ("branch", "smoothing"):
         if getattr(recipe.quantization, name) is None:
             continue
+        if recipe.schedule.kind is ScheduleKind.SEVERAL:
+            raise config_error(
+                f"quantization.{name}", "set", allowed="null with schedule.kind: several", fix="remove one of the two"
+            )
         if recipe.target is not None:
             raise config_error(
                 f"quantization.{name}",
@@ -335,6 +356,13 @@ def _check_training(recipe: Recipe) -> None:
             recipe.train.batch_size,
             allowed=f"at most data.num_train = {recipe.num_train}",
             fix="use a smaller batch or more data",
+        )
+    if recipe.train.log_code_flips and recipe.schedule.kind is ScheduleKind.SEVERAL:
+        raise config_error(
+            "train.log_code_flips",
+            True,
+            allowed="false with schedule.kind: several, whose width changes at every step",
+            fix="leave log_code_flips out",
         )
     if recipe.train.ema_decay is not None and recipe.quantization.weight.range_method is RangeMethod.LEARNED:
         raise config_error(

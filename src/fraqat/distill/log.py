@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -73,6 +74,15 @@ class RunLog:
         if self._writer is not None:
             self._writer.add_scalar("validation/loss", loss, step)
 
+    def write_widths(self, step: int, losses: Mapping[float, float]) -> None:
+        """Logs the held-out loss after `step` finished steps at every width that is served, the last one as the run's."""
+        *others, target = losses
+        for bits in others:
+            self._write({"event": "width", "step": step, "bits": bits, "loss": losses[bits]})
+            if self._writer is not None:
+                self._writer.add_scalar(f"validation/loss_{bits:g}_bits", losses[bits], step)
+        self.write_validation(step, target, losses[target])
+
     def write_event(self, event: str, step: int, **fields: Any) -> None:
         """Logs anything else: a stage, a checkpoint, a resumption."""
         self._write({"event": event, "step": step, **fields})
@@ -108,7 +118,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 def _is_before(event: dict[str, Any], first_step: int) -> bool:
     """Validations and checkpoints carry the number of finished steps, everything else the step that is about to run."""
-    is_after_step = event["event"] in ("validation", "checkpoint")
+    is_after_step = event["event"] in ("validation", "width", "checkpoint")
     return event["step"] < first_step or (is_after_step and event["step"] == first_step > 0)
 
 

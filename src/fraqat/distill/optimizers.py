@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any, Protocol, cast
@@ -20,6 +20,10 @@ _BLOCK = 256
 """Elements of an 8-bit state that share a scale."""
 _CODES, _SCALE, _SIGNED = "codes", "scale", "signed"
 _RATE_FACTOR = "rate_factor"
+
+
+Scales = Sequence[nn.Parameter] | Mapping[nn.Parameter, float]
+"""Learned scales, or each with a factor of its learning rate."""
 
 
 class TrainOptimizer(Protocol):
@@ -50,15 +54,14 @@ class TrainOptimizer(Protocol):
         ...
 
 
-def make_optimizer(
-    parameters: Sequence[nn.Parameter], spec: TrainSpec, scales: Sequence[nn.Parameter] = ()
-) -> TrainOptimizer:
+def make_optimizer(parameters: Sequence[nn.Parameter], spec: TrainSpec, scales: Scales = ()) -> TrainOptimizer:
     """The optimizer that a recipe names.
 
     Args:
         parameters: What is trained, all on one device.
         spec: Names it and gives its settings.
-        scales: Those of `parameters` that are learned scales: they have a rate of their own and no weight decay.
+        scales: Those of `parameters` that are learned scales: they have a rate of their own and no weight decay. With a
+            number for each, as `scale_rates` gives it, that is a further factor of its rate.
 
     Raises:
         ConfigError: torchao is not installed, or the state should leave for the host where the parameters are.
@@ -86,7 +89,7 @@ class DeviceOptimizer:
         scales: Those of `parameters` that are learned scales.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], spec: TrainSpec, scales: Sequence[nn.Parameter] = ()):
+    def __init__(self, parameters: Sequence[nn.Parameter], spec: TrainSpec, scales: Scales = ()):
         groups = _groups(parameters, spec, scales)
         self._inner = _adamw_8bit(groups, spec) if spec.optimizer == "adamw_8bit" else _adamw(groups, spec)
         # torchao compiles its update whatever we say; without train.compile there may be no compiler here.
@@ -143,13 +146,14 @@ class HostOptimizer:
         scales: Those of `parameters` that are learned scales.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], spec: TrainSpec, scales: Sequence[nn.Parameter] = ()):
+    def __init__(self, parameters: Sequence[nn.Parameter], spec: TrainSpec, scales: Scales = ()):
         self._parameters = list(parameters)
         self._device = self._parameters[0].device
         self._twins = [nn.Parameter(self._host_like(parameter)) for parameter in self._parameters]
         self._gradients = [self._host_like(parameter) for parameter in self._parameters]
-        chosen = {id(scale) for scale in scales}
-        twins = [twin for twin, own in zip(self._twins, self._parameters, strict=True) if id(own) in chosen]
+        factors = _factors(scales)
+        pairs = zip(self._twins, self._parameters, strict=True)
+        twins = {twin: factors[own] for twin, own in pairs if own in factors}
         self._inner = DeviceOptimizer(self._twins, spec, twins)
         self._copy_to_host_()
 
@@ -206,18 +210,19 @@ def _is_host(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _groups(
-    parameters: Sequence[nn.Parameter], spec: TrainSpec, scales: Sequence[nn.Parameter]
-) -> list[dict[str, Any]]:
+def _groups(parameters: Sequence[nn.Parameter], spec: TrainSpec, scales: Scales) -> list[dict[str, Any]]:
     """Adam's step does not shrink with the gradient, and a scale is small against the weights: it needs a smaller rate."""
-    chosen = {id(scale) for scale in scales}
-    weights = [parameter for parameter in parameters if id(parameter) not in chosen]
-    learned = [parameter for parameter in parameters if id(parameter) in chosen]
-    groups: list[dict[str, Any]] = [
-        {"params": weights, "weight_decay": spec.weight_decay, _RATE_FACTOR: 1.0},
-        {"params": learned, "weight_decay": 0.0, _RATE_FACTOR: spec.scale_rate},
-    ]
+    factors = _factors(scales)
+    weights = [parameter for parameter in parameters if parameter not in factors]
+    groups: list[dict[str, Any]] = [{"params": weights, "weight_decay": spec.weight_decay, _RATE_FACTOR: 1.0}]
+    for factor in sorted(set(factors.values()), reverse=True):
+        learned = [parameter for parameter in parameters if factors.get(parameter) == factor]
+        groups.append({"params": learned, "weight_decay": 0.0, _RATE_FACTOR: factor * spec.scale_rate})
     return [group for group in groups if group["params"]]
+
+
+def _factors(scales: Scales) -> dict[nn.Parameter, float]:
+    return dict(scales) if isinstance(scales, Mapping) else dict.fromkeys(scales, 1.0)
 
 
 def _adamw(groups: list[dict[str, Any]], spec: TrainSpec) -> torch.optim.Optimizer:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,14 +28,15 @@ from fraqat.distill.models import make_models
 from fraqat.distill.optimizers import make_optimizer
 from fraqat.distill.precision import autocast, autocast_dtype
 from fraqat.distill.spec import TrainSpec
+from fraqat.distill.stages import StageChooser
 from fraqat.distill.state import TrainedState, identity
 from fraqat.distill.task import Batch, DistillTask, Prediction
 from fraqat.distill.teacher import hold_teacher_
-from fraqat.distill.validation import to_device, validation_loss
+from fraqat.distill.validation import batch_loss, to_device, validation_loss
 from fraqat.distill.workers import SharedStream, Workers, check_mode, current_workers
 from fraqat.errors import CheckpointError, InterruptedRunError, NonFiniteLossError, config_error
 from fraqat.kernels import EngineName
-from fraqat.nn import IntegerLayers, scale_parameters, set_bits_
+from fraqat.nn import IntegerLayers, kept_widths, scale_rates, set_bits_
 from fraqat.schedules import Schedule, Stage
 
 _STEP_TIMES_AVERAGED = 20
@@ -42,11 +44,16 @@ _STEP_TIMES_AVERAGED = 20
 
 @dataclass(frozen=True)
 class DistillResult:
-    """What a finished training leaves: steps, the seconds that they took (all processes), held-out loss at the end."""
+    """What a finished training leaves: steps, the seconds that they took (all processes), held-out loss at the end.
+
+    `losses` has that of every width that the model serves, `stages` bits and steps of what was trained, one after the other.
+    """
 
     num_steps: int
     train_s: float
     validation_loss: float
+    losses: dict[str, float] = field(default_factory=dict[str, float])
+    stages: tuple[tuple[float, int], ...] = ()
 
 
 class Distiller:
@@ -84,8 +91,9 @@ class Distiller:
     ):
         self.workers = workers or current_workers()
         check_mode(spec.parallel, self.workers.num)
+        _check_schedule(schedule, self.workers.num)
         parts = self.workers.parts(spec.accumulation)
-        self.task, self.schedule, self.spec, self.folder = task, schedule, spec, folder
+        self.task, self.stages, self.spec, self.folder = task, StageChooser(schedule), spec, folder
         self.teacher = teacher.eval().requires_grad_(False)
         self.student = student
         self.on_step, self.say, self.warn = on_step, say, warn
@@ -102,9 +110,8 @@ class Distiller:
             raise config_error(
                 "quantization", "all frozen", allowed="something to train", fix="free a family, or train for 0 steps"
             )
-        scales = {id(scale) for scale in scale_parameters(student) if scale.requires_grad}
-        scale_names = [name for name, p in student.named_parameters() if id(p) in scales]
-        if spec.ema_decay is not None and scale_names:
+        factors = _scale_factors(student)
+        if spec.ema_decay is not None and factors:
             # A learned scale jumps with the width; its average would still be that of wider stages at the end.
             raise config_error(
                 "train.ema_decay", spec.ema_decay, allowed="null with learned scales", fix="use range_method: mse"
@@ -112,8 +119,10 @@ class Distiller:
         self.integers = IntegerLayers(student, spec.engine) if spec.engine.name != EngineName.REFERENCE else None
         self.models = make_models(task, self.teacher, student, spec, self.workers, self.integers, schedule)
         self.trained = self.models.trained_parameters()
-        order = [*(name for name in self.trained if name not in scale_names), *scale_names]
-        self.optimizer = make_optimizer(list(self.trained.values()), spec, [self.trained[name] for name in scale_names])
+        # As the optimizer numbers them: weights, then scales by falling rate.
+        order = sorted(self.trained, key=lambda name: -factors.get(name, math.inf))
+        rates = {self.trained[name]: factor for name, factor in factors.items()}
+        self.optimizer = make_optimizer(list(self.trained.values()), spec, rates)
         self.average = ParameterAverage(self.trained, spec.ema_decay) if spec.ema_decay is not None else None
         self._state = TrainedState(
             self.models, student, self.optimizer, order, self.average, spec.optimizer == "adamw_8bit"
@@ -123,6 +132,7 @@ class Distiller:
         dtype = autocast_dtype(spec.autocast, self.device.type)
         self.precision = "the model's own dtype" if dtype is None else str(dtype).removeprefix("torch.")
         self.step = 0
+        self.bits: float | None = None
         self.train_s = 0.0
         self._recent_ms: deque[float] = deque(maxlen=_STEP_TIMES_AVERAGED)
 
@@ -186,12 +196,21 @@ class Distiller:
         if self.spec.autocast == "auto":
             self.say(f"matrix products in {self.precision}")
 
+    @property
+    def schedule(self) -> Schedule:
+        """The stages of the run, of an automatic schedule as far as they are chosen."""
+        return self.stages.schedule
+
     def _validate_and_log(self, stage: Stage, log: RunLog) -> float | None:
-        """The held-out loss where it is the lowest so far at the final width, which is worth a checkpoint of its own."""
-        loss = self.validate()
-        log.write_validation(self.step, stage.bits, loss)
-        if not self.spec.keep_best or stage.index + 1 < len(self.schedule):
+        """The held-out loss where it is the lowest so far at the final width, which is worth a checkpoint of its own.
+
+        Of a model that serves several widths, the mean over them.
+        """
+        losses = self._validate_widths(log, stage.bits)
+        is_at_target = stage.index + 1 == len(self.schedule) and stage.bits == self.schedule.target_bits
+        if not self.spec.keep_best or not (self.schedule.widths or is_at_target):
             return None
+        loss = statistics.fmean(losses.values())
         best = self.store.best_loss()
         return loss if best is None or loss < best else None
 
@@ -204,6 +223,32 @@ class Distiller:
             loss = self._validation_loss()
         self._refresh_codes()
         return loss
+
+    def _validate_widths(self, log: RunLog, bits: float) -> dict[float, float]:
+        """Held-out loss at the present width, or at all that the model serves; the width stays as it is."""
+        served = self.schedule.widths or (bits,)
+        losses = {width: self._at_width(width, self.validate) for width in served}
+        self._set_bits_(bits)
+        log.write_widths(self.step, losses)
+        return losses
+
+    def _losses_of(self, inputs: Batch) -> dict[float, float]:
+        """The loss of a batch at the widths that an automatic schedule chooses from; the student stays as it is."""
+        bits = self.schedule.stages[-1].bits
+        with kept_widths(self.student):
+            losses = {
+                width: self._at_width(
+                    width, lambda: batch_loss(self.task, self.teacher, self.student, self.spec, inputs)
+                )
+                for width in self.stages.candidates
+            }
+        self.bits = bits
+        self._refresh_codes()
+        return losses
+
+    def _at_width(self, bits: float, measure: Callable[[], float]) -> float:
+        self._set_bits_(bits)
+        return measure()
 
     def _validation_loss(self) -> float:
         loss = validation_loss(
@@ -222,21 +267,24 @@ class Distiller:
             self.integers.refresh_()
 
     def _set_bits_(self, bits: float) -> None:
-        set_bits_(self.student, bits, on_final_grid=self.schedule.on_final_grid)
+        self.bits = bits
+        if set_bits_(self.student, bits, on_final_grid=self.schedule.on_final_grid):
+            self._refresh_codes()
 
     def _enter_stage(self, log: RunLog) -> Stage:
         stage = self.schedule.stage_at(self.step)
-        if self.step == stage.first_step:
+        if stage.bits != self.bits:
             self._set_bits_(stage.bits)
-            self._refresh_codes()
-            log.write_event("stage", self.step, stage=stage.index, bits=stage.bits, num_steps=stage.num_steps)
+        if self.step == stage.first_step:
+            bits = self.schedule.stages[stage.index].bits
+            log.write_event("stage", self.step, stage=stage.index, bits=bits, num_steps=stage.num_steps)
         return stage
 
     def _train_step(self, stage: Stage) -> StepRecord:
         start = time.perf_counter()
         learning_rate = self.spec.learning_rate.at(self.step, self.schedule)
         self.optimizer.set_learning_rate_(learning_rate)
-        loss = self._gradients_of_parts(stage)
+        loss, inputs = self._gradients_of_parts(stage)
         if self.integers is not None:
             self.integers.finish_gradients_()
         self.models.collect_gradients_()
@@ -248,15 +296,18 @@ class Distiller:
         if self.average is not None:
             self.average.update()
         self.step += 1
+        if self.stages.wants_losses(self.step, loss):
+            self.say(self.stages.choose(self.step, self._losses_of(inputs)))
         return self._record(stage, loss, learning_rate, gradient_norm, 1000 * (time.perf_counter() - start))
 
-    def _gradients_of_parts(self, stage: Stage) -> float:
-        """Leaves the gradient of the whole batch in the parameters, and gives its loss.
+    def _gradients_of_parts(self, stage: Stage) -> tuple[float, Batch]:
+        """Leaves the gradient of the whole batch in the parameters, and gives its loss and the inputs of the last part.
 
         All that is random in a part is drawn from the part's own seed, so that it does not matter which process computes it.
         """
         losses: list[float] = []
         suspect: Batch = {}
+        inputs: Batch = {}
         # Gradients are averaged over the processes, each of which sums those of its own parts.
         num_summed = self.spec.accumulation // self.workers.num
         for part, batch in self.stream.next_parts():
@@ -271,7 +322,7 @@ class Distiller:
             losses.append(loss.item())
         told = [value for row in self.workers.gather(losses) for value in row]
         self._check_losses(stage, told, suspect)
-        return sum(value / self.spec.accumulation for value in told)
+        return sum(value / self.spec.accumulation for value in told), inputs
 
     def _loss(self, inputs: Batch) -> Tensor:
         with torch.no_grad(), self._autocast():
@@ -318,17 +369,19 @@ class Distiller:
         )
 
     def _finish(self, log: RunLog) -> DistillResult:
-        self._set_bits_(self.schedule.stages[-1].bits)
+        target = self.schedule.target_bits
+        self._set_bits_(target)
         if self.average is not None:
             self.average.copy_to_model()
             self.average = None
-        self._refresh_codes()
+            self._refresh_codes()
         self.student.eval()
-        loss = self.validate()
-        log.write_validation(self.step, self.schedule.stages[-1].bits, loss)
+        losses = self._validate_widths(log, target)
         if self.integers is not None:
             self.integers.release_()
-        return DistillResult(self.step, self.train_s, loss)
+        stages = tuple((stage.bits, stage.num_steps) for stage in self.schedule.stages)
+        by_width = {f"{bits:g}": loss for bits, loss in losses.items()}
+        return DistillResult(self.step, self.train_s, losses[target], by_width, stages)
 
     def _begin_save(self, log: RunLog, loss: float | None = None) -> None:
         """Copies the state; it is written while training goes on, and counts once `_finish_save` has been called."""
@@ -337,6 +390,7 @@ class Distiller:
             "step": self.step,
             "train_s": self.train_s,
             **self._state.state_dict(),
+            "stages": self.stages.state_dict(),
             "stream": self.stream.state_dict(),
             "precision": self.precision,
         }
@@ -364,6 +418,7 @@ class Distiller:
     def _load(self, checkpoint: LoadedCheckpoint) -> None:
         state = checkpoint.state
         self.step, self.train_s = checkpoint.step, state["train_s"]
+        self.stages.load_state_dict(state.get("stages", self.stages.state_dict()))  # older checkpoints have none
         self._set_bits_(self.schedule.stage_at(self.step - 1).bits)
         self._state.load_student(state)
         self._refresh_codes()
@@ -404,3 +459,19 @@ class Distiller:
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return autocast(self.spec.autocast, self.device.type)
+
+
+def _check_schedule(schedule: Schedule, num_processes: int) -> None:
+    if num_processes > 1 and (schedule.automatic is not None or schedule.widths):
+        raise config_error(
+            "schedule.kind",
+            "automatic" if schedule.automatic is not None else "several",
+            allowed=f"fractional, integer, simple, constant or custom in {num_processes} processes",
+            fix="train in one process, or with one of these",
+        )
+
+
+def _scale_factors(student: nn.Module) -> dict[str, float]:
+    """Names of the learned scales, each with what its learning rate is multiplied by."""
+    rates = scale_rates(student)
+    return {name: rates[p] for name, p in student.named_parameters() if p.requires_grad and p in rates}

@@ -59,6 +59,16 @@ def validation_loss(
     return sum(size * loss for size, loss in zip(sizes, losses, strict=True)) / sum(sizes)
 
 
+@torch.no_grad()
+def batch_loss(task: DistillTask, teacher: nn.Module, student: nn.Module, spec: TrainSpec, inputs: Batch) -> float:
+    """The loss of one batch of made inputs, in evaluation and without autocast; the student's training flag is put back."""
+    was_training = student.training
+    student.eval()
+    loss = task.loss(task.predict(student, inputs), task.predict(teacher, inputs), inputs, spec.losses).item()
+    student.train(was_training)
+    return loss
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with every tensor on `device`."""
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from fraqat.errors import config_error
+from fraqat.nn.buffers import KeepsBufferDtype, OtherWidths
 from fraqat.nn.shards import is_sharded, own, own_rows, whole
 from fraqat.nn.spec import ActivationSpec, WeightSpec
 from fraqat.numerics import (
@@ -47,20 +49,6 @@ class TensorLevels:
         self.qmin, self.qmax, self.range_divisor, self.symmetric = qmin, qmax, range_divisor, symmetric
 
 
-class KeepsBufferDtype(nn.Module):
-    """Buffers follow `.to(device)` but keep their dtype: a bf16 model must not round its levels or scales."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, recurse)
-        for name, buffer in kept.items():
-            moved = self._buffers[name]
-            assert moved is not None
-            if moved.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(device=moved.device)
-        return self
-
-
 class WeightQuantizer(KeepsBufferDtype):
     """Fake-quantizes a weight at the current width.
 
@@ -75,6 +63,7 @@ class WeightQuantizer(KeepsBufferDtype):
         known_max: Largest magnitude of the whole weight, of the scale's shape, where processes hold rows of it and it has one
             scale; None elsewhere.
         is_on_grid: Whether weights are quantized in full, and have codes; not at a wider width on the final grid.
+        others: Scales or clippings of the other widths that the same weight serves; None where it serves one.
         defers_gradient: Whether backward passes leave the gradient of the quantized weight in `weight.grad` as it is, for
             `finish_gradient_` to complete once per optimizer step.
     """
@@ -85,6 +74,7 @@ class WeightQuantizer(KeepsBufferDtype):
     error_share: Tensor
     clip_ratio: Tensor | None
     scale: nn.Parameter | None
+    others: OtherWidths | None
 
     def __init__(self, spec: WeightSpec, weight: Tensor):
         super().__init__()
@@ -106,6 +96,34 @@ class WeightQuantizer(KeepsBufferDtype):
         self.refresh_(weight)
         is_learned = spec.range_method is RangeMethod.LEARNED
         self.register_parameter("scale", nn.Parameter(self._searched_scale(weight)) if is_learned else None)
+        self.register_module("others", None)
+
+    def serve_(self, widths: Iterable[float], weight: Tensor) -> None:
+        """Gives each of several widths a learned scale or a clipping of its own; `set_bits_` then changes between them.
+
+        Nothing to do for range methods that measure the weight at every call.
+
+        Args:
+            widths: The present one among them.
+            weight: Whose scales are searched, at every width.
+        """
+        if self.scale is None and self.clip_ratio is None:
+            return
+        others = OtherWidths(widths)
+        for bits in sorted(others.widths - {self.bits}):
+            twin = WeightQuantizer(dataclasses.replace(self.spec, bits=bits), weight)
+            state = twin.scale if twin.scale is not None else twin.clip_ratio
+            assert state is not None
+            if self.scale is not None:
+                state.requires_grad_(self.scale.requires_grad)
+            others.put_(bits, state)
+        self.others = others
+
+    def settle_(self, bits: float, weight: Tensor) -> None:
+        """Makes a width the final one, and forgets the others."""
+        self.set_bits_(bits, weight)
+        self.spec = dataclasses.replace(self.spec, bits=bits)
+        self.others = None
 
     def is_at(self, bits: float, *, on_final_grid: bool = False) -> bool:
         """Whether `set_bits_` with the same arguments would change nothing."""
@@ -122,7 +140,12 @@ class WeightQuantizer(KeepsBufferDtype):
         clipping gives: s_new = s_old * s_mse(new width) / s_mse(old width). Keeping the covered range instead
         (s_old * divisor_old / divisor_new) would start 8 bits with the clipping that is best for 4 bits, and 4 bits with the
         range that is best for 8: on Gaussian weights per channel 17 and 2.4 dB of SQNR less.
+
+        With several widths (`serve_`) each has its own scale or clipping, and gets it back as it was.
         """
+        if self.others is not None and bits != self.bits:
+            self._exchange_(self.others, bits, weight)
+            return
         self.bits = bits
         grid_bits = self._grid_bits(bits, on_final_grid)
         self.is_on_grid = grid_bits == bits
@@ -135,6 +158,21 @@ class WeightQuantizer(KeepsBufferDtype):
                 factor = (self._searched_scale(weight).double() / before)[own_rows(self.scale)]
                 own(self.scale).copy_(own(self.scale) * factor)
         self.refresh_(weight)
+
+    def _exchange_(self, others: OtherWidths, bits: float, weight: Tensor) -> None:
+        """Takes the state of another width; one that is not served gets one that is searched now and not trained."""
+        name = "clip_ratio" if self.scale is None else "scale"
+        if self.bits in others.widths:
+            others.put_(self.bits, getattr(self, name))
+        self.bits, self.is_on_grid = bits, True
+        self._set_grid_(bits)
+        if bits in others.widths:
+            setattr(self, name, others.take_(bits))
+        elif self.scale is not None:
+            self.scale = nn.Parameter(self._searched_scale(weight), requires_grad=False)
+        else:
+            self.clip_ratio = torch.ones_like(getattr(self, name))
+            self.refresh_(weight)
 
     def refresh_(self, weight: Tensor) -> None:
         """Searches the MSE clipping for `weight` at the current width; nothing to do for the other methods."""

@@ -148,13 +148,18 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
 
 
 def scale_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The learned scales of the quantized layers (range method `learned`), in their order; frozen ones too.
+    """The learned scales of the quantized layers (range method `learned`), in their order, of all widths; frozen ones too.
 
     They belong in a parameter group of their own: weight decay must not pull them to zero. Adam's step does not shrink with
     the gradient, and a scale is small against the weights (largest weight / 127 at 8 bits), so that it needs a smaller rate.
     """
-    scales = (layer.weight_quantizer.scale for _, layer in quantized_layers(model))
-    return [scale for scale in scales if scale is not None]
+    found: list[nn.Parameter] = []
+    for _, layer in quantized_layers(model):
+        quantizer = layer.weight_quantizer
+        if quantizer.scale is not None:
+            found.append(quantizer.scale)
+            found += quantizer.others.scales().values() if quantizer.others is not None else ()
+    return found
 
 
 def set_bits_(model: nn.Module, bits: float, *, where: str | None = None, on_final_grid: bool = False) -> int:

@@ -20,6 +20,7 @@ HEADINGS: dict[AnalysisKind, str] = {
     "bits": "Loss over the width of the weights, without training",
     "outliers": "Outliers of inputs and weights",
     "sensitivity": "Sensitivity of the layers",
+    "layer-widths": "Layers at several widths",
 }
 LOSS_PREFIX = "loss, "
 """Columns of the `bits` table that are drawn start with it; what follows is the curve's name."""
@@ -28,6 +29,8 @@ KURTOSIS = ("weight kurtosis", "input kurtosis")
 TAIL = ("weight max / p99.9", "input max / p99.9")
 LOSSES = ("loss, all but this layer", "loss, only this layer")
 PLACE = "place"
+RISE_PREFIX = "rise at "
+"""Columns of the `layer-widths` table that hold rises start with it; what follows is the width."""
 
 _KURTOSIS = LayerScale("Kurtosis of weights and inputs of each layer", *KURTOSIS, is_log=True, line=3.0)
 _TAIL = LayerScale("Largest value over the 99.9th percentile of each layer", *TAIL, is_log=True)
@@ -119,6 +122,26 @@ def _sensitivity_plots(tables: Sequence[Table]) -> list[dict[str, Any]]:
     )
 
 
+def _layer_width_plots(tables: Sequence[Table]) -> list[dict[str, Any]]:
+    widths = [name for name in tables[0].columns if name.startswith(RISE_PREFIX)]
+    if len(widths) < 2:
+        return []
+    narrow, wide = (min(widths, key=_bits_of), max(widths, key=_bits_of))
+    marks = layer_marks(tables[0], wide, narrow)
+    scale = LayerScale("Rise of the loss with one layer alone at two widths", wide, narrow, is_log=True)
+    return _plots(
+        "layer-widths",
+        "Rise of the distillation loss, on a logarithmic axis.",
+        f"Filled: at {_bits_of(narrow):g} bits. Open: at {_bits_of(wide):g}. Layers in model order.",
+        _families_legend(marks, scale),
+        lambda size, prefix: layer_svg(marks, scale, size, prefix),
+    )
+
+
+def _bits_of(column: str) -> float:
+    return float(column.removeprefix(RISE_PREFIX))
+
+
 def _families_legend(marks: Sequence[LayerMark], scale: LayerScale) -> list[dict[str, str]]:
     """Colours as `layer_svg` gives them."""
     return [key_view(index, family) for index, family in enumerate(families_of(drawable_marks(marks, scale)))]
@@ -139,9 +162,11 @@ _DRAWN: dict[AnalysisKind, tuple[str, ...]] = {
     "bits": ("bits",),
     "outliers": ("layer", "family", *KURTOSIS, *TAIL),
     "sensitivity": ("layer", "family", PLACE, *LOSSES),
+    "layer-widths": ("layer", "family"),
 }
 _PLOTS: dict[AnalysisKind, Callable[[Sequence[Table]], list[dict[str, Any]]]] = {
     "bits": _bits_plots,
     "outliers": _outlier_plots,
     "sensitivity": _sensitivity_plots,
+    "layer-widths": _layer_width_plots,
 }

@@ -112,7 +112,7 @@ class MeanInterval:
             )
 
 
-AnalysisKind = Literal["bits", "outliers", "sensitivity"]
+AnalysisKind = Literal["bits", "outliers", "sensitivity", "layer-widths"]
 """What `fraqat analyze` measures."""
 
 

@@ -6,6 +6,7 @@ from fraqat.workflows.demo import demo
 from fraqat.workflows.evaluating import evaluate, quality_table
 from fraqat.workflows.exporting import Exported, check_packed, export, generate
 from fraqat.workflows.inspecting import inspect
+from fraqat.workflows.layer_widths import chosen_widths_table
 from fraqat.workflows.planning import ComputeQuestions, plan, plan_tables
 from fraqat.workflows.progress import Progress, SilentProgress
 from fraqat.workflows.reporting import report
@@ -28,6 +29,7 @@ __all__ = [
     "Verified",
     "analyze",
     "check_packed",
+    "chosen_widths_table",
     "compare",
     "demo",
     "evaluate",

@@ -30,6 +30,7 @@ from fraqat.files import explain_os_errors, write_json_atomic, write_text_atomic
 from fraqat.nn import LayerFamilies, describe
 from fraqat.table import Table, format_value
 from fraqat.workflows.calibration import calibrated_student
+from fraqat.workflows.layer_widths import DEFAULT_WIDTHS, check_one_width, layer_width_tables
 from fraqat.workflows.progress import Progress
 from fraqat.workflows.runs import environment
 from fraqat.workflows.sessions import Session, open_session
@@ -37,7 +38,7 @@ from fraqat.workflows.sessions import Session, open_session
 ANALYSIS_FOLDER = "analysis"
 """Of a run, for `fraqat report`."""
 
-Kind = Literal["bits", "outliers", "sensitivity"]
+Kind = Literal["bits", "outliers", "sensitivity", "layer-widths"]
 
 _LOSS_NOTE = (
     "Loss: the recipe's distillation loss on its held-out data, without training. "
@@ -51,6 +52,7 @@ class AnalysisKind(StrEnum):
     BITS = "bits"
     OUTLIERS = "outliers"
     SENSITIVITY = "sensitivity"
+    LAYER_WIDTHS = "layer-widths"
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def analyze(
         recipe: Gives model, data, quantization, loss and batch size.
         kind: What to measure.
         progress: Told what happens.
-        bits: Widths, only for `bits`; None is `fraqat.analysis.DEFAULT_BITS`.
+        bits: Widths, only for `bits` and `layer-widths`; None is `fraqat.analysis.DEFAULT_BITS` and `DEFAULT_WIDTHS`.
         folder: Where to; None writes nothing.
         overwrite: Replace files of an earlier analysis of this kind.
         session: Models and data of the recipe, if they are loaded already.
@@ -105,11 +107,13 @@ def analyze(
         The tables, the main one first.
 
     Raises:
-        ConfigError: An impossible width, or widths for another kind than `bits`.
+        ConfigError: An impossible width, or widths for a kind that has none.
         OutputError: There is such an analysis in the folder already.
     """
-    if bits is not None and kind is not AnalysisKind.BITS:
-        raise config_error("bits", list(bits), allowed="only with --what bits", fix="leave --bits out")
+    if bits is not None and kind not in (AnalysisKind.BITS, AnalysisKind.LAYER_WIDTHS):
+        raise config_error("bits", list(bits), allowed="only with --what bits or layer-widths", fix="leave --bits out")
+    if kind is AnalysisKind.LAYER_WIDTHS:
+        check_one_width(recipe)
     files = AnalysisFiles(folder, kind) if folder is not None else None
     if files is not None and not overwrite and (existing := files.existing()):
         raise OutputError(f"{existing[0]} exists already. Fix: pass --overwrite or another --out.")
@@ -118,6 +122,9 @@ def analyze(
         tables = _bits(session, recipe, progress, tuple(DEFAULT_BITS if bits is None else bits))
     elif kind is AnalysisKind.OUTLIERS:
         tables = _outliers(session, recipe, progress)
+    elif kind is AnalysisKind.LAYER_WIDTHS:
+        widths = tuple(DEFAULT_WIDTHS if bits is None else bits)
+        tables = layer_width_tables(session, recipe, _student(session, recipe, progress), widths, progress)
     else:
         tables = _sensitivity(session, recipe, progress)
     if files is not None:
@@ -200,6 +207,8 @@ def _summary(kind: AnalysisKind, table: Table) -> str:
                 row = max(known, key=lambda row: row[column])
                 phrases.append(f"of {what}s {format_value(row[column])} ({row[0]})")
         return f"Largest kurtosis, 3 for a normal distribution: {', '.join(phrases) or 'of no layer'}."
+    if kind is AnalysisKind.LAYER_WIDTHS:
+        return "The rise of the loss with the weights of one layer alone at each width: what widths by layer are chosen from."
     first, rises = table.rows[0], table.columns.index("rise alone")
     return (
         f"Quantized alone, {first[0]} raises the held-out distillation loss most, by {format_value(first[rises])}; "

@@ -21,7 +21,7 @@ from fraqat.nn import quantized_layers, spec_label
 from fraqat.table import Table, format_value
 from fraqat.workflows.progress import Progress
 from fraqat.workflows.runs import RunFolder
-from fraqat.workflows.sessions import Evaluator, Session, open_session
+from fraqat.workflows.sessions import Evaluator, Session, check_served, open_session
 
 _FIRST_COLUMNS = ("model", "weights", "size, MB", "distillation loss")
 _LAST_COLUMNS = ("steps", "train, s")
@@ -35,15 +35,17 @@ def evaluate(
     run: RunFolder,
     progress: Progress,
     *,
+    bits: float | None = None,
     num_samples: int | None = None,
     overwrite: bool = False,
     session: Session[Any] | None = None,
 ) -> Table:
-    """Measures every finished method against the original and writes `evaluation.json`.
+    """Measures every finished method against the original and writes `evaluation.json`, or `evaluation-N-bits.json`.
 
     Args:
         run: A finished run.
         progress: Told what happens.
+        bits: Which of the widths that the student serves (`schedule.kind: several`); None is the final one.
         num_samples: Held-out images, sequences or phrases per model, instead of the recipe's number.
         overwrite: Replace an evaluation that is there.
         session: Models and data of the run's recipe, if they are loaded already.
@@ -55,11 +57,13 @@ def evaluate(
         OutputError: There is an evaluation already.
         ModelError: The run is not finished.
     """
-    if run.evaluation_path.exists() and not overwrite:
-        raise OutputError(f"{run.evaluation_path} exists already. Fix: pass --overwrite to evaluate again.")
+    path = run.at_width(run.evaluation_path, bits)
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists already. Fix: pass --overwrite to evaluate again.")
     if num_samples is not None and num_samples < 2:
         raise config_error("num_samples", num_samples, allowed="2 or more", fix="measure on more")
     recipe, methods = run.recipe(), run.methods()
+    check_served(recipe, bits)
     session = session or open_session(recipe)
     evaluator = session.evaluator(num_samples)
     for name in run.untrained_baselines():
@@ -67,12 +71,14 @@ def evaluate(
     samples: dict[str, tuple[bytes, ...]] = {}
     measured, samples[ORIGINAL] = _measure(evaluator, ORIGINAL, session.teacher, progress)
     models = [_original_row(session) | measured]
-    for label, method in methods.items():
-        student = session.load_student(method.recipe(), method.student_path)
+    for name, method in methods.items():
+        own_bits = bits if method is run else None
+        label = name if own_bits is None else f"{name}, {own_bits:g} bits"
+        student = session.load_student(method.recipe(), method.student_path, bits=own_bits)
         measured, samples[label] = _measure(evaluator, label, student, progress)
         models.append(_method_row(session, label, method, student) | measured)
         del student  # before the next one is loaded
-    _write_samples(run.samples_path, samples, evaluator.sample_suffix)
+    _write_samples(run.at_width(run.samples_path, bits), samples, evaluator.sample_suffix)
     evaluation = {
         "prompts": list(evaluator.shown_prompts),
         "columns": [dataclasses.asdict(column) for column in evaluator.columns],
@@ -83,7 +89,7 @@ def evaluate(
         ],
         "models": models,
     }
-    write_json_atomic(run.evaluation_path, evaluation)
+    write_json_atomic(path, evaluation)
     return quality_table(evaluation, recipe.name)
 
 

@@ -29,7 +29,7 @@ from fraqat.export import (
     target_named,
     write_manifest,
 )
-from fraqat.files import atomic_file, atomic_folder, write_text_atomic
+from fraqat.files import atomic_file, atomic_folder, write_json_atomic, write_text_atomic
 from fraqat.nn import LayerRule, calibrate_, packed_codes, quantize_, quantized_layers, unquantize_
 from fraqat.table import Table
 from fraqat.workflows.progress import Progress
@@ -39,6 +39,7 @@ from fraqat.workflows.sessions import Session, open_session
 PACKED = "packed"
 RECIPE_FILE = "recipe.yaml"
 _NUM_NAMED = 4
+_WIDTH_KEY = "width_bits"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,17 +64,19 @@ def export(
     target_name: str,
     progress: Progress,
     *,
+    bits: float | None = None,
     float_dtype: FloatDtype = "float32",
     accept_loss: bool = False,
     overwrite: bool = False,
     session: Session[Any] | None = None,
 ) -> Exported:
-    """Writes the student of a finished run for a target, in `RUN/export/TARGET`.
+    """Writes the student of a finished run for a target, in `RUN/export/TARGET`, or `RUN/export/TARGET-N-bits`.
 
     Args:
         run: A finished run.
         target_name: A key of `fraqat.export.TARGETS`.
         progress: Told what happens.
+        bits: Which of the widths that the student serves (`schedule.kind: several`); None is the final one.
         float_dtype: Precision of everything that is not quantized.
         accept_loss: Quantize the trained weights anew where the target does not compute what was trained.
         overwrite: Replace an export that is there.
@@ -87,7 +90,7 @@ def export(
     recipe = run.recipe()
     session = session or open_session(recipe)
     check_target(target, recipe, session)
-    student = session.load_student(recipe, run.student_path, with_engine=False).cpu()
+    student = session.load_student(recipe, run.student_path, with_engine=False, bits=bits).cpu()
     if float_dtype not in target.float_dtypes:
         raise config_error(
             "float_dtype",
@@ -99,12 +102,16 @@ def export(
     if lost:
         progress.warn(f"{len(lost)} layers are quantized anew for {target.name}; the first: {lost[0].to_text()}")
         fit_(student, target, session)
-    with atomic_folder(run.export_path(target.name), replace=overwrite) as folder:
+    place = run.at_width(run.export_path(target.name), bits)
+    with atomic_folder(place, replace=overwrite) as folder:
         target.write(_job(student, session, folder, float_dtype, progress))
         write_text_atomic(folder / RECIPE_FILE, recipe.to_yaml())
         if not (folder / MANIFEST_FILE).exists():
             write_manifest(folder, target.name, {"float_dtype": float_dtype, "requantized_layers": len(lost)})
-    folder = run.export_path(target.name)
+        if bits is not None:
+            manifest = run.read_json(folder / MANIFEST_FILE)
+            write_json_atomic(folder / MANIFEST_FILE, manifest | {_WIDTH_KEY: bits})
+    folder = place
     num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     num_weights = sum(layer.weight.numel() for _, layer in quantized_layers(student))
     bits = run.read_json(folder / MANIFEST_FILE).get("bits_per_weight")
@@ -285,6 +292,12 @@ def check_is_packed(folder: Path) -> None:
 def stored_dtype(folder: Path) -> str:
     """The precision in which an export stores what is not quantized."""
     return str(RunFolder(folder).read_json(folder / MANIFEST_FILE).get("float_dtype", "float32"))
+
+
+def exported_bits(folder: Path) -> float | None:
+    """Which of several widths was exported; None for the final one."""
+    bits = RunFolder(folder).read_json(folder / MANIFEST_FILE).get(_WIDTH_KEY)
+    return None if bits is None else float(bits)
 
 
 def export_format(folder: Path) -> str:

@@ -143,7 +143,10 @@ def _code_flips(run: RunFolder) -> Any:
 def _stages(run: RunFolder) -> Any:
     from fraqat.report import StageSpan
 
-    return tuple(StageSpan(e["bits"], e["step"], e["num_steps"]) for e in read_log(run.path) if e["event"] == "stage")
+    found = [event for event in read_log(run.path) if event["event"] == "stage"]
+    # A stage that training ended itself is shorter than it was when it began.
+    ends = [*(event["step"] for event in found[1:]), found[-1]["step"] + found[-1]["num_steps"]] if found else []
+    return tuple(StageSpan(e["bits"], e["step"], end - e["step"]) for e, end in zip(found, ends, strict=True))
 
 
 def _sizes(evaluation: Mapping[str, Any]) -> Table:

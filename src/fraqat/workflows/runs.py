@@ -8,10 +8,11 @@ RUN/
   log.jsonl             one event per line       tensorboard/   the same for TensorBoard
   checkpoints/          newest training states
   student.safetensors   master weights and quantizer state of the finished student
-  result.json           steps, seconds, held-out loss; its presence says that training is finished
+  result.json           steps, seconds, stages, held-out loss by width; its presence says that training is finished
   evaluation.json       quality of the original, the baselines and the student    samples/  images, texts or sounds of each
   baselines/NAME/       a run folder for every baseline
   export/FORMAT/        exported files           report.html    the page
+                        (evaluation, samples and exports of one of several widths end in -N-bits)
 ```
 """
 
@@ -135,6 +136,10 @@ class RunFolder:
     def samples_path(self) -> Path:
         """What each method made of the first prompts, as `LABEL/NN.png`, `.txt` or `.wav`."""
         return self.path / "samples"
+
+    def at_width(self, path: Path, bits: float | None) -> Path:
+        """The place beside `path` for one of the widths that the student serves; `path` itself for the final one."""
+        return path if bits is None else path.with_name(f"{path.stem}-{bits:g}-bits{path.suffix}")
 
     @property
     def report_path(self) -> Path:

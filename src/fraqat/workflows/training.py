@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ _PATHS = (
     "model.source",
     "model.single_file",
     "data.records.path",
+    "quantization.layer_widths.table",
     "data.speakers_file",
     "evaluation.prompts.source",
     "evaluation.recognizer",
@@ -50,14 +52,23 @@ def stages(recipe: Recipe) -> Table:
     main = resolve_schedule(recipe, steps_per_epoch)
     shared_steps = main.total_steps if main else None
     rows: list[tuple[object, ...]] = []
+    notes: list[str] = []
     for method in (*(recipe.baseline(name) for name in recipe.baselines), recipe):
         schedule = resolve_schedule(method, steps_per_epoch, shared_steps)
         if schedule is None:
-            rows.append((method.label, None, method.quantization.weight.bits, 0, None))
+            rows.append((method.label, None, method.quantization.final_bits, 0, None))
             continue
         rate = method.train.learning_rate
-        rows += [(method.label, s.index + 1, s.bits, s.num_steps, rate.at(s.first_step, schedule)) for s in schedule]
-    return Table("Stages", ("method", "stage", "bits", "steps", "learning rate at its start"), tuple(rows))
+        is_list = schedule.automatic is not None or schedule.widths
+        bits = _bits_list(schedule.choices or schedule.widths) if is_list else None
+        rows += [
+            (method.label, s.index + 1, bits or s.bits, s.num_steps, rate.at(s.first_step, schedule)) for s in schedule
+        ]
+        if is_list:
+            notes.append(f"{method.label}: {_stages_phrase(schedule)}.")
+    return Table(
+        "Stages", ("method", "stage", "bits", "steps", "learning rate at its start"), tuple(rows), tuple(notes)
+    )
 
 
 def train(
@@ -111,7 +122,7 @@ def resolve_schedule(recipe: Recipe, steps_per_epoch: int, shared_steps: int | N
         return None
     if total is None and recipe.schedule.unit is StageUnit.SHARE:
         total = shared_steps
-    return recipe.schedule.resolve(recipe.quantization.weight.bits, total, steps_per_epoch)
+    return recipe.schedule.resolve(recipe.quantization.final_bits, total, steps_per_epoch, recipe.train.seed)
 
 
 def _train_one(
@@ -148,8 +159,7 @@ def train_student(
         hold_teacher_(teacher, student, recipe.train.teacher.dtype)  # as a student that is trained has it
         merge_adapters_(student)
         return student, DistillResult(0, 0.0, validation_loss(task, teacher, student, recipe.train))
-    stages = ", ".join(f"{stage.bits:g} ({stage.num_steps})" for stage in schedule)
-    progress.say(f"{label}: {schedule.total_steps} steps, bits (steps): {stages}")
+    progress.say(f"{label}: {schedule.total_steps} steps, {_stages_phrase(schedule)}")
     distiller = Distiller(
         task,
         teacher,
@@ -171,6 +181,18 @@ def train_student(
     if is_whole:
         merge_adapters_(student)
     return student, result
+
+
+def _stages_phrase(schedule: Schedule) -> str:
+    if schedule.automatic is not None:
+        return f"bits chosen while training: {_bits_list(schedule.choices)}"
+    if schedule.widths:
+        return f"bits {schedule.order.value.replace('_', ' ')}: {_bits_list(schedule.widths)}"
+    return "bits (steps): " + ", ".join(f"{stage.bits:g} ({stage.num_steps})" for stage in schedule)
+
+
+def _bits_list(widths: Sequence[float]) -> str:
+    return ", ".join(f"{bits:g}" for bits in widths)
 
 
 def _whole_student(session: Session[Any], recipe: Recipe, distiller: Distiller) -> nn.Module:

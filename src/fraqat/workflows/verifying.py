@@ -25,7 +25,15 @@ from fraqat.export import (
 )
 from fraqat.files import atomic_file, write_json_atomic
 from fraqat.nn import quantized_layers
-from fraqat.workflows.exporting import check_grid, check_target, export_format, fit_, round_floats_, stored_dtype
+from fraqat.workflows.exporting import (
+    check_grid,
+    check_target,
+    export_format,
+    exported_bits,
+    fit_,
+    round_floats_,
+    stored_dtype,
+)
 from fraqat.workflows.progress import Progress
 from fraqat.workflows.runs import RunFolder
 from fraqat.workflows.sessions import Session, open_session
@@ -70,7 +78,8 @@ def verify(
             allowed=f"exports of text-to-image models, not of {recipe.task}",
             fix="leave --prompt out; examples/ generates with the exported files",
         )
-    student = session.load_student(recipe, run.student_path, with_engine=False).cpu()
+    bits = exported_bits(folder)
+    student = session.load_student(recipe, run.student_path, with_engine=False, bits=bits).cpu()
     if check_grid(student, target, accept_loss=True):
         fit_(student, target, session)
     opened = target.open(folder, student)
@@ -81,13 +90,14 @@ def verify(
     )
     verified = judge(layers, whole, target.bound, target.name)
     write_json_atomic(
-        run.path / _SAMPLES_FOLDER / f"{target.name}.json",
+        run.at_width(run.path / _SAMPLES_FOLDER / f"{target.name}.json", bits),
         {"summary": verified.summary.to_json(), "layers": verified.layers.to_json(), "holds": verified.holds},
     )
     if prompt is None or stand_in is None:
         return verified
     with_export = stand_in(student, lambda inputs: opened.run(parts[0], inputs).outputs)
-    samples = _sample(session, run.path / _SAMPLES_FOLDER / target.name, student, with_export, prompt)
+    folder = run.at_width(run.path / _SAMPLES_FOLDER / target.name, bits)
+    samples = _sample(session, folder, student, with_export, prompt)
     return dataclasses.replace(verified, samples=samples)
 
 

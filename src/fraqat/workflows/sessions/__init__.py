@@ -11,7 +11,14 @@ from fraqat.nn import LayerFamilies
 from fraqat.tasks import architecture_named
 from fraqat.tasks.known import KnownModel
 from fraqat.tasks.speech_architectures import SPEECH_ARCHITECTURES
-from fraqat.workflows.sessions.base import Evaluator, Measurement, QualityColumn, Session, resolve_source
+from fraqat.workflows.sessions.base import (
+    Evaluator,
+    Measurement,
+    QualityColumn,
+    Session,
+    check_served,
+    resolve_source,
+)
 from fraqat.workflows.sessions.image import ImageSession
 from fraqat.workflows.sessions.language import LanguageSession
 from fraqat.workflows.sessions.speech import SpeechSession
@@ -41,4 +48,13 @@ def families_of(known: KnownModel) -> LayerFamilies:
     return language_families(known.build())
 
 
-__all__ = ["Evaluator", "Measurement", "QualityColumn", "Session", "families_of", "open_session", "resolve_source"]
+__all__ = [
+    "Evaluator",
+    "Measurement",
+    "QualityColumn",
+    "Session",
+    "check_served",
+    "families_of",
+    "open_session",
+    "resolve_source",
+]

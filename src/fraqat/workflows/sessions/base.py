@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fraqat.config import Recipe
+from fraqat.config import LayerWidthsSpec, Recipe
 from fraqat.distill import DistillTask
-from fraqat.errors import ModelError
+from fraqat.errors import ModelError, config_error
 from fraqat.evaluation import Interval
 from fraqat.export import (
     Inputs,
@@ -43,7 +43,10 @@ from fraqat.nn import (
     add_branches_,
     describe,
     quantize_,
+    quantized_layers,
     rotate_value_paths_,
+    serve_widths_,
+    settle_at_,
 )
 from fraqat.planning import Workload
 from fraqat.tasks import ModelSpec
@@ -259,7 +262,8 @@ class Session(ABC, Generic[RecipeT]):
     def quantize(self, student: nn.Module, recipe: Recipe) -> QuantReport:
         """Quantizes a model of the session as a recipe says."""
         quantization = recipe.quantization
-        rules = (*(self.family_rules if quantization.family_rules else ()), *quantization.rules)
+        exceptions = (*(self.family_rules if quantization.family_rules else ()), *quantization.rules)
+        rules = (*exceptions, *quantization.width_rules)
         target = None if recipe.target is None else target_named(recipe.target)
         if target is not None:
             check_model(target, recipe.task, self.known.class_name)
@@ -268,20 +272,29 @@ class Session(ABC, Generic[RecipeT]):
             return spec if target is None else fitted(target, LayerPlace(name, type_name, shape), spec)
 
         quantize_(student, quantization.spec, rules=rules, families=self.families, train=quantization.train, fit=fit)
+        if quantization.layer_widths is not None:
+            check_covered(student, quantization.layer_widths)
+        if recipe.schedule.widths:
+            serve_widths_(student, recipe.schedule.widths)
         add_branches_(student, quantization.branch, quantization.smoothing)
         return describe(student, self.families)
 
-    def load_student(self, recipe: Recipe, path: Path, *, with_engine: bool = True) -> nn.Module:
+    def load_student(
+        self, recipe: Recipe, path: Path, *, with_engine: bool = True, bits: float | None = None
+    ) -> nn.Module:
         """The student that a run left.
 
         Args:
             recipe: Of the run.
             path: `student.safetensors`.
+            bits: Which of the widths that it serves (`schedule.kind: several`); None is the final one.
             with_engine: False leaves the layers on the floating-point path, for exports.
 
         Raises:
             ModelError: The file is missing or damaged, or does not fit the recipe.
+            ConfigError: A width that the run was not trained for.
         """
+        check_served(recipe, bits)
         student = self.load_model(torch.float32)
         self.quantize(student, recipe)
         try:
@@ -289,6 +302,8 @@ class Session(ABC, Generic[RecipeT]):
         except (OSError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"{path} cannot be loaded: {error}. Fix: train again in a new folder.") from error
         student.eval()
+        if bits is not None:
+            settle_at_(student, bits)
         return self._with_integers(student) if with_engine else student
 
     def load_packed(self, folder: Path) -> nn.Module:
@@ -313,6 +328,38 @@ def _rotate_(model: nn.Module, recipe: Recipe) -> None:
     rotation = recipe.quantization.rotation
     if rotation is not None:
         rotate_value_paths_(model, find_value_paths(model).paths, rotation)
+
+
+def check_served(recipe: Recipe, bits: float | None) -> None:
+    """Refuses a width that the student of a recipe was not trained for.
+
+    Raises:
+        ConfigError: It is none of `schedule.widths`.
+    """
+    served = recipe.schedule.widths or (recipe.quantization.final_bits,)
+    if bits is not None and bits not in served:
+        raise config_error(
+            "bits",
+            bits,
+            allowed=f"{', '.join(f'{b:g}' for b in served)}, for which {recipe.label} was trained",
+            fix="choose one of these, or train with schedule.kind: several and schedule.widths",
+        )
+
+
+def check_covered(student: nn.Module, spec: LayerWidthsSpec) -> None:
+    """Refuses widths that were chosen for other layers than a student's.
+
+    Raises:
+        ConfigError: A quantized layer has none.
+    """
+    missing = [name for name, _ in quantized_layers(student) if name not in spec.bits]
+    if missing:
+        raise config_error(
+            "quantization.layer_widths.table",
+            spec.table,
+            allowed=f"a table of all {len(list(quantized_layers(student)))} quantized layers; {missing[0]} is not in it",
+            fix="measure again with this recipe's rules",
+        )
 
 
 def release_memory() -> None:
