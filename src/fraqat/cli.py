@@ -21,6 +21,8 @@ from rich.console import Console
 from fraqat import __version__, workflows
 from fraqat.config import METHODS, Recipe, load_recipe, recipe_names
 from fraqat.data.bad_samples import SkippedSamplesWarning
+from fraqat.data.encoded import DamagedShardWarning
+from fraqat.data.worker_watch import WorkerRestartWarning
 from fraqat.errors import FraqatError, VerificationError, config_error
 from fraqat.export import TARGETS
 from fraqat.planning import DEVICES, THIS_MACHINE, PlanOptions, Sharding
@@ -30,6 +32,7 @@ from fraqat.workflows.comparing import DEFAULT_METHODS, CompareOptions
 from fraqat.workflows.console import ConsoleProgress, print_table
 from fraqat.workflows.verifying import NUM_BATCHES
 
+_SHOWN_WARNINGS = (SkippedSamplesWarning, DamagedShardWarning, WorkerRestartWarning)
 app = typer.Typer(
     name="fraqat",
     no_args_is_help=True,
@@ -38,9 +41,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Quantization-aware training of generative models by fractional bit widths, down to 4-bit weights and 8-bit "
     "activations. Start with [bold]fraqat demo[/bold].",
-    epilog="Exit codes: 0 done, 1 our own error, 2 impossible recipe or argument, 3 model, run or export missing, damaged "
-    "or unsafe, 4 checkpoint damaged or of another run, 5 loss not finite, 6 place not writable or taken, 7 export "
-    "not within its bound, 130 Ctrl-C, 143 SIGTERM.",
+    epilog="Exit codes: 0 done, 1 our own error, 2 impossible recipe or argument, 3 model, data, run or export "
+    "missing, damaged or unsafe, 4 checkpoint damaged or of another run, 5 loss not finite, 6 place not writable or taken, 7 export "
+    "not within its bound, 8 out of memory, 9 run stalled, 10 its process is gone, 130 Ctrl-C, 143 SIGTERM.",
 )
 _errors = Console(stderr=True, highlight=False, soft_wrap=True)
 _output = Console(highlight=False)
@@ -99,6 +102,15 @@ def train(
         raise typer.BadParameter("is needed, unless with --dry-run", param_hint="--out")
     run = workflows.train(resolved, out, ConsoleProgress(_errors, quiet), with_baselines=baselines)
     _print_tables([_result_table(run)], as_json)
+
+
+@app.command()
+def status(run: RunArgument, as_json: JsonOption = False) -> None:
+    """Say whether a run lives: step, time left, last checkpoint. Exit code 9 if it is stalled, 10 if its process is gone."""
+    found = workflows.status(RunFolder.open(run))
+    _print_tables([found.to_table()], as_json)
+    if found.exit_code:
+        raise typer.Exit(found.exit_code)
 
 
 @app.command()
@@ -362,11 +374,12 @@ def _options(
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="(diffusers|transformers|huggingface_hub)")
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # RMS norms under autocast
-    warnings.filterwarnings("always", category=SkippedSamplesWarning)
+    for category in _SHOWN_WARNINGS:
+        warnings.filterwarnings("always", category=category)
     shown_by_python = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **where: Any) -> None:
-        if issubclass(category, SkippedSamplesWarning):
+        if issubclass(category, _SHOWN_WARNINGS):
             _errors.print(f"warning: {message}", style="yellow", markup=False)
         else:
             shown_by_python(message, category, *place, **where)

@@ -37,7 +37,17 @@ _BASELINE_SECTIONS = ("quantization", "schedule", "train")
 _SHARED_TRAIN_FIELDS = ("batch_size", "seed", "epochs", "losses", "teacher")
 _ANY_LAYER = LayerPlace("any", "Linear", (32, 1024))
 # What does not change the trained weights is left out of the fingerprint that a checkpoint must share.
-_FREE_TRAIN_FIELDS = ("validate_every", "checkpoint_every", "num_checkpoints_kept", "tensorboard", "log_code_flips")
+_FREE_TRAIN_FIELDS = (
+    "validate_every",
+    "checkpoint_every",
+    "num_checkpoints_kept",
+    "tensorboard",
+    "log_code_flips",
+    "on_non_finite",
+    "on_out_of_memory",
+    "profile",
+    "wandb",
+)
 
 
 @dataclass(frozen=True)

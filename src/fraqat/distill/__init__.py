@@ -11,6 +11,7 @@ from fraqat.distill.task import Batch, BatchStream, DistillTask, Prediction
 from fraqat.distill.teacher import StoredWeight, TeacherMemory, hold_teacher_, share_frozen_, store_weights_
 from fraqat.distill.trainer import Distiller, DistillResult
 from fraqat.distill.validation import validation_loss
+from fraqat.distill.watch_spec import NonFiniteSpec, ProfileSpec, WandbSpec
 
 __all__ = [
     "CODES_EVENT",
@@ -28,13 +29,16 @@ __all__ = [
     "FlipCount",
     "HostOptimizer",
     "LossSpec",
+    "NonFiniteSpec",
     "Prediction",
+    "ProfileSpec",
     "StepRecord",
     "StoredWeight",
     "TeacherMemory",
     "TeacherSpec",
     "TrainOptimizer",
     "TrainSpec",
+    "WandbSpec",
     "checkpoint_blocks_",
     "describe_difference",
     "distillation_loss",

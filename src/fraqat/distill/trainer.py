@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -16,14 +17,17 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from fraqat.distill.checkpoint import CheckpointStore
 from fraqat.distill.checkpointing import checkpoint_blocks_
-from fraqat.distill.code_flips import CodeFlipLog
 from fraqat.distill.diagnose import first_non_finite_layer, first_non_finite_parameter
 from fraqat.distill.ema import ParameterAverage
 from fraqat.distill.interrupt import InterruptGuard
 from fraqat.distill.log import RunLog, StepRecord
+from fraqat.distill.memory_use import peak_memory_bytes
+from fraqat.distill.micro_batch import MICRO_BATCH_EVENT, MicroBatch
 from fraqat.distill.optimizers import make_optimizer
+from fraqat.distill.recovery import REWIND_EVENT, Recovery
 from fraqat.distill.spec import CompileMode, TrainSpec
-from fraqat.distill.task import Batch, DistillTask
+from fraqat.distill.step_hooks import StepHooks
+from fraqat.distill.task import Batch, DistillTask, SplittableTask
 from fraqat.distill.teacher import hold_teacher_
 from fraqat.distill.validation import to_device, validation_loss
 from fraqat.errors import InterruptedRunError, NonFiniteLossError, config_error
@@ -55,6 +59,7 @@ class Distiller:
         folder: Run folder for checkpoints and log.
         fingerprint: Settings that a checkpoint must share to be resumed.
         on_step: Called after every optimizer step, for the progress line.
+        on_phase: Called with `training`, `validating`, `saving` or `resuming` when it begins.
         say: Receives lines about what happens.
         warn: Receives lines that a person should not miss.
     """
@@ -70,6 +75,7 @@ class Distiller:
         *,
         fingerprint: dict[str, Any] | None = None,
         on_step: Callable[[StepRecord], None] = lambda record: None,
+        on_phase: Callable[[str], None] = lambda phase: None,
         say: Callable[[str], None] = lambda text: None,
         warn: Callable[[str], None] = print,
     ):
@@ -77,7 +83,7 @@ class Distiller:
         self.teacher = teacher.eval().requires_grad_(False)
         self.student = student
         self.teacher_memory = hold_teacher_(self.teacher, student, spec.teacher.dtype)
-        self.on_step, self.say, self.warn = on_step, say, warn
+        self.on_step, self.on_phase, self.say, self.warn = on_step, on_phase, say, warn
         self.device = next(student.parameters()).device
         self.store = CheckpointStore(folder / "checkpoints", fingerprint or {}, spec.num_checkpoints_kept, warn)
         trained = [p for p in student.parameters() if p.requires_grad]
@@ -96,6 +102,12 @@ class Distiller:
         self.integers = IntegerLayers(student, spec.engine) if spec.engine.name != EngineName.REFERENCE else None
         self._called_teacher = compiled(self.teacher, spec.compile)
         self._called_student = compiled(student, spec.compile)
+        if spec.on_out_of_memory == "split" and not isinstance(task, SplittableTask):
+            raise config_error(
+                "train.on_out_of_memory", "split", allowed="stop for a task without split_inputs", fix="add the method"
+            )
+        self.recovery = Recovery(spec.on_non_finite)
+        self.micro_batch = MicroBatch(spec.on_out_of_memory, spec.batch_size // spec.accumulation, warn)
         self.stream = task.train_stream(spec.batch_size // spec.accumulation, spec.seed)
         self.step = 0
         self.train_s = 0.0
@@ -105,14 +117,30 @@ class Distiller:
         """Trains to the end of the schedule and leaves the kept parameters in the student, at the final width.
 
         Raises:
-            NonFiniteLossError: The loss or a gradient became NaN or infinite; the newest checkpoint stays.
+            NonFiniteLossError: The loss, a gradient or a weight became NaN or infinite, and `spec.on_non_finite` says to stop;
+                the newest checkpoint stays.
+            DeviceMemoryError: A step does not fit.
             InterruptedRunError: SIGINT or SIGTERM; a checkpoint was written first.
             CheckpointError, OutputError: See `CheckpointStore`.
         """
+        while True:
+            try:
+                return self._run_from_newest()
+            except NonFiniteLossError as error:
+                self.recovery.after_failure(error, self.step)
+                self.warn(f"{error} Going back to the newest checkpoint (train.on_non_finite).")
+                self.stream = self.task.train_stream(self.spec.batch_size // self.spec.accumulation, self.spec.seed)
+
+    def _run_from_newest(self) -> DistillResult:
         torch.manual_seed(self.spec.seed)
         undo = checkpoint_blocks_(self.student) if self.spec.activation_checkpointing == "blocks" else lambda: None
         self._resume()
-        log = RunLog(self.folder, self.step, tensorboard=self.spec.tensorboard)
+        spec = self.spec
+        settings = self.store.fingerprint
+        log = RunLog(self.folder, self.step, tensorboard=spec.tensorboard, wandb=spec.wandb, settings=settings)
+        if self.recovery.pending is not None:
+            log.write_event(REWIND_EVENT, self.step, **self.recovery.pending)
+            self.recovery.pending = None
         if self.step:
             log.write_event("resume", self.step)
             self.say(f"going on from the checkpoint after step {self.step}")
@@ -120,13 +148,18 @@ class Distiller:
         self.student.train()
         num_named = -1
         try:
-            with InterruptGuard() as guard, CodeFlipLog(self.student, self.spec, log) as flips:
+            with InterruptGuard() as guard, StepHooks(self.student, self.spec, log) as hooks:
+                if self.recovery.wants_first_checkpoint and self.store.is_empty:
+                    self._save(log)
                 while self.step < self.schedule.total_steps:
                     stage = self._enter_stage(log)
-                    flips.before_step(self.step)
+                    hooks.before_step(self.step)
+                    num_splits = self.micro_batch.num_splits
                     record = self._train_step(batches, stage)
+                    if self.micro_batch.num_splits != num_splits:
+                        log.write_event(MICRO_BATCH_EVENT, record.step, samples=self.micro_batch.size)
                     log.write_step(record)
-                    flips.after_step(record)
+                    hooks.after_step(record)
                     if self.integers is not None and self.integers.num_now != num_named:
                         log.write_event("engines", record.step, **self.integers.record())
                         self.say(self.integers.summary())
@@ -134,10 +167,10 @@ class Distiller:
                     self.on_step(record)
                     is_last = self.step == self.schedule.total_steps
                     if self.step % self.spec.validate_every == 0 and not is_last:
-                        log.write_validation(self.step, stage.bits, self.validate())
+                        log.write_validation(self.step, stage.bits, self._finite(stage, self.validate()))
                     signal_number = guard.signal_number  # read once: one that comes now is obeyed after the next step
                     if self.step % self.spec.checkpoint_every == 0 or is_last or signal_number:
-                        self._save(log)
+                        self._save(log, stage)
                     if signal_number:
                         self._leave(signal_number)
                 if guard.signal_number:
@@ -149,6 +182,7 @@ class Distiller:
 
     def validate(self) -> float:
         """Held-out distillation loss of the student, averaged if there is an average."""
+        self.on_phase("validating")
         if self.average is None:
             return validation_loss(self.task, self.teacher, self.student, self.spec)
         with self.average.applied():
@@ -174,16 +208,10 @@ class Distiller:
 
     def _train_step(self, batches: Iterator[Batch], stage: Stage) -> StepRecord:
         start = time.perf_counter()
-        learning_rate = self.spec.learning_rate.at(self.step, self.schedule)
+        learning_rate = self.recovery.rate_factor * self.spec.learning_rate.at(self.step, self.schedule)
         self.optimizer.set_learning_rate_(learning_rate)
-        self.optimizer.zero_grad()
-        loss = 0.0
-        for part in range(self.spec.accumulation):
-            seed = (self.spec.seed << 32) + self.step * self.spec.accumulation + part
-            inputs = self.task.make_inputs(next(batches), torch.Generator().manual_seed(seed))
-            part_loss = self._loss(to_device(inputs, self.device), stage) / self.spec.accumulation
-            part_loss.backward()
-            loss += part_loss.item()
+        parts = [next(batches) for _ in range(self.spec.accumulation)]
+        loss = self.micro_batch.run(lambda num_splits: self._add_gradients(parts, stage, num_splits), self.step)
         if self.integers is not None:
             self.integers.finish_gradients_()
         gradient_norm = self._clip_gradient(stage)
@@ -193,6 +221,25 @@ class Distiller:
             self.average.update()
         self.step += 1
         return self._record(stage, loss, learning_rate, gradient_norm, 1000 * (time.perf_counter() - start))
+
+    def _add_gradients(self, parts: list[Batch], stage: Stage, num_splits: int) -> float:
+        """Gradients of the whole batch from none; gives its loss. Each part can be computed in pieces."""
+        self.optimizer.zero_grad()
+        loss = 0.0
+        for index, part in enumerate(parts):
+            seed = (self.spec.seed << 32) + self.step * self.spec.accumulation + index
+            inputs = self.task.make_inputs(part, torch.Generator().manual_seed(seed))
+            for piece, share in self._pieces(inputs, num_splits):
+                piece_loss = self._loss(to_device(piece, self.device), stage) * share / self.spec.accumulation
+                piece_loss.backward()
+                loss += piece_loss.item()
+        return loss
+
+    def _pieces(self, inputs: Batch, num_splits: int) -> list[tuple[Batch, float]]:
+        if num_splits == 1:
+            return [(inputs, 1.0)]
+        assert isinstance(self.task, SplittableTask)
+        return self.task.split_inputs(inputs, num_splits)
 
     def _loss(self, inputs: Batch, stage: Stage) -> Tensor:
         with torch.no_grad(), self._autocast():
@@ -214,6 +261,11 @@ class Distiller:
             clip_grads_with_norm_(parameters, self.spec.clip_norm, norm)
         return norm.item()
 
+    def _finite(self, stage: Stage, validation: float) -> float:
+        if not math.isfinite(validation):
+            self._fail(stage, "the validation", f"the held-out loss is {validation}")
+        return validation
+
     def _record(
         self, stage: Stage, loss: float, learning_rate: float, gradient_norm: float, step_ms: float
     ) -> StepRecord:
@@ -231,23 +283,34 @@ class Distiller:
             gradient_norm=gradient_norm,
             step_ms=step_ms,
             left_s=mean_ms / 1000 * (self.schedule.total_steps - self.step),
+            samples_per_s=1000 * self.spec.batch_size / step_ms,
+            memory_bytes=peak_memory_bytes(self.device),
         )
 
     def _finish(self, log: RunLog) -> DistillResult:
         self._set_bits_(self.schedule.stages[-1].bits)
-        if self.average is not None:
-            self.average.copy_to_model()
-            self.average = None
+        average = self.average
+        if average is not None:
+            average.copy_to_model()
         self._refresh_codes()
         self.student.eval()
+        self.average = None  # the student is the average now
         loss = self.validate()
+        if not math.isfinite(loss):
+            self.average = average
+            self._fail(self.schedule.stages[-1], "the validation", f"the held-out loss is {loss}")
         log.write_validation(self.step, self.schedule.stages[-1].bits, loss)
         if self.integers is not None:
             self.integers.release_()
         return DistillResult(self.step, self.train_s, loss)
 
-    def _save(self, log: RunLog) -> None:
+    def _save(self, log: RunLog, stage: Stage | None = None) -> None:
+        self.on_phase("saving")
+        if stage is not None and (name := first_non_finite_parameter(self.student)) is not None:
+            self._fail(stage, f"the parameter {name}", "a weight is not finite after the update")
         state = {
+            "recovery": self.recovery.state_dict(),
+            "micro_batch": self.micro_batch.state_dict(),
             "step": self.step,
             "train_s": self.train_s,
             "student": self.student.state_dict(),
@@ -261,12 +324,15 @@ class Distiller:
         log.write_event("checkpoint", self.step)
 
     def _resume(self) -> None:
+        self.on_phase("resuming")
         checkpoint = self.store.load_latest()
         if checkpoint is None:
             return
         state = checkpoint.state
         self.step, self.train_s = checkpoint.step, state["train_s"]
-        self._set_bits_(self.schedule.stage_at(self.step - 1).bits)
+        self.recovery.load_state_dict(state["recovery"])
+        self.micro_batch.load_state_dict(state["micro_batch"])
+        self._set_bits_(self.schedule.stage_at(max(0, self.step - 1)).bits)
         self.student.load_state_dict(state["student"])
         self._refresh_codes()
         self.optimizer.load_state_dict(state["optimizer"])
