@@ -26,6 +26,7 @@ from fraqat.data.worker_watch import WorkerRestartWarning
 from fraqat.errors import FraqatError, VerificationError, config_error
 from fraqat.export import TARGETS
 from fraqat.planning import DEVICES, THIS_MACHINE, PlanOptions, Sharding
+from fraqat.printable import printable
 from fraqat.table import Table
 from fraqat.workflows import AnalysisKind, RunFolder
 from fraqat.workflows.comparing import DEFAULT_METHODS, CompareOptions
@@ -76,7 +77,7 @@ def demo(
     tables, page = workflows.demo(out, ConsoleProgress(_errors, quiet), tuple(settings or ()))
     _print_tables(tables, as_json, page=str(page))
     if not as_json:
-        _output.print(f"Page: {page}", markup=False)
+        _output.print(f"Page: {printable(str(page), '')}", markup=False)
 
 
 @app.command()
@@ -234,7 +235,7 @@ def generate(
         source, tuple(prompt), out, ConsoleProgress(_errors, quiet), seed=seed, changes=changes, overwrite=overwrite
     )
     for path in paths:
-        _output.print(str(path), markup=False)
+        _output.print(printable(str(path), ""), markup=False)
 
 
 @app.command()
@@ -284,7 +285,7 @@ def verify(
     tables = [found.summary, found.layers] if show_layers or as_json else [found.summary]
     _print_tables(tables, as_json, holds=found.holds, samples=[str(path) for path in found.samples])
     for path in () if as_json else found.samples:
-        _output.print(str(path), markup=False)
+        _output.print(printable(str(path), ""), markup=False)
     if not found.holds:
         raise VerificationError(
             f"{exported} does not compute what was trained within the bounds of its target; the first layer that parts is "
@@ -380,7 +381,7 @@ def _options(
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **where: Any) -> None:
         if issubclass(category, _SHOWN_WARNINGS):
-            _errors.print(f"warning: {message}", style="yellow", markup=False)
+            _errors.print(f"warning: {printable(str(message))}", style="yellow", markup=False)
         else:
             shown_by_python(message, category, *place, **where)
 
@@ -392,7 +393,7 @@ def main() -> None:
     try:
         app()
     except FraqatError as error:
-        _errors.print(f"error: {error}", style="red", markup=False)
+        _errors.print(f"error: {printable(str(error))}", style="red", markup=False)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         _errors.print("stopped", style="red")

@@ -68,13 +68,13 @@ class RunLog:
         self.path = folder / LOG_FILE
         kept = [event for event in read_log(folder) if _is_before(event, first_step)]
         write_text_atomic(self.path, "".join(_line(event) for event in kept))
-        with explain_os_errors(self.path):
-            self._stream = self.path.open("a", encoding="utf-8")
         self._sinks: list[ScalarSink] = []
-        if tensorboard:
-            self._sinks.append(TensorBoardSink(folder / "tensorboard", first_step))
         if wandb is not None:
             self._sinks.append(WandbSink(wandb, folder, settings or {}))
+        if tensorboard:
+            self._sinks.append(TensorBoardSink(folder / "tensorboard", first_step))
+        with explain_os_errors(self.path):
+            self._stream = self.path.open("a", encoding="utf-8")
 
     def write_step(self, record: StepRecord) -> None:
         """Logs one optimizer step."""
@@ -112,16 +112,19 @@ class RunLog:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The events of a run; a last line cut off by a crash is left out."""
+    """The events of a run, up to the first line that is none, as a crash or a full disk leaves it."""
     path = folder / LOG_FILE
     if not path.exists():
         return []
     events: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().split(b"\n"):
         try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:
+            event = json.loads(line)
+        except ValueError:
             break
+        if not isinstance(event, dict) or not isinstance(event.get("step"), int) or "event" not in event:
+            break
+        events.append(event)
     return events
 
 

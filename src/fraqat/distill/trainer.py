@@ -332,7 +332,9 @@ class Distiller:
         self.step, self.train_s = checkpoint.step, state["train_s"]
         self.recovery.load_state_dict(state["recovery"])
         self.micro_batch.load_state_dict(state["micro_batch"])
-        self._set_bits_(self.schedule.stage_at(max(0, self.step - 1)).bits)
+        # Before the first step the student still has its final width.
+        stage = self.schedule.stage_at(self.step - 1) if self.step else self.schedule.stages[-1]
+        self._set_bits_(stage.bits)
         self.student.load_state_dict(state["student"])
         self._refresh_codes()
         self.optimizer.load_state_dict(state["optimizer"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -16,6 +16,7 @@ from fraqat.workflows.heartbeat import HEARTBEAT_FILES, is_running
 from fraqat.workflows.runs import RunFolder
 
 EXIT_STALLED, EXIT_DEAD = 9, 10
+_LARGEST = 1e15  # seconds and losses of runs that exist
 _COLUMNS = (
     "run",
     "rank",
@@ -73,7 +74,7 @@ class ProcessStatus:
     def to_row(self) -> tuple[Any, ...]:
         """For a table."""
         beat = self.beat
-        stage = None if "stage" not in beat else f"{beat['stage'] + 1}/{beat['num_stages']}"
+        stage, num_stages = beat.get("stage"), beat.get("num_stages")
         age = None if self.age_s is None else round(self.age_s)
         left = beat.get("left_s") if self.state is RunState.ALIVE else None
         return (
@@ -82,7 +83,7 @@ class ProcessStatus:
             self.state.value,
             beat.get("step"),
             beat.get("total_steps"),
-            stage,
+            None if stage is None or num_stages is None else f"{stage + 1}/{num_stages}",
             beat.get("bits"),
             beat.get("loss"),
             age,
@@ -168,8 +169,29 @@ def _read(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     is_whole = isinstance(beat, dict) and all(key in beat for key in _KEYS)
-    numbers = ("step", "time", "pid", "rank", "next_within_s")
-    return beat if is_whole and all(isinstance(beat[key], int | float) for key in numbers) else None
+    return beat if is_whole and all(check(beat.get(key)) for key, check in _CHECKS.items()) else None
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and 0 <= value < 2**53
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < _LARGEST
+
+
+def _or_none(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or check(value)
+
+
+_CHECKS: Mapping[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("step", "pid", "rank"), _is_count),
+    **dict.fromkeys(("time", "next_within_s"), _is_number),
+    **dict.fromkeys(("state", "host"), lambda value: isinstance(value, str)),
+    **dict.fromkeys(("stage", "num_stages", "total_steps", "pid_started"), _or_none(_is_count)),
+    **dict.fromkeys(("bits", "loss", "left_s"), _or_none(_is_number)),
+    **dict.fromkeys(("phase", "message"), _or_none(lambda value: isinstance(value, str))),
+}
 
 
 def _newest_checkpoint(folder: Path) -> int | None:
