@@ -40,12 +40,14 @@ def run(make_distiller, folder: str, limit: int, **changes):
     return distiller, distiller.run()
 
 
-@pytest.mark.parametrize("num_splits", [2, 4, 8])
+@pytest.mark.parametrize("num_splits", [2, 3, 8])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_pieces_give_the_gradients_of_the_whole_batch(make_distiller, num_splits: int, accumulation: int) -> None:
-    """Up to the order of float32 sums: 1e-5 of the largest gradient of a parameter."""
+    """Up to the order of float32 sums, on the small difference of two outputs: 1e-4 of the largest gradient of a parameter."""
     distiller = make_distiller(task=SmallDevice(8), autocast="none", batch_size=8, accumulation=accumulation)
-    stage = distiller._enter_stage(RunLog(distiller.folder, tensorboard=False))
+    log = RunLog(distiller.folder, tensorboard=False)
+    stage = distiller._enter_stage(log)
+    log.close()
     stream = iter(distiller.stream)
     parts = [next(stream) for _ in range(accumulation)]
     losses, gradients = [], []
@@ -54,7 +56,7 @@ def test_pieces_give_the_gradients_of_the_whole_batch(make_distiller, num_splits
         gradients.append([p.grad.clone() for p in distiller.student.parameters()])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     for whole, split in zip(*gradients, strict=True):
-        assert (whole - split).abs().max() <= 1e-5 * whole.abs().max()
+        assert (whole - split).abs().max() <= 1e-4 * whole.abs().max()
 
 
 @pytest.mark.parametrize("limit", [4, 3, 1])
