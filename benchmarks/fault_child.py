@@ -247,7 +247,7 @@ def run_in_fork(settings: Settings, errors: Path) -> int:
     except FraqatError as error:
         _warn(f"error: {error}")
         code = error.exit_code
-    except BaseException:
+    except BaseException:  # noqa: BLE001  # the process ends here, whatever it was
         _warn(traceback.format_exc())
     finally:
         os._exit(code)

@@ -2,8 +2,8 @@
 
 Every trial is a process of its own that trains `fault_child.py`'s network through all nine widths with checkpoints, dropout and
 an average of the weights, is disturbed, and is started again with the same settings until it ends. Outcomes: `equal`, the run
-ended with the same bytes in `student.safetensors`; `stopped`, it ended with an exit code of its own and a message that says what
-to do, and afterwards a run without the fault ended equal; `broken`, anything else. Prints a table; `--out` writes it.
+ended with the same bytes in `student.safetensors`; `stopped`, it ended with its own exit code and a message that says what to
+do, and afterwards a run without the fault ended equal; `broken`, anything else. Prints a table; `--out` writes it.
 
     python benchmarks/faults.py --trials 20 --out docs/results/faults.md
 """
@@ -231,7 +231,7 @@ def file_too_large(lab: Lab) -> Outcome:
 
 
 def disk_full(lab: Lab) -> Outcome:
-    """A file system of a few megabytes (tmpfs in a mount namespace of its own), filled until the next checkpoint has no room."""
+    """A small file system (tmpfs in a mount namespace of its own), filled until the next checkpoint has no room."""
     settings = lab.settings(lab.new_folder())
     lab.reference()
     left = lab.random.randrange(0, 900_000)
@@ -460,7 +460,14 @@ def to_table(found: Mapping[str, list[Outcome]], note: str) -> Table:
 
 def to_markdown(table: Table, found: Mapping[str, list[Outcome]]) -> str:
     """The table, and one message of each fault that stops a run."""
-    lines = ["# Faults", "", table.notes[0], "", "| " + " | ".join(table.columns) + " |", "| --- " * len(table.columns) + "|"]
+    lines = [
+        "# Faults",
+        "",
+        table.notes[0],
+        "",
+        "| " + " | ".join(table.columns) + " |",
+        "| --- " * len(table.columns) + "|",
+    ]
     lines += ["| " + " | ".join(cells) + " |" for cells in table.to_cells()]
     lines += ["", "What a stopped run says, one of each:", ""]
     for name, outcomes in found.items():
@@ -490,10 +497,9 @@ def main() -> None:
             found[name] = run_fault(lab, name, arguments.trials, lambda text: print(text, flush=True))
             span = time.monotonic() - start
             print(f"{name}: {dict(Counter(outcome.kind for outcome in found[name]))}, after {span:.0f} s", flush=True)
-            note = (
-                f"`python benchmarks/faults.py --trials {arguments.trials} --seed {arguments.seed}`, "
-                f"{time.strftime('%Y-%m-%d')}, fraqat {__version__}, torch {torch.__version__}, {platform.machine()}, {span:.0f} s."
-            )
+            command = f"`python benchmarks/faults.py --trials {arguments.trials} --seed {arguments.seed}`"
+            versions = f"fraqat {__version__}, torch {torch.__version__}, {platform.machine()}"
+            note = f"{command}, {time.strftime('%Y-%m-%d')}, {versions}, {span:.0f} s."
             table = to_table(found, note)
             if arguments.out is not None:
                 arguments.out.write_text(to_markdown(table, found).replace(folder, "FOLDER"))

@@ -78,7 +78,14 @@ def _note(found: Fuzzed, seed: str, error: Exception) -> None:
 
 def to_markdown(found: dict[str, Fuzzed], command: str) -> str:
     """A table of counts, and the findings."""
-    lines = ["# Fuzzing", "", command, "", "| target | seconds | inputs | accepted | refused | findings |", "| --- " * 6 + "|"]
+    lines = [
+        "# Fuzzing",
+        "",
+        command,
+        "",
+        "| target | seconds | inputs | accepted | refused | findings |",
+        "| --- " * 6 + "|",
+    ]
     for name, one in found.items():
         total = sum(one.counts.values()) + sum(count for _, count in one.findings.values())
         counts = (round(one.seconds), total, one.counts["accepted"], one.counts["refused"], len(one.findings))

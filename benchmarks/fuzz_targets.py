@@ -50,7 +50,27 @@ HOSTILE = (
     "&#x3c;b&#x3e;",
     "é" * 300,
 )
-_ODD = (None, True, False, 0, -1, 1, 2**31, 2**63, -(2**70), 0.0, -0.0, 0.5, 1e308, float("nan"), float("inf"), "", "x", [], {})
+_ODD = (
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2**31,
+    2**63,
+    -(2**70),
+    0.0,
+    -0.0,
+    0.5,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    [],
+    {},
+)
 
 
 def odd_value(rng: random.Random, depth: int = 0) -> Any:
@@ -63,7 +83,9 @@ def odd_value(rng: random.Random, depth: int = 0) -> Any:
     if kind == 5:
         return [odd_value(rng, depth + 1) for _ in range(rng.randrange(4))]
     if kind == 6:
-        return {rng.choice(("bits", "kind", "x", "1", "train")): odd_value(rng, depth + 1) for _ in range(rng.randrange(4))}
+        return {
+            rng.choice(("bits", "kind", "x", "1", "train")): odd_value(rng, depth + 1) for _ in range(rng.randrange(4))
+        }
     return rng.uniform(-10, 40)
 
 
@@ -267,7 +289,15 @@ def encoded_store(rng: random.Random, folder: Path) -> str:
 def run_files(rng: random.Random, folder: Path) -> str:
     """The log and the heartbeat of a run, damaged, for `fraqat status` and the report."""
     (folder / "recipe.yaml").write_text("name: x\n")
-    beat = {"state": "running", "phase": "training", "step": 3, "total_steps": 9, "stage": 0, "num_stages": 9, "bits": 8.0}
+    beat = {
+        "state": "running",
+        "phase": "training",
+        "step": 3,
+        "total_steps": 9,
+        "stage": 0,
+        "num_stages": 9,
+        "bits": 8.0,
+    }
     beat |= {"loss": 0.5, "left_s": 3.0, "time": 1.0, "started": 0.0, "next_within_s": 60.0, "pid": 1, "pid_started": 1}
     beat |= {"host": "x", "rank": 0, "message": None}
     text = json.dumps(damaged_values(rng, beat))
@@ -409,7 +439,9 @@ def gguf_blocks(rng: random.Random, folder: Path) -> str:
     columns = 32 * blocks + rng.choice((0, 0, 0, 1, 31))
     low, high = rng.choice(((-8, 8), (-8, 8), (-9, 8), (-8, 9), (0, 1), (-128, 127)))
     codes = torch.randint(low, high, (rows, columns), dtype=torch.int8)
-    scale = torch.rand(rows, rng.choice((blocks, blocks, blocks, 1))) * rng.choice((1e-9, 1e-3, 1.0, 1e4, 1e6, float("nan")))
+    scale = torch.rand(rows, rng.choice((blocks, blocks, blocks, 1))) * rng.choice(
+        (1e-9, 1e-3, 1.0, 1e4, 1e6, float("nan"))
+    )
     scale = scale.half().float() if rng.random() < 0.7 else scale
     try:
         stored = pack_q4_0(codes, scale, "layer")
@@ -440,4 +472,4 @@ def run_once(name: str, seed: str, folder: Path) -> str:
     """One input of a target, in a folder that is emptied first."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    return TARGETS[name](random.Random(f"{name}/{seed}"), folder)  # noqa: S311
+    return TARGETS[name](random.Random(f"{name}/{seed}"), folder)

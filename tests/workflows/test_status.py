@@ -1,4 +1,4 @@
-"""Laws of the heartbeat and of `fraqat status`: a run is alive, stalled, finished, failed or interrupted, from its files alone."""
+"""Laws of the heartbeat and of `fraqat status`, which knows a run from its files alone."""
 
 from __future__ import annotations
 
@@ -114,8 +114,8 @@ def test_the_end_is_told(run: RunFolder, error: Exception, state: str, words: st
 
 
 def test_a_killed_process_is_noticed_even_if_its_number_is_used_again(run: RunFolder) -> None:
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    with Heartbeat(run.path):
+    waiting = [sys.executable, "-c", "input()"]
+    with subprocess.Popen(waiting, stdin=subprocess.PIPE) as child, Heartbeat(run.path):
         change(run, pid=child.pid, pid_started=process_start(child.pid))
         assert status(run).exit_code == 0
         child.kill()

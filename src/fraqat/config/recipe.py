@@ -183,7 +183,10 @@ class Recipe(BaseModel, ABC):
             )
         if printable(name, "") != name or len(name) > _LONGEST_NAME:
             raise config_error(
-                "baselines", name, allowed=f"names of up to {_LONGEST_NAME} characters that can be seen", fix="rename it"
+                "baselines",
+                name,
+                allowed=f"names of up to {_LONGEST_NAME} characters that can be seen",
+                fix="rename it",
             )
         changes = self.baselines[name]
         foreign = sorted(set(changes) - set(_BASELINE_SECTIONS))

@@ -1,7 +1,8 @@
 """Encoded samples on disk: computed once, found again by a key over everything that they were computed from.
 
-A store is a folder `DIGEST/` with `shard-00000.safetensors`, ... and `manifest.json` with size and checksum of each. A shard holds columns with one value per
-row, and shared columns that several rows point to (the text embedding of a prompt that gives several training rows).
+A store is a folder `DIGEST/` with `shard-00000.safetensors`, ... and `manifest.json` with size and checksum of each. A shard
+holds columns with one value per row, and shared columns that several rows point to (the text embedding of a prompt that gives
+several training rows).
 """
 
 from __future__ import annotations
@@ -98,8 +99,8 @@ class DamagedShardWarning(UserWarning):
 
 def _damaged(path: Path, reason: str) -> DataError:
     return DataError(
-        f"the encoded shard {path} is missing or damaged: {reason}. Fix: run the same command again, which encodes anew what is "
-        f"damaged; delete {path.parent} if that does not help."
+        f"the encoded shard {path} is missing or damaged: {reason}. Fix: run the same command again, which encodes anew "
+        f"what is damaged; delete {path.parent} if that does not help."
     )
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fraqat.data.bad_samples import BadSamples
-from fraqat.data.worker_watch import DEFAULT_WORKERS, WorkerSpec, watched
 from fraqat.data.samples import Outcome, Sample, SampleSet, Ticket, TicketOrder
+from fraqat.data.worker_watch import DEFAULT_WORKERS, WorkerSpec, watched
 from fraqat.errors import CheckpointError, ConfigError, config_error
 
 
@@ -149,7 +149,8 @@ class SampleStream:
 
     def __iter__(self) -> Iterator[Sample]:
         outcome: Outcome
-        for self._loader, outcome in watched(self._loader, self._make_loader, self._workers):
+        for loader, outcome in watched(self._loader, self._make_loader, self._workers):
+            self._loader = loader
             self._bad.add(outcome.epoch, outcome.key, outcome.reason)
             if outcome.sample is not None:
                 yield {"key": outcome.key, "place": outcome.place, **outcome.sample}
@@ -171,8 +172,8 @@ class SampleStream:
         """
         if state["num_workers"] != self._workers.num_workers:
             raise CheckpointError(
-                f"data.num_workers = {self._workers.num_workers}, but the checkpoint was made with {state['num_workers']}: its place "
-                f"in the data is counted by worker. Fix: set data.num_workers: {state['num_workers']}."
+                f"data.num_workers = {self._workers.num_workers}, but the checkpoint was made with {state['num_workers']}: "
+                f"its place in the data is counted by worker. Fix: set data.num_workers: {state['num_workers']}."
             )
         self._bad.load_state_dict(state["bad"])
         self._loader.load_state_dict(state["loader"])

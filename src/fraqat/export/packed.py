@@ -140,7 +140,16 @@ def read_packed(folder: Path) -> PackedModel:
         specs = [_spec_from_json(value) for value in metadata["specs"]]
         layer_specs = {name: specs[index] for name, index in metadata["layers"].items()}
         description = ModelDescription(**metadata["model"])
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        IndexError,
+        AttributeError,
+        OverflowError,
+        SafetensorError,
+    ) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(

@@ -87,7 +87,11 @@ def print_table(console: Console, table: Table) -> None:
     """Prints a table with its notes, transposed where only that fits the terminal."""
     table = _fitted(table, console.width)
     rich_table = RichTable(
-        title=Text(printable(table.title), style="bold"), title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+        title=Text(printable(table.title), style="bold"),
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
     )
     for i, column in enumerate(table.columns):
         is_number = all(isinstance(row[i], int | float | None) for row in table.rows)

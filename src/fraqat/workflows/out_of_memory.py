@@ -13,7 +13,7 @@ import torch
 from fraqat.config import Recipe
 from fraqat.distill.micro_batch import is_out_of_memory
 from fraqat.errors import DeviceMemoryError, FraqatError
-from fraqat.planning import DEVICES, Device, DeviceKind, PlanOptions, Plan, plan_training
+from fraqat.planning import DEVICES, Device, DeviceKind, Plan, PlanOptions, plan_training
 from fraqat.workflows.sessions import Session
 
 _GIB = 2**30

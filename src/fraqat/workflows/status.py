@@ -135,7 +135,7 @@ def _processes(name: str, run: RunFolder, now: float) -> list[ProcessStatus]:
         )
         last = beats[0] if beats else {}
         return [ProcessStatus(name, state, last, now - last["time"] if last else None, newest, message)]
-    return [_judge(name, beat, now, newest) for beat in beats]
+    return [_judge(name, beat, now, newest) for beat in sorted(beats, key=lambda beat: beat["rank"])]
 
 
 def _judge(name: str, beat: dict[str, Any], now: float, newest: int | None) -> ProcessStatus:
