@@ -18,7 +18,8 @@ from fraqat.errors import ConfigError
 from fraqat.printable import printable
 from fraqat.table import Table
 from fuzz import fuzz
-from fuzz_targets import HOSTILE, TARGETS
+from fuzz_inputs import HOSTILE
+from fuzz_targets import TARGETS
 
 NUM_INPUTS = {"onnx writer": 1, "report page": 2, "recipe values": 8, "recipe text": 8}
 
