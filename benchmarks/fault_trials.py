@@ -167,10 +167,10 @@ def kill_in_save(lab: Lab) -> Outcome:
     pid = lab.start(settings)
     place = Path(settings.folder) / "checkpoints"
     for number in range(lab.random.randrange(1, 12)):
-        _until(lambda: list(place.glob(".*.part")) or os.waitid(os.P_PID, pid, os.WNOHANG | os.WEXITED | os.WNOWAIT))
         if number:
             _until(lambda: not list(place.glob(".*.part")))
-    time.sleep(lab.random.uniform(0.0, 0.03))
+        _until(lambda: list(place.glob(".*.part")) or os.waitid(os.P_PID, pid, os.WNOHANG | os.WEXITED | os.WNOWAIT))
+    time.sleep(lab.random.uniform(0.0, 0.01))
     before = _newest_step(settings)
     kill(pid)
     was_in_save = bool(list(place.glob(".*.part")))

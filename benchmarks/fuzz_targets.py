@@ -23,6 +23,7 @@ from fraqat.config import load_recipe, recipe_names
 from fraqat.config.reading import load_values
 from fraqat.data.encoded import DamagedShardWarning, EncodedShard, EncodedStore
 from fraqat.distill import CheckpointStore, read_log
+from fraqat.distill.checkpoint import sealed
 from fraqat.errors import DataError, FraqatError
 from fraqat.export import ExportJob, ModelDescription, Part, load_packed_, read_packed, target_named, write_packed
 from fraqat.export.gguf_blocks import pack_q4_0, unpack_q4_0
@@ -106,7 +107,7 @@ def checkpoint(rng: random.Random, folder: Path) -> str:
 def _fit_checksum(manifest_path: Path, path: Path) -> None:
     with contextlib.suppress(ValueError, TypeError, AttributeError):
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-        manifest_path.write_text(json.dumps({**manifest, "sha256": sha256_of(path)}))
+        manifest_path.write_text(json.dumps(sealed({**manifest, "sha256": sha256_of(path)})))
 
 
 def _small_model() -> nn.Module:

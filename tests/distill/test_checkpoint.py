@@ -10,11 +10,18 @@ import pytest
 import torch
 
 from fraqat.distill import CheckpointStore
+from fraqat.distill.checkpoint import sealed
 from fraqat.errors import CheckpointError, OutputError
 
 
 def make_store(folder: Path, warnings: list[str] | None = None, **fingerprint) -> CheckpointStore:
     return CheckpointStore(folder, fingerprint or {"a": 1}, 2, (warnings if warnings is not None else []).append)
+
+
+def replace(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
 
 
 def state(value: float) -> dict:
@@ -41,6 +48,10 @@ def test_latest_state_comes_back_and_old_ones_go(tmp_path: Path) -> None:
         lambda folder: (folder / "state.pt").unlink(),
         lambda folder: (folder / "manifest.json").write_text("{"),
         lambda folder: (folder / "manifest.json").write_text("[]"),
+        lambda folder: replace(folder / "manifest.json", '"fingerprint"', '"fingerprinu"'),
+        lambda folder: replace(folder / "manifest.json", '"a": 1', '"a": 3'),
+        lambda folder: replace(folder / "manifest.json", '"format_version": 2', '"format_version": 6'),
+        lambda folder: replace(folder / "manifest.json", "manifest_sha256", "manifest_sha257"),
         lambda folder: (folder / "manifest.json").unlink(),
     ],
 )
@@ -78,7 +89,7 @@ def test_a_pickle_is_never_run(tmp_path: Path) -> None:
     path.write_bytes(pickle.dumps(Attack(), protocol=2))
     manifest = path.with_name("manifest.json")
     values = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps({**values, "sha256": sha256_of(path)}))
+    manifest.write_text(json.dumps(sealed({**values, "sha256": sha256_of(path)})))
     with pytest.raises(CheckpointError, match="damaged"):
         make_store(tmp_path / "c").load_latest()
     assert not (tmp_path / "owned").exists()
@@ -93,7 +104,7 @@ def test_another_fingerprint_is_refused(tmp_path: Path) -> None:
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     make_store(tmp_path).save(1, state(1))
     manifest = tmp_path / "step-00000001" / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format_version": 99}))
+    manifest.write_text(json.dumps(sealed({**json.loads(manifest.read_text()), "format_version": 99})))
     with pytest.raises(CheckpointError, match="format 99"):
         make_store(tmp_path).load_latest()
 

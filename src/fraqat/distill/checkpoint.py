@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import shutil
@@ -16,9 +17,10 @@ import torch
 from fraqat.errors import CheckpointError
 from fraqat.files import atomic_folder, remove_leftovers, sha256_of, write_json_atomic
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _STATE_FILE = "state.pt"
 _MANIFEST_FILE = "manifest.json"
+_SEAL = "manifest_sha256"
 _UNREADABLE = (
     *(OSError, RuntimeError, EOFError, pickle.UnpicklingError),
     *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, MemoryError),
@@ -73,7 +75,7 @@ class CheckpointStore:
                 "num_bytes": path.stat().st_size,
                 "fingerprint": self.fingerprint,
             }
-            write_json_atomic(folder / _MANIFEST_FILE, manifest)
+            write_json_atomic(folder / _MANIFEST_FILE, sealed(manifest))
         for old in self._folders()[: -self.num_kept]:
             shutil.rmtree(old)
         return target
@@ -117,6 +119,8 @@ class CheckpointStore:
             step, digest, version = int(manifest["step"]), manifest["sha256"], manifest["format_version"]
         except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise _DamagedError(f"its manifest cannot be read: {error}") from error
+        if manifest != sealed(manifest) and (version != 1 or _SEAL in manifest):  # format 1 had no seal
+            raise _DamagedError("its manifest does not match its checksum")
         if version != FORMAT_VERSION:
             raise CheckpointError(
                 f"{folder} has format {version}, this program reads {FORMAT_VERSION}. Fix: use its version."
@@ -141,6 +145,15 @@ class CheckpointStore:
 
     def _folders(self) -> list[Path]:
         return sorted(self.folder.glob("step-*")) if self.folder.is_dir() else []
+
+
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with a checksum of everything else in it.
+
+    Without it, a flipped bit in a setting would look like another recipe, and would not lead to the checkpoint before.
+    """
+    rest = {key: value for key, value in manifest.items() if key != _SEAL}
+    return {**rest, _SEAL: hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
 class _DamagedError(Exception):
