@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fault_child import Settings, run_in_fork
+from fault_child import ROWS_PER_SHARD, WIDTH, Settings, run_in_fork
 from fraqat.distill import CheckpointStore, read_log
 
 TIMEOUT_S = 300
@@ -332,7 +332,7 @@ def shard_damaged_on_disk(lab: Lab) -> Outcome:
     settings = _half_run(lab, from_disk=True)
     shard = lab.random.choice(sorted((Path(settings.folder).parent / "data").glob("*/shard-*")))
     data = bytearray(shard.read_bytes())
-    data[lab.random.randrange(len(data))] ^= 4
+    data[-1 - lab.random.randrange(ROWS_PER_SHARD * WIDTH)] ^= 4  # a number: a damaged header is found at the start
     shard.write_bytes(data)
     said = lab.expect_stop(settings, 3, "Fix: run the same command again")
     return said if isinstance(said, Outcome) else lab.judge(settings, said)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -9,7 +10,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from fraqat.errors import DataError
 
@@ -63,7 +65,8 @@ def watched(loader: Any, make_loader: Callable[[], Any], spec: WorkerSpec) -> It
     iterator = _iterate(loader)
     num_restarts = 0
     while True:
-        reason, item = _next(iterator, spec)
+        with _Watchdog(iterator, spec) as watchdog:
+            reason, item = _next(iterator, spec, watchdog)
         if reason is None:
             if item is _END:
                 return
@@ -102,20 +105,54 @@ def _iterate(loader: Any) -> Any:
     return iterator
 
 
-def _next(iterator: Any, spec: WorkerSpec) -> tuple[str | None, Any]:
+class _Watchdog:
+    """Ends workers while the main process waits for one that cannot be waited for with a limit.
+
+    A tensor comes as a file descriptor, which its worker hands over when it is asked; one that is stopped never does, and
+    torch's own limit covers the queue alone. Use it as a context around the wait.
+    """
+
+    def __init__(self, iterator: Any, spec: WorkerSpec):
+        self.has_fired = False
+        self._workers: list[Any] = getattr(iterator, "_workers", [])
+        self._timer = threading.Timer(spec.timeout_s + 2 * spec.poll_s, self._fire) if self._workers else None
+
+    def __enter__(self) -> Self:
+        if self._timer is not None:
+            self._timer.daemon = True
+            self._timer.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _fire(self) -> None:
+        self.has_fired = True
+        for process in self._workers:
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+
+
+def _next(iterator: Any, spec: WorkerSpec, watchdog: _Watchdog) -> tuple[str | None, Any]:
     """The next item, or the reason why there is none."""
+    hung = f"data workers have given nothing for {spec.timeout_s:g} s (data.worker_timeout_s)"
     start = time.monotonic()
     while True:
         try:
             return None, next(iterator, _END)
-        except RuntimeError as error:
+        except (RuntimeError, EOFError, OSError) as error:
             text = str(error)
+            if watchdog.has_fired:
+                return hung, None
             if any(words in text for words in _DIED):
                 return f"a data worker died ({text.splitlines()[0]})", None
             if _TIMED_OUT not in text:
                 raise
         if time.monotonic() - start >= spec.timeout_s:
-            return f"data workers have given nothing for {spec.timeout_s:g} s (data.worker_timeout_s)", None
+            return hung, None
 
 
 def _end_workers(iterator: Any) -> None:

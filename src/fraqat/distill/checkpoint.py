@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fraqat.distill.micro_batch import is_out_of_memory
 from fraqat.errors import CheckpointError
 from fraqat.files import atomic_folder, remove_leftovers, sha256_of, write_json_atomic
 
@@ -23,7 +24,7 @@ _MANIFEST_FILE = "manifest.json"
 _SEAL = "manifest_sha256"
 _UNREADABLE = (
     *(OSError, RuntimeError, EOFError, pickle.UnpicklingError),
-    *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, MemoryError),
+    *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError),
 )
 """What torch's reader raises at damaged bytes; fuzzing has met all of the second row."""
 
@@ -138,6 +139,8 @@ class CheckpointStore:
                 warnings.simplefilter("ignore")  # about what damage has made of it
                 state = torch.load(path, map_location="cpu", weights_only=True)
         except _UNREADABLE as error:
+            if is_out_of_memory(error):  # no fault of the checkpoint
+                raise
             raise _DamagedError((str(error) or repr(error)).splitlines()[0]) from error
         if not isinstance(state, dict):
             raise _DamagedError("it holds no state")
