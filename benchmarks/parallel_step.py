@@ -2,9 +2,9 @@
 step on 8, 64 and 512 GPUs.
 
 Part one trains a small student of the package's own kind in 1, 2 and 4 processes and counts the bytes of every tensor that one
-process hands to a collective in one optimizer step (`torch.utils._python_dispatch` sees each call). Part two takes the shapes of
-a recipe's student and teacher, the compute time of `fraqat plan` and the links below, and prints the table of docs/parallel.md.
-Nothing of part two has run on such a machine.
+process hands to a collective in one optimizer step (`torch.utils._python_dispatch` sees each call). Part two takes the shapes
+of a recipe's student and teacher, the compute time of `fraqat plan` and the links below, and prints the table of
+docs/parallel.md. Nothing of part two has run on such a machine.
 
     python benchmarks/parallel_step.py --measure --out docs/results/parallel_bytes.jsonl
     python benchmarks/parallel_step.py --recipe flux-schnell --out docs/results/parallel_step.jsonl
@@ -32,7 +32,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fraqat import __version__, quantize_
 from fraqat.config import load_recipe
 from fraqat.data.loader import ShuffledBatches, TensorRows
-from fraqat.distill import Batch, Distiller, LossSpec, ParallelSpec, Prediction, StepRecord, TrainSpec, distillation_loss, joined
+from fraqat.distill import (
+    Batch,
+    Distiller,
+    LossSpec,
+    ParallelSpec,
+    Prediction,
+    StepRecord,
+    TrainSpec,
+    distillation_loss,
+    joined,
+)
 from fraqat.nn import quantized_layers
 from fraqat.nn.integer import why_not_integer
 from fraqat.planning import Phase, find_device, plan_training
@@ -161,7 +171,12 @@ def measured(parallel: ParallelSpec, folder: Path) -> dict[str, int]:
 
     teacher, student = models()
     spec = TrainSpec(
-        batch_size=8, accumulation=NUM_PARTS, autocast="none", tensorboard=False, parallel=parallel, checkpoint_every=100
+        batch_size=8,
+        accumulation=NUM_PARTS,
+        autocast="none",
+        tensorboard=False,
+        parallel=parallel,
+        checkpoint_every=100,
     )
     schedule = Schedule((Stage(0, 4.0, 0, 3),))
     Distiller(RandomTask(), teacher, student, schedule, spec, folder, on_step=on_step).run()
@@ -190,8 +205,9 @@ def start(num: int, names: list[str]) -> dict[str, dict[str, int]]:
             subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
             for rank in range(num)
         ]
-        if any([process.wait() for process in processes]):
-            raise SystemExit("a process failed")
+        codes = [process.wait() for process in processes]
+        if any(codes):
+            raise SystemExit(f"processes ended with {codes}")
         return json.loads(out.read_text())
 
 
@@ -257,11 +273,19 @@ def project(recipe_name: str, device_name: str, out: Path | None) -> Table:
             time = step_time(traffic, parallel, num, LINKS, parts * part_s + update_s / shards)
             values = (
                 *(num, parts * num, name, traffic.gathered / _GIB, traffic.teacher / _GIB),
-                *((traffic.scattered + traffic.reduced) / _GIB, time.compute_s, time.gather_s, time.reduce_s, time.step_s),
+                *(
+                    (traffic.scattered + traffic.reduced) / _GIB,
+                    time.compute_s,
+                    time.gather_s,
+                    time.reduce_s,
+                    time.step_s,
+                ),
             )
             rows.append(values)
             record = {**dataclasses.asdict(traffic), **dataclasses.asdict(time), "step_s": time.step_s}
-            write(out, {"recipe": recipe_name, "device": device.name, "num": num, "parts": parts, "mode": name, **record})
+            write(
+                out, {"recipe": recipe_name, "device": device.name, "num": num, "parts": parts, "mode": name, **record}
+            )
     columns = (
         *("GPUs", "batch", "mode", "student gathered, GiB", "teacher gathered, GiB", "gradients, GiB"),
         *("compute, s", "gather, s", "reduce, s", "step, s"),

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fraqat.distill.task import Batch
+from fraqat.distill.task import Batch, DistillTask, SplittableTask
 from fraqat.distill.watch_spec import OutOfMemory
-from fraqat.errors import DeviceMemoryError
+from fraqat.errors import DeviceMemoryError, config_error
 
 MICRO_BATCH_EVENT = "micro_batch"
 _CPU_TEXTS = ("can't allocate memory", "not enough memory", "std::bad_alloc")
@@ -88,6 +88,22 @@ class MicroBatch:
             else "Fix: set train.on_out_of_memory: split, or raise train.accumulation."
         )
         return f"out of memory at step {step} with {self.size} samples at a time ({reason[:200]}). {fix}"
+
+
+def check_splitting(task: DistillTask, action: OutOfMemory, num_processes: int) -> None:
+    """Refuses to compute parts in pieces where that cannot be.
+
+    Raises:
+        ConfigError: The task has no `split_inputs`, or several processes would have to split alike.
+    """
+    if action != "split":
+        return
+    field = "train.on_out_of_memory"
+    if num_processes > 1:
+        allowed = "stop in several processes, which would have to split alike"
+        raise config_error(field, "split", allowed=allowed, fix="raise train.accumulation")
+    if not isinstance(task, SplittableTask):
+        raise config_error(field, "split", allowed="stop for a task without split_inputs", fix="add the method")
 
 
 def split_batch(inputs: Batch, num_parts: int, shared: frozenset[str] = frozenset()) -> list[dict[str, Any]]:

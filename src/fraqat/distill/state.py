@@ -7,12 +7,14 @@ are where their blocks of 256 do; elsewhere they pass through float32.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fraqat.distill.checkpoint_files import Rows, SavedTensor, loaded
+from fraqat.distill.ema import ParameterAverage
 from fraqat.distill.optimizers import (
     TrainOptimizer,
     _from_plain,  # pyright: ignore[reportPrivateUsage]
@@ -40,6 +42,49 @@ def identity(model: nn.Module) -> str:
         total += int(bits.sum(dtype=torch.int64)) * (1 + sum(name.encode()))
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     return f"{type(model).__name__} of {num_parameters} parameters, {total % 2**64:016x}"
+
+
+@dataclass
+class TrainedState:
+    """What training changes, as checkpoints hold it.
+
+    Args:
+        models: Give the rows of this process.
+        student: Its parameters and saved buffers.
+        optimizer: Of `models.trained_parameters()`.
+        order: Names of the parameters, as the optimizer numbers them.
+        average: Of the trained parameters, if there is one.
+        is_8bit: Whether the optimizer keeps 8-bit states.
+    """
+
+    models: TrainedModels
+    student: nn.Module
+    optimizer: TrainOptimizer
+    order: list[str]
+    average: ParameterAverage | None
+    is_8bit: bool
+
+    def state_dict(self) -> dict[str, Any]:
+        """`student`, `optimizer` and `average`."""
+        return {
+            "student": model_state(self.models, self.student),
+            "optimizer": optimizer_state(self.models, self.optimizer, self.order),
+            "average": average_state(self.models, self.average.state_dict()) if self.average else None,
+        }
+
+    def load_student(self, state: dict[str, Any]) -> None:
+        """Undoes `state_dict` for the student, at the width that the state is of.
+
+        Raises:
+            CheckpointError: It is the state of another model.
+        """
+        load_model_state(self.student, state["student"])
+
+    def load_rest(self, state: dict[str, Any]) -> None:
+        """Undoes `state_dict` for optimizer and average, once the student has its values."""
+        load_optimizer_state(self.models, self.optimizer, self.order, state["optimizer"], is_8bit=self.is_8bit)
+        if self.average is not None:
+            self.average.load_state_dict(loaded_average_state(self.models, state["average"]))
 
 
 def model_state(models: TrainedModels, student: nn.Module) -> dict[str, Tensor | Rows]:

@@ -23,21 +23,13 @@ from fraqat.distill.ema import ParameterAverage
 from fraqat.distill.interrupt import InterruptGuard
 from fraqat.distill.log import RunLog, StepRecord
 from fraqat.distill.memory_use import peak_memory_bytes
-from fraqat.distill.micro_batch import MICRO_BATCH_EVENT, MicroBatch
+from fraqat.distill.micro_batch import MICRO_BATCH_EVENT, MicroBatch, check_splitting
 from fraqat.distill.models import make_models
 from fraqat.distill.optimizers import make_optimizer
 from fraqat.distill.precision import autocast, autocast_dtype
 from fraqat.distill.recovery import REWIND_EVENT, Recovery
 from fraqat.distill.spec import TrainSpec
-from fraqat.distill.state import (
-    average_state,
-    identity,
-    load_model_state,
-    load_optimizer_state,
-    loaded_average_state,
-    model_state,
-    optimizer_state,
-)
+from fraqat.distill.state import TrainedState, identity
 from fraqat.distill.step_hooks import StepHooks
 from fraqat.distill.task import Batch, DistillTask, Prediction, SplittableTask
 from fraqat.distill.teacher import hold_teacher_
@@ -125,14 +117,17 @@ class Distiller:
         self.integers = IntegerLayers(student, spec.engine) if spec.engine.name != EngineName.REFERENCE else None
         self.models = make_models(task, self.teacher, student, spec, self.workers, self.integers, schedule)
         self.trained = self.models.trained_parameters()
-        self._order = [*(name for name in self.trained if name not in scale_names), *scale_names]
+        order = [*(name for name in self.trained if name not in scale_names), *scale_names]
         self.optimizer = make_optimizer(list(self.trained.values()), spec, [self.trained[name] for name in scale_names])
         self.average = ParameterAverage(self.trained, spec.ema_decay) if spec.ema_decay is not None else None
+        self._state = TrainedState(
+            self.models, student, self.optimizer, order, self.average, spec.optimizer == "adamw_8bit"
+        )
         self._parts = parts
         self.stream = self._new_stream()
         dtype = autocast_dtype(spec.autocast, self.device.type)
         self.precision = "the model's own dtype" if dtype is None else str(dtype).removeprefix("torch.")
-        check_splitting(task, spec, self.workers)
+        check_splitting(task, spec.on_out_of_memory, self.workers.num)
         self.recovery = Recovery(spec.on_non_finite)
         self.micro_batch = MicroBatch(spec.on_out_of_memory, spec.batch_size // spec.accumulation, warn)
         self.step = 0
@@ -416,9 +411,7 @@ class Distiller:
             "micro_batch": self.micro_batch.state_dict(),
             "step": self.step,
             "train_s": self.train_s,
-            "student": model_state(self.models, self.student),
-            "optimizer": optimizer_state(self.models, self.optimizer, self._order),
-            "average": average_state(self.models, self.average.state_dict()) if self.average else None,
+            **self._state.state_dict(),
             "stream": self.stream.state_dict(),
             "precision": self.precision,
         }
@@ -452,12 +445,9 @@ class Distiller:
         # Before the first step the student still has its final width.
         stage = self.schedule.stage_at(self.step - 1) if self.step else self.schedule.stages[-1]
         self._set_bits_(stage.bits)
-        load_model_state(self.student, state["student"])
+        self._state.load_student(state)
         self._refresh_codes()
-        is_8bit = self.spec.optimizer == "adamw_8bit"
-        load_optimizer_state(self.models, self.optimizer, self._order, state["optimizer"], is_8bit=is_8bit)
-        if self.average is not None:
-            self.average.load_state_dict(loaded_average_state(self.models, state["average"]))
+        self._state.load_rest(state)
         self.stream.load_state_dict(loaded(state["stream"]))
         before = state.get("precision", self.precision)
         if before != self.precision:
@@ -494,18 +484,3 @@ class Distiller:
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return autocast(self.spec.autocast, self.device.type)
-
-
-def check_splitting(task: DistillTask, spec: TrainSpec, workers: Workers) -> None:
-    """Refuses to compute parts in pieces where that cannot be.
-
-    Raises:
-        ConfigError: The task has no `split_inputs`, or several processes would have to split alike.
-    """
-    if spec.on_out_of_memory != "split":
-        return
-    field, fix = "train.on_out_of_memory", "raise train.accumulation"
-    if workers.num > 1:
-        raise config_error(field, "split", allowed="stop in several processes, which must split alike", fix=fix)
-    if not isinstance(task, SplittableTask):
-        raise config_error(field, "split", allowed="stop for a task without split_inputs", fix="add the method")
