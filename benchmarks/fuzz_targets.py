@@ -24,6 +24,7 @@ from fraqat.config.reading import load_values
 from fraqat.data.encoded import DamagedShardWarning, EncodedShard, EncodedStore
 from fraqat.distill import CheckpointStore, read_log
 from fraqat.distill.checkpoint import sealed
+from fraqat.distill.checkpoint_files import DamagedError
 from fraqat.errors import DataError, FraqatError
 from fraqat.export import ExportJob, ModelDescription, Part, load_packed_, read_packed, target_named, write_packed
 from fraqat.export.gguf_blocks import pack_q4_0, unpack_q4_0
@@ -96,12 +97,23 @@ def checkpoint(rng: random.Random, folder: Path) -> str:
     for name, data in files.items():
         (target / name).write_bytes(data)
     if rng.random() < 0.7:
-        _fit_checksum(target / "manifest.json", target / "state.pt")
+        _fit_checkpoint_checksums(target)
     try:
-        CheckpointStore(folder, {"a": 1}, warn=lambda text: None).load_latest()
-    except FraqatError:
+        found = CheckpointStore(folder, {"a": 1}, warn=lambda text: None).load_latest()
+        if found is not None:
+            found.whole()
+    except (FraqatError, DamagedError):
         return REFUSED
     return ACCEPTED
+
+
+def _fit_checkpoint_checksums(folder: Path) -> None:
+    with contextlib.suppress(ValueError, TypeError, AttributeError, LookupError, OSError):
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        for entry in manifest["files"]:
+            entry["sha256"] = sha256_of(folder / entry["name"])
+        manifest["state_sha256"] = sha256_of(folder / "state.json")
+        (folder / "manifest.json").write_text(json.dumps(sealed(manifest)))
 
 
 def _fit_checksum(manifest_path: Path, path: Path) -> None:

@@ -55,7 +55,7 @@ def test_latest_state_comes_back_and_old_ones_go(tmp_path: Path) -> None:
         lambda folder: (folder / "manifest.json").write_text("[]"),
         lambda folder: replace(folder / "manifest.json", '"fingerprint"', '"fingerprinu"'),
         lambda folder: replace(folder / "manifest.json", '"a": 1', '"a": 3'),
-        lambda folder: replace(folder / "manifest.json", '"format_version": 2', '"format_version": 6'),
+        lambda folder: replace(folder / "manifest.json", '"format_version": 3', '"format_version": 6'),
         lambda folder: replace(folder / "manifest.json", "manifest_sha256", "manifest_sha257"),
         lambda folder: (folder / "manifest.json").unlink(),
     ],
@@ -211,7 +211,7 @@ def test_another_version_is_refused_with_both_named(tmp_path: Path) -> None:
     make_store(tmp_path).save(1, state(1))
     manifest = tmp_path / "step-00000001" / "manifest.json"
     values = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps({**values, "versions": {**values["versions"], "fraqat": "0.0.1"}}))
+    manifest.write_text(json.dumps(sealed({**values, "versions": {**values["versions"], "fraqat": "0.0.1"}})))
     with pytest.raises(CheckpointError, match=r"was written by fraqat 0\.0\.1, this is"):
         make_store(tmp_path).load_latest()
 

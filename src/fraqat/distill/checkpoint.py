@@ -23,6 +23,8 @@ _STATE_FILE = "state.json"
 _MANIFEST_FILE = "manifest.json"
 _SEAL = "manifest_sha256"
 _VERSIONS = ("fraqat", "torch")
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+"""What damaged JSON leads to."""
 
 
 @dataclass(frozen=True)
@@ -260,7 +262,7 @@ class CheckpointStore:
         try:
             manifest = json.loads((folder / _MANIFEST_FILE).read_text(encoding="utf-8"))
             step, version = int(manifest["step"]), manifest["format_version"]
-        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        except _UNREADABLE as error:
             raise DamagedError(f"its manifest cannot be read: {error}") from error
         if manifest != sealed(manifest) and (version != 1 or _SEAL in manifest):  # format 1 had no seal
             raise DamagedError("its manifest does not match its checksum")
@@ -268,7 +270,8 @@ class CheckpointStore:
             raise CheckpointError(
                 f"{folder} has format {version}, this program reads {FORMAT_VERSION}. Fix: use its version."
             )
-        written, own = manifest.get("versions", {}).get("fraqat"), metadata.version("fraqat")
+        versions, own = manifest.get("versions"), metadata.version("fraqat")
+        written = versions.get("fraqat") if isinstance(versions, dict) else None
         if written != own:
             raise CheckpointError(
                 f"{folder} was written by fraqat {written}, this is {own}: it would go on by other rules. Fix: install "
@@ -282,8 +285,14 @@ class CheckpointStore:
         problems = self.workers.gather_text(self._find_damage(folder, manifest))
         if any(problems):
             raise DamagedError(next(problem for problem in problems if problem))
-        tree = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
-        return LoadedCheckpoint(step, restore(tree, {folder / entry["name"]: entry for entry in manifest["files"]}))
+        try:
+            tree = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
+            state = restore(tree, {folder / entry["name"]: entry for entry in manifest["files"]})
+        except _UNREADABLE as error:
+            raise DamagedError(f"its state cannot be read: {error!r}") from error
+        if not isinstance(state, dict):
+            raise DamagedError("it holds no state")
+        return LoadedCheckpoint(step, state)
 
     def _find_damage(self, folder: Path, manifest: dict[str, Any]) -> str:
         """What is wrong with this process' share of the files; empty if nothing is."""
@@ -295,8 +304,8 @@ class CheckpointStore:
                     return f"{name} lies outside of it"
                 if sha256_of(folder / name) != sums[name]:
                     return f"the checksum of {name} does not match"
-        except (OSError, KeyError, TypeError, AttributeError) as error:
-            return str(error)
+        except _UNREADABLE as error:
+            return repr(error)
         return ""
 
     def _folders(self) -> list[Path]:
@@ -327,7 +336,7 @@ def _loss_of(folder: Path) -> float | None:
     try:
         loss = json.loads((folder / _MANIFEST_FILE).read_text(encoding="utf-8"))["validation_loss"]
         return None if loss is None else float(loss)
-    except (OSError, ValueError, KeyError, TypeError):
+    except _UNREADABLE:
         return None
 
 

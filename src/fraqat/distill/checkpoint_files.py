@@ -123,7 +123,7 @@ class SavedTensor:
             if sum(len(part) for part in found) != max(0, stop - start):
                 raise DamagedError(f"rows {start} to {stop} of {self._name} are not all there")
             return torch.cat(found) if found else torch.empty(0, *shape[1:])
-        except (SafetensorError, OSError, IndexError, KeyError) as error:
+        except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
             raise DamagedError(f"{self._name} cannot be read: {error}") from error
 
 
