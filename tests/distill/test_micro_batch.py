@@ -48,11 +48,10 @@ def test_pieces_give_the_gradients_of_the_whole_batch(make_distiller, num_splits
     log = RunLog(distiller.folder, tensorboard=False)
     stage = distiller._enter_stage(log)
     log.close()
-    stream = iter(distiller.stream)
-    parts = [next(stream) for _ in range(accumulation)]
+    parts = list(distiller.stream.next_parts())
     losses, gradients = [], []
     for pieces in (1, num_splits):
-        losses.append(distiller._add_gradients(parts, stage, pieces))
+        losses.append(distiller._gradients_of_parts(parts, stage, pieces))
         gradients.append([p.grad.clone() for p in distiller.student.parameters()])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     for whole, split in zip(*gradients, strict=True):
