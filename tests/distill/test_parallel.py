@@ -96,9 +96,11 @@ OTHER_RUN = {"validate_every": 4}
 STOP = {"stop_after": 5}
 MOVED = ("averaged", "eight-bit")
 """Cases that one process begins and two go on with, and the other way round; the second folder has its own name."""
-REORDERED = 2e-3
-"""Bound of a weight's difference where gradients are added in another order: a code that falls to the other side of a rounding
-changes what comes after it."""
+REORDERED = 1e-4
+"""Bound of a weight's difference where gradients are added in another order, or the optimizer's vectors end elsewhere (unequal
+rows): a code on the other side of a rounding changes what follows."""
+EIGHT_BIT_REORDERED = 0.1
+"""The same with 8-bit Adam, whose state is rounded too: ten steps of a weight."""
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +133,9 @@ def test_two_processes_train_what_one_trains(job: Job, two: Path, alone: Any) ->
     wanted, wanted_losses = alone(name, **changes)
     first, second = results(two, job, 2)
     assert_close(second, first, 0.0)
-    is_reordered = changes == MORE_PARTS
+    is_reordered = bool(changes)
     assert_close(first, wanted, REORDERED if is_reordered else 0.0)
-    assert losses(two / job_folder(*job)) == pytest.approx(wanted_losses, rel=1e-2 if is_reordered else 0.0)
+    assert losses(two / job_folder(*job)) == pytest.approx(wanted_losses, rel=1e-3 if is_reordered else 0.0)
 
 
 @pytest.mark.slow
@@ -145,8 +147,9 @@ def test_four_processes_train_what_one_trains(tmp_path: Path, alone: Any) -> Non
         first, *others = results(tmp_path, job, 4)
         for other in others:
             assert_close(other, first, 0.0)
-        assert_close(first, wanted, REORDERED)
-        assert losses(tmp_path / job_folder(*job)) == pytest.approx(wanted_losses, rel=1e-2)
+        bound = EIGHT_BIT_REORDERED if name == "eight-bit" else REORDERED
+        assert_close(first, wanted, bound)
+        assert losses(tmp_path / job_folder(*job)) == pytest.approx(wanted_losses, rel=10 * bound)
 
 
 @pytest.mark.parametrize("name", MOVED)
