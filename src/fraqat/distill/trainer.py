@@ -95,6 +95,7 @@ class Distiller:
         self.student = student
         self.on_step, self.on_phase, self.say, self.warn = on_step, on_phase, say, warn
         self.device = next(student.parameters()).device
+        self._settings = dict(fingerprint or {})
         self.store = CheckpointStore(
             folder / "checkpoints",
             {**(fingerprint or {}), "models": {"teacher": identity(teacher), "student": type(student).__name__}},
@@ -162,7 +163,7 @@ class Distiller:
             self.step,
             tensorboard=spec.tensorboard,
             wandb=spec.wandb,
-            settings=self.store.fingerprint,
+            settings=self._settings,
             writes=self.workers.is_first,
         )
         if self.recovery.pending is not None:
