@@ -20,6 +20,20 @@ settings.load_profile("laws")
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz-minutes", type=float, default=5.0, help="time of every target of `-m fuzz`")
+    parser.addoption("--fault-trials", type=int, default=20, help="trials of `-m faults`; see benchmarks/faults.py")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Long runs are left out unless `-m` names them."""
+    chosen = config.getoption("-m")
+    left_out = [item for item in items for name in ("faults", "fuzz") if name in item.keywords and name not in chosen]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Encoded data goes to a folder of the test session, not to the user's."""

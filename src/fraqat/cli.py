@@ -21,16 +21,20 @@ from rich.console import Console
 from fraqat import __version__, workflows
 from fraqat.config import METHODS, Recipe, load_recipe, recipe_names
 from fraqat.data.bad_samples import SkippedSamplesWarning
+from fraqat.data.encoded import DamagedShardWarning
+from fraqat.data.worker_watch import WorkerRestartWarning
 from fraqat.distill import is_first_process
 from fraqat.errors import FraqatError, VerificationError, config_error
 from fraqat.export import TARGETS
 from fraqat.planning import DEVICES, THIS_MACHINE, PlanOptions, Sharding
+from fraqat.printable import printable
 from fraqat.table import Table
 from fraqat.workflows import AnalysisKind, RunFolder
 from fraqat.workflows.comparing import DEFAULT_METHODS, CompareOptions
 from fraqat.workflows.console import ConsoleProgress, print_table
 from fraqat.workflows.verifying import NUM_BATCHES
 
+_SHOWN_WARNINGS = (SkippedSamplesWarning, DamagedShardWarning, WorkerRestartWarning)
 app = typer.Typer(
     name="fraqat",
     no_args_is_help=True,
@@ -39,9 +43,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Quantization-aware training of generative models by fractional bit widths, down to 4-bit weights and 8-bit "
     "activations. Start with [bold]fraqat demo[/bold].",
-    epilog="Exit codes: 0 done, 1 our own error, 2 impossible recipe or argument, 3 model, run or export missing, damaged "
-    "or unsafe, 4 checkpoint damaged or of another run, 5 loss not finite, 6 place not writable or taken, 7 export "
-    "not within its bound, 130 Ctrl-C, 143 SIGTERM.",
+    epilog="Exit codes: 0 done, 1 our own error, 2 impossible recipe or argument, 3 model, data, run or export "
+    "missing, damaged or unsafe, 4 checkpoint damaged or of another run, 5 loss not finite, 6 place not writable or "
+    "taken, 7 export not within its bound, 8 out of memory, 9 run stalled, 10 its process is gone, 130 Ctrl-C, 143 SIGTERM.",
 )
 _errors = Console(stderr=True, highlight=False, soft_wrap=True)
 _output = Console(highlight=False)
@@ -78,7 +82,7 @@ def demo(
     tables, page = workflows.demo(out, ConsoleProgress(_errors, quiet), tuple(settings or ()))
     _print_tables(tables, as_json, page=str(page))
     if not as_json:
-        _output.print(f"Page: {page}", markup=False)
+        _output.print(f"Page: {printable(str(page), '')}", markup=False)
 
 
 @app.command()
@@ -105,6 +109,15 @@ def train(
     run = workflows.train(resolved, out, ConsoleProgress(_errors, quiet), with_baselines=baselines)
     if is_first_process():
         _print_tables([_result_table(run)], as_json)
+
+
+@app.command()
+def status(run: RunArgument, as_json: JsonOption = False) -> None:
+    """Say whether a run lives: step, time left, last checkpoint. Exit code 9 if it is stalled, 10 if its process is gone."""
+    found = workflows.status(RunFolder.open(run))
+    _print_tables([found.to_table()], as_json)
+    if found.exit_code:
+        raise typer.Exit(found.exit_code)
 
 
 @app.command()
@@ -250,7 +263,7 @@ def generate(
         source, tuple(prompt), out, ConsoleProgress(_errors, quiet), seed=seed, changes=changes, overwrite=overwrite
     )
     for path in paths:
-        _output.print(str(path), markup=False)
+        _output.print(printable(str(path), ""), markup=False)
 
 
 @app.command()
@@ -302,7 +315,7 @@ def verify(
     tables = [found.summary, found.layers] if show_layers or as_json else [found.summary]
     _print_tables(tables, as_json, holds=found.holds, samples=[str(path) for path in found.samples])
     for path in () if as_json else found.samples:
-        _output.print(str(path), markup=False)
+        _output.print(printable(str(path), ""), markup=False)
     if not found.holds:
         raise VerificationError(
             f"{exported} does not compute what was trained within the bounds of its target; the first layer that parts is "
@@ -392,12 +405,13 @@ def _options(
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="(diffusers|transformers|huggingface_hub)")
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # RMS norms under autocast
-    warnings.filterwarnings("always", category=SkippedSamplesWarning)
+    for category in _SHOWN_WARNINGS:
+        warnings.filterwarnings("always", category=category)
     shown_by_python = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **where: Any) -> None:
-        if issubclass(category, SkippedSamplesWarning):
-            _errors.print(f"warning: {message}", style="yellow", markup=False)
+        if issubclass(category, _SHOWN_WARNINGS):
+            _errors.print(f"warning: {printable(str(message))}", style="yellow", markup=False)
         else:
             shown_by_python(message, category, *place, **where)
 
@@ -409,7 +423,7 @@ def main() -> None:
     try:
         app()
     except FraqatError as error:
-        _errors.print(f"error: {error}", style="red", markup=False)
+        _errors.print(f"error: {printable(str(error))}", style="red", markup=False)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         _errors.print("stopped", style="red")

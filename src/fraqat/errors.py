@@ -26,6 +26,12 @@ class ModelError(FraqatError, ValueError):
     exit_code = 3
 
 
+class DataError(FraqatError):
+    """Training data that is missing, damaged or does not come: a shard, or a worker process that hangs."""
+
+    exit_code = 3
+
+
 class CheckpointError(FraqatError):
     """A training checkpoint that cannot be written or read, or that belongs to another run."""
 
@@ -48,6 +54,12 @@ class VerificationError(FraqatError):
     """An export that does not compute what was trained, within its bound."""
 
     exit_code = 7
+
+
+class DeviceMemoryError(FraqatError):
+    """The device's memory does not hold a training step. The message says what would make it fit."""
+
+    exit_code = 8
 
 
 class InterruptedRunError(FraqatError):

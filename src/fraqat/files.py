@@ -154,6 +154,11 @@ def explain_os_errors(path: Path) -> Generator[None]:
                 f"the disk is full while writing {path} ({free / 1e6:.0f} MB free): files saved earlier are untouched. "
                 "Fix: free space, then run the same command again."
             ) from error
+        if error.errno == errno.EFBIG:
+            raise OutputError(
+                f"{path} would be larger than a file may be here (ulimit -f, or the file system): files saved earlier are "
+                "untouched. Fix: raise the limit or choose another place, then run the same command again."
+            ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise OutputError(f"no permission to write {path}. Fix: choose a folder that you own.") from error
         if error.errno == errno.EISDIR:

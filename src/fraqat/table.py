@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fraqat.printable import printable
+
 
 @dataclass(frozen=True)
 class Table:
@@ -43,7 +45,7 @@ class Table:
         return Table(self.title, tuple(head), tuple(rest), self.notes)
 
     def __str__(self) -> str:
-        cells = [list(self.columns), *self.to_cells()]
+        cells = [[printable(column, "") for column in self.columns], *self.to_cells()]
         widths = self.widths()
         is_number = [all(isinstance(row[i], int | float | None) for row in self.rows) for i in range(len(widths))]
 
@@ -52,11 +54,12 @@ class Table:
             return "  ".join(padded).rstrip()
 
         rule = "  ".join("-" * width for width in widths)
-        return "\n".join([self.title, line(cells[0]), rule, *map(line, cells[1:]), *self.notes])
+        title, *notes = (printable(text) for text in (self.title, *self.notes))
+        return "\n".join([title, line(cells[0]), rule, *map(line, cells[1:]), *notes])
 
 
 def format_value(value: Any) -> str:
-    """Numbers to four significant digits, True and False as yes and no, None as a dash."""
+    """Numbers to four significant digits, True and False as yes and no, None as a dash, text in one line."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -65,4 +68,4 @@ def format_value(value: Any) -> str:
         return f"{value:,}" if abs(value) >= 10_000 else str(value)
     if isinstance(value, float):
         return f"{value:.4g}"
-    return str(value)
+    return printable(str(value), "")

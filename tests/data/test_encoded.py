@@ -11,6 +11,7 @@ import torch
 from fraqat.data import encoded
 from fraqat.data.encoded import EncodedShard, EncodedStore
 from fraqat.data.loader import ShuffledBatches
+from fraqat.errors import DataError
 
 KEY = {"model": "a", "prompts": 6, "size": [8, 8], "dtype": "float32"}
 
@@ -101,3 +102,47 @@ def test_batches_hold_every_row_once(tmp_path: Path) -> None:
     stream = iter(ShuffledBatches(rows, 3, seed=0))
     epoch = torch.cat([next(stream)["latents"], next(stream)["latents"]]).flatten()
     assert sorted(epoch.tolist()) == [0, 1, 2, 3, 4, 5]
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_flipped_bit_is_noticed_and_encoded_again_from_there_on(tmp_path: Path) -> None:
+    store = EncodedStore(tmp_path, KEY)
+    store.build(Producer(3))
+    flip(store.folder / "shard-00001.safetensors")
+    again = Producer(3)
+    with pytest.warns(encoded.DamagedShardWarning, match="its checksum does not match"):
+        rows = store.build(again)
+    assert again.made == [1, 2]
+    assert [float(rows[i]["latents"]) for i in range(9)] == list(range(9))
+
+
+def test_a_flipped_bit_in_a_large_store_is_noticed_at_the_first_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoded, "_MAX_IN_MEMORY_BYTES", 0)
+    store = EncodedStore(tmp_path, KEY)
+    store.build(Producer())
+    flip(store.folder / "shard-00001.safetensors")
+    rows = store.open()
+    assert rows is not None
+    assert float(rows[2]["latents"]) == 2
+    with pytest.raises(DataError, match=r"shard-00001.*its checksum does not match.*run the same command again"):
+        rows[3]
+    again = Producer()
+    assert float(store.build(again)[3]["latents"]) == 3
+    assert again.made == [1]
+
+
+def test_names_in_a_manifest_cannot_leave_the_store(tmp_path: Path) -> None:
+    store = EncodedStore(tmp_path, KEY)
+    store.build(Producer())
+    manifest = store.folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("shard-00000", "../../shard-00000"))
+    rows = store.open()
+    assert rows is not None
+    assert {shard._path.parent for shard in rows._shards} == {store.folder}

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fraqat.distill import CheckpointStore
+from fraqat.distill.checkpoint import sealed
 from fraqat.distill.checkpoint_files import DamagedError, Rows, loaded, restore, snapshot
 from fraqat.errors import CheckpointError, OutputError
 
@@ -18,6 +19,12 @@ PART = "part-00000-of-00001.safetensors"
 
 def make_store(folder: Path, warnings: list[str] | None = None, **fingerprint) -> CheckpointStore:
     return CheckpointStore(folder, fingerprint or {"a": 1}, 2, (warnings if warnings is not None else []).append)
+
+
+def replace(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
 
 
 def state(value: float) -> dict:
@@ -46,6 +53,10 @@ def test_latest_state_comes_back_and_old_ones_go(tmp_path: Path) -> None:
         lambda folder: (folder / "state.json").write_text((folder / "state.json").read_text().replace("1", "2")),
         lambda folder: (folder / "manifest.json").write_text("{"),
         lambda folder: (folder / "manifest.json").write_text("[]"),
+        lambda folder: replace(folder / "manifest.json", '"fingerprint"', '"fingerprinu"'),
+        lambda folder: replace(folder / "manifest.json", '"a": 1', '"a": 3'),
+        lambda folder: replace(folder / "manifest.json", '"format_version": 3', '"format_version": 6'),
+        lambda folder: replace(folder / "manifest.json", "manifest_sha256", "manifest_sha257"),
         lambda folder: (folder / "manifest.json").unlink(),
     ],
 )
@@ -84,7 +95,7 @@ def test_a_pickle_is_never_run(tmp_path: Path) -> None:
     manifest = path.with_name("manifest.json")
     values = json.loads(manifest.read_text())
     values["files"][0]["sha256"] = sha256_of(path)
-    manifest.write_text(json.dumps(values))
+    manifest.write_text(json.dumps(sealed(values)))
     found = make_store(tmp_path / "c").load_latest()
     assert found is not None
     with pytest.raises(DamagedError):
@@ -95,7 +106,8 @@ def test_a_pickle_is_never_run(tmp_path: Path) -> None:
 def test_a_file_outside_of_the_checkpoint_is_never_read(tmp_path: Path) -> None:
     make_store(tmp_path / "c").save(1, state(1))
     manifest = tmp_path / "c" / "step-00000001" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace(PART, "../../elsewhere.safetensors"))
+    values = json.loads(manifest.read_text().replace(PART, "../../elsewhere.safetensors"))
+    manifest.write_text(json.dumps(sealed(values)))
     with pytest.raises(CheckpointError, match="damaged"):
         make_store(tmp_path / "c").load_latest()
 
@@ -109,7 +121,7 @@ def test_another_fingerprint_is_refused(tmp_path: Path) -> None:
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     make_store(tmp_path).save(1, state(1))
     manifest = tmp_path / "step-00000001" / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format_version": 99}))
+    manifest.write_text(json.dumps(sealed({**json.loads(manifest.read_text()), "format_version": 99})))
     with pytest.raises(CheckpointError, match="format 99"):
         make_store(tmp_path).load_latest()
 
@@ -199,7 +211,7 @@ def test_another_version_is_refused_with_both_named(tmp_path: Path) -> None:
     make_store(tmp_path).save(1, state(1))
     manifest = tmp_path / "step-00000001" / "manifest.json"
     values = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps({**values, "versions": {**values["versions"], "fraqat": "0.0.1"}}))
+    manifest.write_text(json.dumps(sealed({**values, "versions": {**values["versions"], "fraqat": "0.0.1"}})))
     with pytest.raises(CheckpointError, match=r"was written by fraqat 0\.0\.1, this is"):
         make_store(tmp_path).load_latest()
 

@@ -34,7 +34,7 @@ def load_recipe(source: str, settings: tuple[str, ...] = ()) -> Recipe:
 def load_values(values: dict[str, Any]) -> Recipe:
     """Validates plain values; see `load_recipe`."""
     task = values.get("task", DEFAULT_TASK)
-    if task not in RECIPE_TYPES:
+    if not isinstance(task, str) or task not in RECIPE_TYPES:
         names = ", ".join(RECIPE_TYPES)
         raise config_error("task", task, allowed=names, fix=f"choose one of {names}")
     recipe_type = RECIPE_TYPES[task]

@@ -30,6 +30,7 @@ from fraqat.nn import (
     WeightSpec,
 )
 from fraqat.numerics import RangeMethod
+from fraqat.printable import printable
 from fraqat.schedules import ScheduleKind, ScheduleSpec, StageUnit
 from fraqat.tasks import ModelSpec
 
@@ -38,6 +39,7 @@ ORIGINAL = "original"
 
 _BASELINE_SECTIONS = ("quantization", "schedule", "train")
 _SHARED_TRAIN_FIELDS = ("batch_size", "seed", "epochs", "losses", "teacher")
+_LONGEST_NAME = 100  # of folders; file systems take 255 bytes
 _ANY_LAYER = LayerPlace("any", "Linear", (32, 1024))
 # What does not change the trained weights is left out of the fingerprint that a checkpoint must share.
 _FREE_TRAIN_FIELDS = (
@@ -49,6 +51,10 @@ _FREE_TRAIN_FIELDS = (
     "tensorboard",
     "log_code_flips",
     "parallel",
+    "on_non_finite",
+    "on_out_of_memory",
+    "profile",
+    "wandb",
 )
 
 
@@ -144,6 +150,10 @@ class Recipe(BaseModel, ABC):
             raise config_error(
                 "name", self.name, allowed=f"a name whose last part is not empty, . or {ORIGINAL}", fix="rename it"
             )
+        if printable(self.name, "") != self.name or len(self.name) > _LONGEST_NAME:
+            raise config_error(
+                "name", self.name, allowed=f"up to {_LONGEST_NAME} characters that can be seen", fix="rename it"
+            )
         target = self.quantization.final_bits
         stages = self.schedule.lengths(target)
         kind = self.schedule.kind
@@ -193,6 +203,13 @@ class Recipe(BaseModel, ABC):
         if name in ("", ".", "..", ORIGINAL, self.label) or "/" in name or "\\" in name:
             raise config_error(
                 "baselines", name, allowed=f"a name without slashes, not {ORIGINAL} or {self.label}", fix="rename it"
+            )
+        if printable(name, "") != name or len(name) > _LONGEST_NAME:
+            raise config_error(
+                "baselines",
+                name,
+                allowed=f"names of up to {_LONGEST_NAME} characters that can be seen",
+                fix="rename it",
             )
         changes = self.baselines[name]
         foreign = sorted(set(changes) - set(_BASELINE_SECTIONS))

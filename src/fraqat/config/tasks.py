@@ -61,7 +61,7 @@ class ImageRecipe(Recipe):
         uses_levels = self.sampler.timesteps in ("sampler", "auto")  # `auto` may stand for it
         kept = (*_TRAINED_SAMPLER_FIELDS, *(_PATH_SAMPLER_FIELDS if self._of_paths or uses_levels else ()))
         values["sampler"] = {name: values["sampler"][name] for name in kept}
-        for name in ("num_workers", "encode_batch_size"):
+        for name in ("num_workers", "worker_timeout_s", "encode_batch_size"):
             del values["data"][name]
         return values
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -17,6 +18,7 @@ from fraqat.data.loader import SampleSource, SampleStream
 from fraqat.data.pictures import decode_image, to_model_range
 from fraqat.data.records import FOLDER, RecordsSpec, check_records, describe_records, get_field
 from fraqat.data.samples import IndexedSamples, Sample, SampleSet, open_samples
+from fraqat.data.worker_watch import WorkerSpec
 from fraqat.errors import check_seed, config_error
 from fraqat.nn import STRICT_KEYS
 
@@ -48,6 +50,7 @@ class DataSpec:
         caption_choice: Of a row with several captions: the `first`, or one that `seed` decides (`seeded`).
         min_image_side: Smallest side of a stored picture in pixels; None asks for half of the smaller side of the result.
         num_workers: Processes that read and decode stored rows; 0 does it in the main one.
+        worker_timeout_s: A worker process that gives nothing for so long is ended, and another one begins at the same sample.
         encode_batch_size: Samples that autoencoder and text encoders compute at a time.
         cache: Encode everything once and keep it on disk; false encodes batch by batch and keeps the encoders in memory.
     """
@@ -66,6 +69,7 @@ class DataSpec:
     caption_choice: Literal["first", "seeded"] = "first"
     min_image_side: int | None = None
     num_workers: int = 0
+    worker_timeout_s: float = 300.0
     encode_batch_size: int = 32
     cache: bool = True
 
@@ -79,6 +83,8 @@ class DataSpec:
             value = getattr(self, name)
             if value is not None and value < lowest:
                 raise config_error(f"data.{name}", value, allowed=f"{lowest} or more", fix=f"correct data.{name}")
+        if not 0 < self.worker_timeout_s < math.inf:
+            raise config_error("data.worker_timeout_s", self.worker_timeout_s, allowed="more than 0", fix="use 300")
         check_seed("data.seed", self.seed)
         if not 0 <= self.caption_dropout < 1:
             raise config_error("data.caption_dropout", self.caption_dropout, allowed="[0, 1)", fix="use 0.1")
@@ -127,6 +133,10 @@ class CaptionedData:
             self._train, self._validation = _stored(spec, spec.records, height, width)
 
     @property
+    def _workers(self) -> WorkerSpec:
+        return WorkerSpec(self.spec.num_workers, self.spec.worker_timeout_s)
+
+    @property
     def num_train(self) -> int:
         """Training samples, with those that will turn out to be bad."""
         return self.spec.num_train
@@ -146,7 +156,7 @@ class CaptionedData:
     def source(self) -> SampleSource:
         """Batches that are read while training: `image` [N, 3, H, W] float32 in [-1, 1] (not for sampling paths),
         `prompt` and `key` as lists of N texts."""
-        return SampleSource(self._train, self._validation, collate_captioned, num_workers=self.spec.num_workers)
+        return SampleSource(self._train, self._validation, collate_captioned, workers=self._workers)
 
     def prompts(self, num_prompts: int) -> tuple[str, ...]:
         """Held-out prompts for sampling; see `held_out_prompts`."""
@@ -166,7 +176,7 @@ class CaptionedData:
         return values
 
     def _pass(self, samples: SampleSet, after: int) -> Iterator[CaptionedSample]:
-        stream = SampleStream(samples, None, num_epochs=1, num_workers=self.spec.num_workers, after=after)
+        stream = SampleStream(samples, None, num_epochs=1, workers=self._workers, after=after)
         for sample in stream:
             image = None if sample["image"] is None else _as_float(sample["image"])
             yield CaptionedSample(sample["key"], image, sample["prompt"], sample["place"])

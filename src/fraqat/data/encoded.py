@@ -1,15 +1,18 @@
 """Encoded samples on disk: computed once, found again by a key over everything that they were computed from.
 
-A store is a folder `DIGEST/` with `shard-00000.safetensors`, ... and `manifest.json`. A shard holds columns with one value per
-row, and shared columns that several rows point to (the text embedding of a prompt that gives several training rows).
+A store is a folder `DIGEST/` with `shard-00000.safetensors`, ... and `manifest.json` with size and checksum of each. A shard
+holds columns with one value per row, and shared columns that several rows point to (the text embedding of a prompt that gives
+several training rows).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,10 +23,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fraqat.errors import OutputError
-from fraqat.files import explain_os_errors, folder_lock, save_tensors, write_json_atomic
+from fraqat.errors import DataError, OutputError
+from fraqat.files import explain_os_errors, folder_lock, save_tensors, sha256_of, write_json_atomic
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _ROW, _SHARED, _INDEX, _CONSTANT = "row.", "shared.", "shared_index", "constant."
 _MANIFEST = "manifest.json"
 _MAX_IN_MEMORY_BYTES = 2**31
@@ -56,13 +59,18 @@ class EncodedShard:
 class EncodedRows(Dataset[dict[str, Tensor]]):
     """The rows of all shards of a store, read from disk when they are asked for, or held in memory when they are small.
 
+    A shard's checksum is compared when it is read for the first time.
+
     Args:
-        paths: Shard files.
+        shards: Files and their SHA-256.
+
+    Raises:
+        DataError: A shard that is read at once, because all are small, is damaged.
     """
 
-    def __init__(self, paths: list[Path]):
-        in_memory = sum(path.stat().st_size for path in paths) <= _MAX_IN_MEMORY_BYTES
-        self._shards = [_ShardReader(path, in_memory) for path in paths]
+    def __init__(self, shards: Mapping[Path, str]):
+        in_memory = sum(path.stat().st_size for path in shards) <= _MAX_IN_MEMORY_BYTES
+        self._shards = [_ShardReader(path, digest, in_memory) for path, digest in shards.items()]
         self._ends = [sum(len(s) for s in self._shards[: i + 1]) for i in range(len(self._shards))]
 
     def __len__(self) -> int:
@@ -85,9 +93,23 @@ class EncodedRows(Dataset[dict[str, Tensor]]):
         return [{name: torch.stack([row[name] for row in part]) for name in part[0]} for part in parts]
 
 
+class DamagedShardWarning(UserWarning):
+    """An encoded shard was damaged and is computed again."""
+
+
+def _damaged(path: Path, reason: str) -> DataError:
+    return DataError(
+        f"the encoded shard {path} is missing or damaged: {reason}. Fix: run the same command again, which encodes anew "
+        f"what is damaged; delete {path.parent} if that does not help."
+    )
+
+
 class _ShardReader:
-    def __init__(self, path: Path, in_memory: bool):
-        self._path = path
+    def __init__(self, path: Path, digest: str, in_memory: bool):
+        self._path, self._digest = path, digest
+        self._is_checked = False
+        if in_memory:
+            self._check()
         with safe_open(path, framework="pt") as stream:
             self._names = list(stream.keys())
             self._index: Tensor = stream.get_tensor(_INDEX)
@@ -102,10 +124,28 @@ class _ShardReader:
         places |= {name: shared for name in self._names if name.startswith(_SHARED)}
         if self._held:
             return {name.partition(".")[2]: self._held[name][place] for name, place in places.items()}
-        with safe_open(self._path, framework="pt") as stream:
-            return {
-                name.partition(".")[2]: stream.get_slice(name)[place : place + 1][0] for name, place in places.items()
-            }
+        self._check()
+        try:
+            with safe_open(self._path, framework="pt") as stream:
+                return {
+                    name.partition(".")[2]: stream.get_slice(name)[place : place + 1][0]
+                    for name, place in places.items()
+                }
+        except (OSError, SafetensorError) as error:
+            raise _damaged(self._path, str(error)) from error
+
+    def _check(self) -> None:
+        if self._is_checked:
+            return
+        try:
+            is_whole = sha256_of(self._path) == self._digest
+        except OSError as error:
+            raise _damaged(self._path, str(error)) from error
+        if not is_whole:
+            with suppress(OSError):  # so that the next start finds it missing, whatever its size
+                self._path.replace(self._path.with_name(f"damaged-{self._path.name}"))
+            raise _damaged(self._path, "its checksum does not match")
+        self._is_checked = True
 
     def constants(self) -> dict[str, Tensor]:
         with safe_open(self._path, framework="pt") as stream:
@@ -130,12 +170,15 @@ class EncodedStore:
         """The rows, or None where they are missing, unfinished or damaged."""
         try:
             manifest = json.loads((self.folder / _MANIFEST).read_text(encoding="utf-8"))
-            paths = [self.folder / name for name in manifest["shards"]]
+            listed = {self.folder / Path(name).name: entry for name, entry in manifest["shards"].items()}
             is_whole = manifest["key"] == json.loads(json.dumps(self.key)) and all(
-                path.stat().st_size == size for path, size in zip(paths, manifest["shards"].values(), strict=True)
+                path.stat().st_size == entry["num_bytes"] for path, entry in listed.items()
             )
-            return EncodedRows(paths) if is_whole else None
-        except (OSError, ValueError, KeyError, SafetensorError):
+            return EncodedRows({path: entry["sha256"] for path, entry in listed.items()}) if is_whole else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
+            return None
+        except DataError as error:
+            warnings.warn(f"{error} It is encoded again.", DamagedShardWarning, stacklevel=2)
             return None
 
     def build(self, make_shards: Callable[[int], Iterator[EncodedShard]]) -> EncodedRows:
@@ -160,15 +203,15 @@ class EncodedStore:
         if (self.folder / _MANIFEST).exists():  # finished by another process in the meantime, or damaged
             if (rows := self.open()) is not None:
                 return rows
-            for path in self._shard_paths():
-                path.unlink()
-            (self.folder / _MANIFEST).unlink()
+            self._keep_sound_shards()
         for number, shard in enumerate(make_shards(self._num_whole_shards()), self._num_whole_shards()):
             part = self.folder / f"part-{number:05d}"
             with explain_os_errors(self.folder):
                 save_tensors(shard.to_tensors(), part)
                 part.replace(self._shard_path(number))
-        shards = {path.name: path.stat().st_size for path in self._shard_paths()}
+        shards = {
+            path.name: {"num_bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in self._shard_paths()
+        }
         write_json_atomic(self.folder / _MANIFEST, {"key": self.key, "shards": shards})
         rows = self.open()
         if rows is None or not len(rows):
@@ -177,6 +220,21 @@ class EncodedStore:
                 "folder, check that the data has samples, and start again."
             )
         return rows
+
+    def _keep_sound_shards(self) -> None:
+        """Removes the manifest and all shards from the first damaged one on."""
+        try:
+            listed = json.loads((self.folder / _MANIFEST).read_text(encoding="utf-8"))["shards"]
+            digests = {name: entry["sha256"] for name, entry in listed.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            digests = {}
+        is_sound = True
+        for number in range(max(len(digests), len(self._shard_paths()))):
+            path = self._shard_path(number)
+            is_sound = is_sound and path.exists() and sha256_of(path) == digests.get(path.name)
+            if not is_sound:
+                path.unlink(missing_ok=True)
+        (self.folder / _MANIFEST).unlink()
 
     def _num_whole_shards(self) -> int:
         number = 0

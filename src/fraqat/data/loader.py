@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, default_collate
 
 from fraqat.data.bad_samples import BadSamples
 from fraqat.data.samples import Outcome, Sample, SampleSet, Ticket, TicketOrder
+from fraqat.data.worker_watch import DEFAULT_WORKERS, WorkerSpec, watched
 from fraqat.errors import CheckpointError, ConfigError, config_error
 
 
@@ -140,7 +141,7 @@ class SampleStream:
         samples: Where they come from.
         seed: Decides the order of every pass; None is the stored order.
         num_epochs: Passes; None goes on without end.
-        num_workers: Processes that read and decode; 0 does it here.
+        workers: Processes that read and decode.
         after: In stored order only: begin after the row with this place.
     """
 
@@ -150,22 +151,25 @@ class SampleStream:
         seed: int | None,
         *,
         num_epochs: int | None,
-        num_workers: int = 0,
+        workers: WorkerSpec = DEFAULT_WORKERS,
         after: int = -1,
     ):
         self._bad: BadSamples = samples.count_bad()
-        self._num_workers = num_workers
-        self._loader = _stateful_loader(
+        self._workers = workers
+        self._make_loader = lambda: _stateful_loader(
             _Fetcher(samples),
             batch_size=None,
             sampler=_Tickets(lambda: samples.order(seed, num_epochs=num_epochs, after=after)),
-            num_workers=num_workers,
+            num_workers=workers.num_workers,
+            timeout=workers.poll_s,
             collate_fn=_as_it_is,
         )
+        self._loader = self._make_loader()
 
     def __iter__(self) -> Iterator[Sample]:
         outcome: Outcome
-        for outcome in self._loader:
+        for loader, outcome in watched(self._loader, self._make_loader, self._workers):
+            self._loader = loader
             self._bad.add(outcome.epoch, outcome.key, outcome.reason)
             if outcome.sample is not None:
                 yield {"key": outcome.key, "place": outcome.place, **outcome.sample}
@@ -174,7 +178,7 @@ class SampleStream:
     def state_dict(self) -> dict[str, Any]:
         """The place after the last sample that was given out, and the count of bad ones."""
         return {
-            "num_workers": self._num_workers,
+            "num_workers": self._workers.num_workers,
             "loader": self._loader.state_dict(),
             "bad": self._bad.state_dict(),
         }
@@ -185,10 +189,10 @@ class SampleStream:
         Raises:
             CheckpointError: The state is of another number of workers.
         """
-        if state["num_workers"] != self._num_workers:
+        if state["num_workers"] != self._workers.num_workers:
             raise CheckpointError(
-                f"data.num_workers = {self._num_workers}, but the checkpoint was made with {state['num_workers']}: its place "
-                f"in the data is counted by worker. Fix: set data.num_workers: {state['num_workers']}."
+                f"data.num_workers = {self._workers.num_workers}, but the checkpoint was made with {state['num_workers']}: "
+                f"its place in the data is counted by worker. Fix: set data.num_workers: {state['num_workers']}."
             )
         self._bad.load_state_dict(state["bad"])
         self._loader.load_state_dict(state["loader"])
@@ -204,7 +208,7 @@ class SampleBatches:
         batch_size: Samples per batch.
         seed: Decides the order of every pass.
         collate: Makes a batch of samples.
-        num_workers: Processes that read and decode.
+        workers: Processes that read and decode.
     """
 
     def __init__(
@@ -214,9 +218,9 @@ class SampleBatches:
         seed: int,
         collate: Callable[[Sequence[Sample]], dict[str, Any]],
         *,
-        num_workers: int = 0,
+        workers: WorkerSpec = DEFAULT_WORKERS,
     ):
-        self._stream = SampleStream(samples, seed, num_epochs=None, num_workers=num_workers)
+        self._stream = SampleStream(samples, seed, num_epochs=None, workers=workers)
         self._batch_size, self._collate = batch_size, collate
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -246,7 +250,7 @@ class SampleSource:
         train: Samples that the student learns from.
         validation: Samples that it never sees.
         collate: Makes a batch of samples.
-        num_workers: Processes that read and decode.
+        workers: Processes that read and decode.
     """
 
     def __init__(
@@ -255,10 +259,10 @@ class SampleSource:
         validation: SampleSet,
         collate: Callable[[Sequence[Sample]], dict[str, Any]],
         *,
-        num_workers: int = 0,
+        workers: WorkerSpec = DEFAULT_WORKERS,
     ):
         self.train, self.validation = train, validation
-        self._collate, self._num_workers = collate, num_workers
+        self._collate, self._workers = collate, workers
 
     @property
     def num_train(self) -> int:
@@ -279,7 +283,7 @@ class SampleSource:
         """
         if batch_size > self.num_train:
             raise _batch_error(batch_size, self.num_train)
-        return SampleBatches(self.train, batch_size, seed, self._collate, num_workers=self._num_workers)
+        return SampleBatches(self.train, batch_size, seed, self._collate, workers=self._workers)
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Whole batches in the training samples."""
@@ -294,7 +298,7 @@ class SampleSource:
         return self._batches(self.train, batch_size, num_samples)
 
     def _batches(self, samples: SampleSet, batch_size: int, num_samples: int | None) -> list[dict[str, Any]]:
-        stream = SampleStream(samples, None, num_epochs=1, num_workers=self._num_workers)
+        stream = SampleStream(samples, None, num_epochs=1, workers=self._workers)
         first = list(itertools.islice(stream, num_samples))
         return [self._collate(first[i : i + batch_size]) for i in range(0, len(first), batch_size)]
 

@@ -12,6 +12,7 @@ from fraqat.distill.task import Batch, BatchStream, DistillTask, Prediction
 from fraqat.distill.teacher import StoredWeight, TeacherMemory, hold_teacher_, share_frozen_, store_weights_
 from fraqat.distill.trainer import Distiller, DistillResult
 from fraqat.distill.validation import validation_loss
+from fraqat.distill.watch_spec import NonFiniteSpec, ProfileSpec, WandbSpec
 from fraqat.distill.workers import ALONE, Workers, current_workers, is_first_process, joined
 
 __all__ = [
@@ -32,14 +33,17 @@ __all__ = [
     "FlipCount",
     "HostOptimizer",
     "LossSpec",
+    "NonFiniteSpec",
     "ParallelSpec",
     "Prediction",
+    "ProfileSpec",
     "StepRecord",
     "StoredWeight",
     "TeacherMemory",
     "TeacherSpec",
     "TrainOptimizer",
     "TrainSpec",
+    "WandbSpec",
     "Workers",
     "autocast",
     "autocast_dtype",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,9 +18,10 @@ from fraqat.distill.workers import ALONE, Workers
 from fraqat.errors import CheckpointError, FraqatError, OutputError
 from fraqat.files import explain_os_errors, remove_leftovers, save_tensors, sha256_of, sync_folder, write_json_atomic
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _STATE_FILE = "state.json"
 _MANIFEST_FILE = "manifest.json"
+_SEAL = "manifest_sha256"
 _VERSIONS = ("fraqat", "torch")
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 """What damaged JSON leads to."""
@@ -241,7 +243,7 @@ class CheckpointStore:
                     "files": entries,
                     "fingerprint": self.fingerprint,
                 }
-                write_json_atomic(writing.folder / _MANIFEST_FILE, manifest)
+                write_json_atomic(writing.folder / _MANIFEST_FILE, sealed(manifest))
                 sync_folder(writing.folder)
                 old = target.with_name(f".{target.name}.old")  # what `remove_leftovers` puts back
                 if target.exists():
@@ -262,6 +264,8 @@ class CheckpointStore:
             step, version = int(manifest["step"]), manifest["format_version"]
         except _UNREADABLE as error:
             raise DamagedError(f"its manifest cannot be read: {error}") from error
+        if manifest != sealed(manifest) and (version != 1 or _SEAL in manifest):  # format 1 had no seal
+            raise DamagedError("its manifest does not match its checksum")
         if version != FORMAT_VERSION:
             raise CheckpointError(
                 f"{folder} has format {version}, this program reads {FORMAT_VERSION}. Fix: use its version."
@@ -310,6 +314,15 @@ class CheckpointStore:
 
 def _name(step: int) -> str:
     return f"step-{step:08d}"
+
+
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with a checksum of everything else in it.
+
+    Without it, a flipped bit in a setting would look like another recipe, and would not lead to the checkpoint before.
+    """
+    rest = {key: value for key, value in manifest.items() if key != _SEAL}
+    return {**rest, _SEAL: hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
 def _make_empty(folder: Path) -> None:

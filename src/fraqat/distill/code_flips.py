@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
-from types import TracebackType
-from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -80,14 +77,14 @@ class CodeFlips:
 
 
 class CodeFlipLog:
-    """Writes the event `codes` to `log.jsonl`, and shares to TensorBoard as the run `codes`, every `validate_every` steps.
+    """Writes the event `codes` to the log, and its shares as scalars, every `validate_every` steps.
 
     Where the width changes, and where an interrupted run goes on, counting starts at that step; `since_step` of an event says
-    with what it compares. Does nothing unless `train.log_code_flips`. Use it as a context.
+    with what it compares. Does nothing unless `train.log_code_flips`.
 
     Args:
         model: The student.
-        spec: `log_code_flips`, `validate_every`, `tensorboard`.
+        spec: `log_code_flips`, `validate_every`.
         log: Of the run.
     """
 
@@ -95,17 +92,6 @@ class CodeFlipLog:
         self._flips = CodeFlips(model) if spec.log_code_flips else None
         self._every, self._log = spec.validate_every, log
         self._since = 0
-        has_writer = self._flips is not None and spec.tensorboard and find_spec("tensorboard") is not None
-        self._writer = _summary_writer(log) if has_writer else None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._writer is not None:
-            self._writer.close()
 
     def before_step(self, step: int) -> None:
         """Call it before every optimizer step, once the width is set. `step` counts from 0."""
@@ -121,19 +107,16 @@ class CodeFlipLog:
         counts = self._flips.count()
         total = FlipCount(sum(c.num_codes for c in counts.values()), sum(c.num_changed for c in counts.values()))
         shares = {"all": total.share, **{family: count.share for family, count in counts.items()}}
-        self._log.write_event(
+        self._log.write_shares(
             CODES_EVENT,
             record.step,
+            shares,
             bits=record.bits,
             since_step=self._since,
             num_codes=total.num_codes,
             num_changed=total.num_changed,
-            shares=shares,
         )
         self._since = num_done
-        if self._writer is not None:
-            for family, share in shares.items():
-                self._writer.add_scalar(f"codes/changed_share/{family}", share, num_done)
 
 
 @torch.no_grad()
@@ -147,9 +130,3 @@ def _codes(layer: QuantizedLayer) -> Tensor:
     blocks = blocks.to(torch.promote_types(blocks.dtype, quantizer.grid.compute_dtype))
     codes = encode(blocks, quantizer.qparams(weight), quantizer.grid)
     return torch.nan_to_num(codes, nan=0.0).to(code_dtype(quantizer.grid))
-
-
-def _summary_writer(log: RunLog) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(log.path.parent / "tensorboard" / "codes"))

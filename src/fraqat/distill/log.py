@@ -1,15 +1,15 @@
-"""The record of a run: one JSON object per line, and TensorBoard when it is installed."""
+"""The record of a run: one JSON object per line, and the same scalars in TensorBoard or Weights & Biases."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
-from fraqat.errors import config_error
+from fraqat.distill.scalar_sinks import ScalarSink, TensorBoardSink, WandbSink
+from fraqat.distill.watch_spec import WandbSpec
 from fraqat.files import explain_os_errors, write_text_atomic
 
 LOG_FILE = "log.jsonl"
@@ -19,7 +19,7 @@ LOG_FILE = "log.jsonl"
 class StepRecord:
     """One optimizer step, as logged and as shown in the progress line.
 
-    `step` counts from 0; `stage` from 0; times in milliseconds and seconds.
+    `step` counts from 0; `stage` from 0; times in milliseconds and seconds; `memory_bytes` is the peak so far.
     """
 
     step: int
@@ -32,6 +32,13 @@ class StepRecord:
     gradient_norm: float
     step_ms: float
     left_s: float
+    samples_per_s: float
+    memory_bytes: int
+
+    def scalars(self) -> dict[str, float]:
+        """What is drawn over the steps."""
+        names = ("loss", "bits", "learning_rate", "gradient_norm", "stage", "step_ms", "samples_per_s", "memory_bytes")
+        return {f"train/{name}": getattr(self, name) for name in names}
 
 
 class RunLog:
@@ -42,57 +49,75 @@ class RunLog:
         first_step: Step at which this process begins; later lines of an interrupted process are dropped, so the log of a
             resumed run has every step once.
         tensorboard: Write TensorBoard files too.
+        wandb: Log to Weights & Biases too.
+        settings: Of the run, to be shown there.
         writes: False keeps no record: another process does.
 
     Raises:
-        ConfigError: TensorBoard is wanted and not installed.
+        ConfigError: TensorBoard or Weights & Biases is wanted and not installed.
     """
 
-    def __init__(self, folder: Path, first_step: int = 0, *, tensorboard: bool = True, writes: bool = True):
+    def __init__(
+        self,
+        folder: Path,
+        first_step: int = 0,
+        *,
+        tensorboard: bool = True,
+        wandb: WandbSpec | None = None,
+        settings: Mapping[str, Any] | None = None,
+        writes: bool = True,
+    ):
         self.path = folder / LOG_FILE
         self._stream: TextIO | None = None
-        self._writer: Any = None
+        self._sinks: list[ScalarSink] = []
         if not writes:
             return
         kept = [event for event in read_log(folder) if _is_before(event, first_step)]
         write_text_atomic(self.path, "".join(_line(event) for event in kept))
+        if wandb is not None:
+            self._sinks.append(WandbSink(wandb, folder, settings or {}))
+        if tensorboard:
+            self._sinks.append(TensorBoardSink(folder / "tensorboard", first_step))
         with explain_os_errors(self.path):
             self._stream = self.path.open("a", encoding="utf-8")
-        self._writer = _summary_writer(folder / "tensorboard", first_step) if tensorboard else None
 
     def write_step(self, record: StepRecord) -> None:
         """Logs one optimizer step."""
         self._write({"event": "step", **asdict(record)})
-        if self._writer is not None:
-            scalars = {"loss": record.loss, "bits": record.bits, "learning_rate": record.learning_rate}
-            for name, value in scalars.items():
-                self._writer.add_scalar(f"train/{name}", value, record.step)
+        self._add(record.scalars(), record.step)
 
     def write_validation(self, step: int, bits: float, loss: float) -> None:
         """Logs the held-out distillation loss after `step` finished steps."""
         self._write({"event": "validation", "step": step, "bits": bits, "loss": loss})
-        if self._writer is not None:
-            self._writer.add_scalar("validation/loss", loss, step)
+        self._add({"validation/loss": loss}, step)
 
     def write_widths(self, step: int, losses: Mapping[float, float]) -> None:
         """Logs the held-out loss after `step` finished steps at every width that is served, the last one as the run's."""
         *others, target = losses
         for bits in others:
             self._write({"event": "width", "step": step, "bits": bits, "loss": losses[bits]})
-            if self._writer is not None:
-                self._writer.add_scalar(f"validation/loss_{bits:g}_bits", losses[bits], step)
+            self._add({f"validation/loss_{bits:g}_bits": losses[bits]}, step)
         self.write_validation(step, target, losses[target])
 
     def write_event(self, event: str, step: int, **fields: Any) -> None:
         """Logs anything else: a stage, a checkpoint, a resumption."""
         self._write({"event": event, "step": step, **fields})
 
+    def write_shares(self, event: str, step: int, shares: Mapping[str, float], **fields: Any) -> None:
+        """Logs an event with `shares`, which are drawn as `EVENT/NAME`."""
+        self.write_event(event, step, **fields, shares=dict(shares))
+        self._add({f"{event}/{name}": share for name, share in shares.items()}, step)
+
     def close(self) -> None:
-        """Flushes and closes both records."""
+        """Flushes and closes all records."""
         if self._stream is not None:
             self._stream.close()
-        if self._writer is not None:
-            self._writer.close()
+        for sink in self._sinks:
+            sink.close()
+
+    def _add(self, scalars: Mapping[str, float], step: int) -> None:
+        for sink in self._sinks:
+            sink.add(scalars, step)
 
     def _write(self, event: dict[str, Any]) -> None:
         if self._stream is None:
@@ -103,16 +128,19 @@ class RunLog:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The events of a run; a last line cut off by a crash is left out."""
+    """The events of a run, up to the first line that is none, as a crash or a full disk leaves it."""
     path = folder / LOG_FILE
     if not path.exists():
         return []
     events: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().split(b"\n"):
         try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:
+            event = json.loads(line)
+        except ValueError:
             break
+        if not isinstance(event, dict) or not isinstance(event.get("step"), int) or "event" not in event:
+            break
+        events.append(event)
     return events
 
 
@@ -124,16 +152,3 @@ def _is_before(event: dict[str, Any], first_step: int) -> bool:
 
 def _line(event: dict[str, Any]) -> str:
     return json.dumps(event) + "\n"
-
-
-def _summary_writer(folder: Path, first_step: int) -> Any:
-    if find_spec("tensorboard") is None:
-        raise config_error(
-            "train.tensorboard",
-            True,
-            allowed="true only where tensorboard is installed",
-            fix="pip install 'fraqat[train]'",
-        )
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=first_step or None)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from fraqat.distill.losses import LossSpec
 from fraqat.distill.precision import Autocast
+from fraqat.distill.watch_spec import NonFiniteSpec, OutOfMemory, ProfileSpec, WandbSpec
 from fraqat.errors import check_seed, config_error
 from fraqat.nn import STRICT_KEYS, EngineSpec, LowRankSpec
 from fraqat.schedules import LearningRateSpec
@@ -134,6 +135,11 @@ class TrainSpec:
         async_checkpoints: Write checkpoints from a copy on the host while training goes on.
         tensorboard: Write TensorBoard files beside `log.jsonl`.
         log_code_flips: Every `validate_every` steps, log which share of the weight codes has changed; needs a byte a weight.
+        on_non_finite: What is done when the loss or a gradient is NaN or infinite.
+        on_out_of_memory: `stop`; `split` computes every part of a batch in halves, quarters, ... until a step fits, with the
+            same batches, noise and global batch size.
+        profile: Steps of which a torch.profiler trace is written to `profile/`; null: none.
+        wandb: Log to Weights & Biases too; null: no.
         calibration_samples: Samples for static activation ranges (the paper: 100).
     """
 
@@ -168,6 +174,10 @@ class TrainSpec:
     async_checkpoints: bool = True
     tensorboard: bool = True
     log_code_flips: bool = False
+    on_non_finite: NonFiniteSpec = field(default_factory=NonFiniteSpec)
+    on_out_of_memory: OutOfMemory = "stop"
+    profile: ProfileSpec | None = None
+    wandb: WandbSpec | None = None
     calibration_samples: int = 100
 
     def __post_init__(self) -> None:
@@ -184,6 +194,7 @@ class TrainSpec:
         _check_choice("train.autocast", self.autocast, Autocast)
         _check_choice("train.optimizer", self.optimizer, OptimizerName)
         _check_choice("train.optimizer_device", self.optimizer_device, OptimizerDevice)
+        _check_choice("train.on_out_of_memory", self.on_out_of_memory, OutOfMemory)
         _check_choice("train.activation_checkpointing", self.activation_checkpointing, CheckpointedModules)
         _check("train.losses", self.losses, len(self.losses) > 0, "at least one term")
         _check("train.betas", self.betas, all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")

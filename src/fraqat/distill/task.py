@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -66,5 +66,18 @@ class DistillTask(Protocol):
             teacher: Without.
             inputs: What both predictions were made from; masks are here.
             terms: At least one.
+        """
+        ...
+
+
+@runtime_checkable
+class SplittableTask(Protocol):
+    """A task whose batches can be computed in smaller pieces than they are drawn in."""
+
+    def split_inputs(self, inputs: Batch, num_parts: int) -> list[tuple[Batch, float]]:
+        """Cuts what `make_inputs` gave into pieces.
+
+        Returns:
+            Each piece, and its share of the loss: the loss of the whole is the sum of shares times losses.
         """
         ...

@@ -19,18 +19,21 @@ from torch.nn.utils import clip_grads_with_norm_
 from fraqat.distill.checkpoint import CheckpointStore, LoadedCheckpoint
 from fraqat.distill.checkpoint_files import DamagedError, loaded
 from fraqat.distill.checkpointing import checkpoint_blocks_
-from fraqat.distill.code_flips import CodeFlipLog
 from fraqat.distill.diagnose import first_non_finite_layer, first_non_finite_parameter
 from fraqat.distill.ema import ParameterAverage
 from fraqat.distill.interrupt import InterruptGuard
 from fraqat.distill.log import RunLog, StepRecord
+from fraqat.distill.memory_use import peak_memory_bytes
+from fraqat.distill.micro_batch import MICRO_BATCH_EVENT, MicroBatch, check_splitting
 from fraqat.distill.models import make_models
 from fraqat.distill.optimizers import make_optimizer
 from fraqat.distill.precision import autocast, autocast_dtype
+from fraqat.distill.recovery import REWIND_EVENT, Recovery
 from fraqat.distill.spec import TrainSpec
 from fraqat.distill.stages import StageChooser
 from fraqat.distill.state import TrainedState, identity
-from fraqat.distill.task import Batch, DistillTask, Prediction
+from fraqat.distill.step_hooks import StepHooks
+from fraqat.distill.task import Batch, DistillTask, Prediction, SplittableTask
 from fraqat.distill.teacher import hold_teacher_
 from fraqat.distill.validation import batch_loss, to_device, validation_loss
 from fraqat.distill.workers import SharedStream, Workers, check_mode, current_workers
@@ -68,6 +71,7 @@ class Distiller:
         folder: Run folder for checkpoints and log.
         fingerprint: Settings that a checkpoint must share to be resumed.
         on_step: Called after every optimizer step, for the progress line.
+        on_phase: Called with `training`, `validating`, `saving` or `resuming` when it begins.
         say: Receives lines about what happens.
         warn: Receives lines that a person should not miss.
         workers: The processes that train together; None: those of torch.distributed, or this one alone. The first one writes
@@ -85,6 +89,7 @@ class Distiller:
         *,
         fingerprint: dict[str, Any] | None = None,
         on_step: Callable[[StepRecord], None] = lambda record: None,
+        on_phase: Callable[[str], None] = lambda phase: None,
         say: Callable[[str], None] = lambda text: None,
         warn: Callable[[str], None] = print,
         workers: Workers | None = None,
@@ -96,8 +101,9 @@ class Distiller:
         self.task, self.stages, self.spec, self.folder = task, StageChooser(schedule), spec, folder
         self.teacher = teacher.eval().requires_grad_(False)
         self.student = student
-        self.on_step, self.say, self.warn = on_step, say, warn
+        self.on_step, self.on_phase, self.say, self.warn = on_step, on_phase, say, warn
         self.device = next(student.parameters()).device
+        self._settings = dict(fingerprint or {})
         self.store = CheckpointStore(
             folder / "checkpoints",
             {**(fingerprint or {}), "models": {"teacher": identity(teacher), "student": type(student).__name__}},
@@ -127,10 +133,13 @@ class Distiller:
         self._state = TrainedState(
             self.models, student, self.optimizer, order, self.average, spec.optimizer == "adamw_8bit"
         )
-        stream = task.train_stream(spec.batch_size // spec.accumulation, spec.seed)
-        self.stream, self._last_part = SharedStream(stream, spec.accumulation, parts), parts[-1]
+        self._parts = parts
+        self.stream = self._new_stream()
         dtype = autocast_dtype(spec.autocast, self.device.type)
         self.precision = "the model's own dtype" if dtype is None else str(dtype).removeprefix("torch.")
+        check_splitting(task, spec.on_out_of_memory, self.workers.num)
+        self.recovery = Recovery(spec.on_non_finite)
+        self.micro_batch = MicroBatch(spec.on_out_of_memory, spec.batch_size // spec.accumulation, warn)
         self.step = 0
         self.bits: float | None = None
         self.train_s = 0.0
@@ -140,14 +149,36 @@ class Distiller:
         """Trains to the end of the schedule and leaves the kept parameters in the student, at the final width.
 
         Raises:
-            NonFiniteLossError: The loss or a gradient became NaN or infinite; the newest checkpoint stays.
+            NonFiniteLossError: The loss, a gradient or a weight became NaN or infinite, and `spec.on_non_finite` says to stop;
+                the newest checkpoint stays.
+            DeviceMemoryError: A step does not fit.
             InterruptedRunError: SIGINT or SIGTERM; a checkpoint was written first.
             CheckpointError, OutputError: See `CheckpointStore`.
         """
+        while True:
+            try:
+                return self._run_from_newest()
+            except NonFiniteLossError as error:
+                self.recovery.after_failure(error, self.step)
+                self.warn(f"{error} Going back to the newest checkpoint (train.on_non_finite).")
+                self.stream = self._new_stream()
+
+    def _run_from_newest(self) -> DistillResult:
         torch.manual_seed(self.spec.seed)
         undo = checkpoint_blocks_(self.student) if self.spec.activation_checkpointing == "blocks" else lambda: None
         self._resume()
-        log = RunLog(self.folder, self.step, tensorboard=self.spec.tensorboard, writes=self.workers.is_first)
+        spec = self.spec
+        log = RunLog(
+            self.folder,
+            self.step,
+            tensorboard=spec.tensorboard,
+            wandb=spec.wandb,
+            settings=self._settings,
+            writes=self.workers.is_first,
+        )
+        if self.recovery.pending is not None:
+            log.write_event(REWIND_EVENT, self.step, **self.recovery.pending)
+            self.recovery.pending = None
         if self.step:
             log.write_event("resume", self.step)
             self.say(f"going on from the checkpoint after step {self.step}")
@@ -155,13 +186,19 @@ class Distiller:
         self.student.train()
         num_named = -1
         try:
-            with InterruptGuard() as guard, CodeFlipLog(self.student, self.spec, log) as flips:
+            with InterruptGuard() as guard, StepHooks(self.student, self.spec, log) as hooks:
+                if self.recovery.wants_first_checkpoint and self.workers.gather([self.store.is_empty])[0][0]:
+                    self._begin_save(log)
+                    self._finish_save(log)
                 while self.step < self.schedule.total_steps:
                     stage = self._enter_stage(log)
-                    flips.before_step(self.step)
+                    hooks.before_step(self.step)
+                    num_splits = self.micro_batch.num_splits
                     record = self._train_step(stage)
+                    if self.micro_batch.num_splits != num_splits:
+                        log.write_event(MICRO_BATCH_EVENT, record.step, samples=self.micro_batch.size)
                     log.write_step(record)
-                    flips.after_step(record)
+                    hooks.after_step(record)
                     if self.integers is not None and self.integers.num_now != num_named:
                         log.write_event("engines", record.step, **self.integers.record())
                         self.say(self.integers.summary())
@@ -176,7 +213,7 @@ class Distiller:
                     if not is_writing:
                         self._finish_save(log)
                     if self.step % self.spec.checkpoint_every == 0 or is_last or signal_number or best is not None:
-                        self._begin_save(log, best)
+                        self._begin_save(log, stage, best)
                     if signal_number:
                         self._finish_save(log)
                         self._leave(signal_number)
@@ -206,7 +243,7 @@ class Distiller:
 
         Of a model that serves several widths, the mean over them.
         """
-        losses = self._validate_widths(log, stage.bits)
+        losses = self._validate_widths(log, stage, stage.bits)
         is_at_target = stage.index + 1 == len(self.schedule) and stage.bits == self.schedule.target_bits
         if not self.spec.keep_best or not (self.schedule.widths or is_at_target):
             return None
@@ -216,6 +253,7 @@ class Distiller:
 
     def validate(self) -> float:
         """Held-out distillation loss of the student, averaged if there is an average."""
+        self.on_phase("validating")
         if self.average is None:
             return self._validation_loss()
         with self.average.applied():
@@ -224,10 +262,10 @@ class Distiller:
         self._refresh_codes()
         return loss
 
-    def _validate_widths(self, log: RunLog, bits: float) -> dict[float, float]:
+    def _validate_widths(self, log: RunLog, stage: Stage, bits: float) -> dict[float, float]:
         """Held-out loss at the present width, or at all that the model serves; the width stays as it is."""
         served = self.schedule.widths or (bits,)
-        losses = {width: self._at_width(width, self.validate) for width in served}
+        losses = {width: self._finite(stage, self._at_width(width, self.validate)) for width in served}
         self._set_bits_(bits)
         log.write_widths(self.step, losses)
         return losses
@@ -282,9 +320,12 @@ class Distiller:
 
     def _train_step(self, stage: Stage) -> StepRecord:
         start = time.perf_counter()
-        learning_rate = self.spec.learning_rate.at(self.step, self.schedule)
+        learning_rate = self.recovery.rate_factor * self.spec.learning_rate.at(self.step, self.schedule)
         self.optimizer.set_learning_rate_(learning_rate)
-        loss, inputs = self._gradients_of_parts(stage)
+        parts = list(self.stream.next_parts())
+        loss, inputs = self.micro_batch.run(
+            lambda num_splits: self._gradients_of_parts(parts, stage, num_splits), self.step
+        )
         if self.integers is not None:
             self.integers.finish_gradients_()
         self.models.collect_gradients_()
@@ -300,29 +341,47 @@ class Distiller:
             self.say(self.stages.choose(self.step, self._losses_of(inputs)))
         return self._record(stage, loss, learning_rate, gradient_norm, 1000 * (time.perf_counter() - start))
 
-    def _gradients_of_parts(self, stage: Stage) -> tuple[float, Batch]:
-        """Leaves the gradient of the whole batch in the parameters, and gives its loss and the inputs of the last part.
+    def _gradients_of_parts(self, parts: list[tuple[int, Batch]], stage: Stage, num_splits: int) -> tuple[float, Batch]:
+        """Leaves the gradient of the whole batch in the parameters, from none; its loss, and the inputs of the last part.
 
         All that is random in a part is drawn from the part's own seed, so that it does not matter which process computes it.
+        Each part can be computed in pieces.
         """
+        self.optimizer.zero_grad()
+        self.models.zero_grad_()
         losses: list[float] = []
         suspect: Batch = {}
         inputs: Batch = {}
         # Gradients are averaged over the processes, each of which sums those of its own parts.
         num_summed = self.spec.accumulation // self.workers.num
-        for part, batch in self.stream.next_parts():
+        for part, batch in parts:
             seed = (self.spec.seed << 32) + self.step * self.spec.accumulation + part
             torch.manual_seed(seed)
-            inputs = to_device(self.task.make_inputs(batch, torch.Generator().manual_seed(seed)), self.device)
-            with self.models.part(is_last=part == self._last_part):
-                loss = self._loss(inputs)
-                (loss / num_summed).backward()
-            if all(math.isfinite(value) for value in losses):
-                suspect = inputs
-            losses.append(loss.item())
+            pieces = self._pieces(self.task.make_inputs(batch, torch.Generator().manual_seed(seed)), num_splits)
+            part_loss = 0.0
+            for number, (piece, share) in enumerate(pieces):
+                inputs = to_device(piece, self.device)
+                if all(math.isfinite(value) for value in (*losses, part_loss)):
+                    suspect = inputs
+                is_last = part == self._parts[-1] and number == len(pieces) - 1
+                with self.models.part(is_last=is_last):
+                    loss = self._loss(inputs)
+                    (loss * share / num_summed if num_splits > 1 else loss / num_summed).backward()
+                part_loss += share * loss.item()
+            losses.append(part_loss)
         told = [value for row in self.workers.gather(losses) for value in row]
         self._check_losses(stage, told, suspect)
         return sum(value / self.spec.accumulation for value in told), inputs
+
+    def _pieces(self, inputs: Batch, num_splits: int) -> list[tuple[Batch, float]]:
+        if num_splits == 1:
+            return [(inputs, 1.0)]
+        assert isinstance(self.task, SplittableTask)
+        return self.task.split_inputs(inputs, num_splits)
+
+    def _new_stream(self) -> SharedStream:
+        stream = self.task.train_stream(self.spec.batch_size // self.spec.accumulation, self.spec.seed)
+        return SharedStream(stream, self.spec.accumulation, self._parts)
 
     def _loss(self, inputs: Batch) -> Tensor:
         with torch.no_grad(), self._autocast():
@@ -349,6 +408,11 @@ class Distiller:
             clip_grads_with_norm_(parameters, self.spec.clip_norm, norm)
         return norm.item()
 
+    def _finite(self, stage: Stage, validation: float) -> float:
+        if not math.isfinite(validation):
+            self._fail(stage, "the validation", f"the held-out loss is {validation}")
+        return validation
+
     def _record(
         self, stage: Stage, loss: float, learning_rate: float, gradient_norm: float, step_ms: float
     ) -> StepRecord:
@@ -366,27 +430,40 @@ class Distiller:
             gradient_norm=gradient_norm,
             step_ms=step_ms,
             left_s=mean_ms / 1000 * (self.schedule.total_steps - self.step),
+            samples_per_s=1000 * self.spec.batch_size / step_ms,
+            memory_bytes=peak_memory_bytes(self.device),
         )
 
     def _finish(self, log: RunLog) -> DistillResult:
-        target = self.schedule.target_bits
+        target, last = self.schedule.target_bits, self.schedule.stages[-1]
         self._set_bits_(target)
-        if self.average is not None:
-            self.average.copy_to_model()
-            self.average = None
+        average, self.average = self.average, None  # the student is the average now
+        if average is not None:
+            average.copy_to_model()
             self._refresh_codes()
         self.student.eval()
-        losses = self._validate_widths(log, target)
+        try:
+            losses = self._validate_widths(log, last, target)
+        except NonFiniteLossError:
+            self.average = average
+            raise
         if self.integers is not None:
             self.integers.release_()
         stages = tuple((stage.bits, stage.num_steps) for stage in self.schedule.stages)
         by_width = {f"{bits:g}": loss for bits, loss in losses.items()}
         return DistillResult(self.step, self.train_s, losses[target], by_width, stages)
 
-    def _begin_save(self, log: RunLog, loss: float | None = None) -> None:
+    def _begin_save(self, log: RunLog, stage: Stage | None = None, loss: float | None = None) -> None:
         """Copies the state; it is written while training goes on, and counts once `_finish_save` has been called."""
+        self.on_phase("saving")
         self._finish_save(log)
+        if stage is not None:
+            names = [name for name in self.workers.gather_text(first_non_finite_parameter(self.student) or "") if name]
+            if names:
+                self._fail(stage, f"the parameter {names[0]}", "a weight is not finite after the update")
         state = {
+            "recovery": self.recovery.state_dict(),
+            "micro_batch": self.micro_batch.state_dict(),
             "step": self.step,
             "train_s": self.train_s,
             **self._state.state_dict(),
@@ -404,6 +481,7 @@ class Distiller:
             log.write_event("checkpoint", step)
 
     def _resume(self) -> None:
+        self.on_phase("resuming")
         checkpoint = self.store.load_latest()
         if checkpoint is None:
             return
@@ -418,8 +496,11 @@ class Distiller:
     def _load(self, checkpoint: LoadedCheckpoint) -> None:
         state = checkpoint.state
         self.step, self.train_s = checkpoint.step, state["train_s"]
-        self.stages.load_state_dict(state.get("stages", self.stages.state_dict()))  # older checkpoints have none
-        self._set_bits_(self.schedule.stage_at(self.step - 1).bits)
+        self.recovery.load_state_dict(state["recovery"])
+        self.micro_batch.load_state_dict(state["micro_batch"])
+        self.stages.load_state_dict(state["stages"])
+        # Before the first step the student still has its final width.
+        self._set_bits_(self.schedule.stage_at(self.step - 1).bits if self.step else self.schedule.target_bits)
         self._state.load_student(state)
         self._refresh_codes()
         self._state.load_rest(state)

@@ -140,7 +140,16 @@ def read_packed(folder: Path) -> PackedModel:
         specs = [_spec_from_json(value) for value in metadata["specs"]]
         layer_specs = {name: specs[index] for name, index in metadata["layers"].items()}
         description = ModelDescription(**metadata["model"])
-    except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        IndexError,
+        AttributeError,
+        OverflowError,
+        SafetensorError,
+    ) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(
@@ -171,7 +180,9 @@ def load_packed_(model: nn.Module, packed: PackedModel) -> nn.Module:
             raise ModelError(
                 f"tensors do not fit: missing {sorted(set(missing) - own)[:3]}, unknown {list(unexpected)[:3]}"
             )
-    except (AttributeError, KeyError, RuntimeError) as error:
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, OverflowError) as error:
+        if isinstance(error, ModelError):
+            raise
         raise ModelError(
             f"the export does not fit {type(model).__name__}: {error}. Fix: use the model it names."
         ) from error

@@ -41,7 +41,7 @@ class Plan:
         communication_s: Seconds that a step waits for other devices.
         total_steps: Of the schedule.
         result: Size of the exported model.
-        advice: What would make it fit, the largest saving first; empty if it fits.
+        advice: What would make it fit, the largest saving first; empty if it fits, unless it was asked for.
     """
 
     device: Device
@@ -122,6 +122,7 @@ def plan_training(
     options: PlanOptions | None = None,
     *,
     float_dtype: torch.dtype = torch.float32,
+    always_advise: bool = False,
 ) -> Plan:
     """Plans a run from one step traced on fake tensors. Nothing is downloaded, and no memory of the model's size is needed.
 
@@ -132,6 +133,7 @@ def plan_training(
         device: See `find_device` and `measure_device`.
         options: Devices and sharding; None is one device.
         float_dtype: Precision of what stays unquantized in the exported file.
+        always_advise: Say what would save memory where it fits, too.
 
     Raises:
         ConfigError: The batch cannot be divided among accumulation and devices, or nothing is quantized or trained.
@@ -164,7 +166,7 @@ def plan_training(
         result=packed_size(workload.student, float_dtype),
     )
     plan = dataclasses.replace(plan, communication_s=_communication_s(trace, plan, train))
-    if plan.fits:
+    if plan.fits and not always_advise:
         return plan
     return dataclasses.replace(plan, advice=_advice(trace, workload, plan, train))
 

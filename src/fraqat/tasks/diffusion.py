@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fraqat.distill import Batch, BatchStream, LossSpec, Prediction, distillation_loss
+from fraqat.distill.micro_batch import shares_of, split_batch
 from fraqat.tasks.conditioning import LATENTS, TIMESTEP, compute_dtype, flattened, nested
 from fraqat.tasks.image_samples import DiffusionSource, drop_captions, open_samples, split_constants
 from fraqat.tasks.noise import NoiseProcess, noise_process
@@ -92,6 +93,11 @@ class DiffusionTask:
     def loss(self, student: Prediction, teacher: Prediction, inputs: Batch, terms: Sequence[LossSpec]) -> Tensor:
         """Weighted distances of the outputs."""
         return distillation_loss(student[OUTPUT], teacher[OUTPUT], terms)
+
+    def split_inputs(self, inputs: Batch, num_parts: int) -> list[tuple[Batch, float]]:
+        """Pieces with their share of the samples."""
+        parts = split_batch(inputs, num_parts, self.shared_arguments)
+        return list(zip(parts, shares_of([len(part[LATENTS]) for part in parts]), strict=True))
 
     @property
     def shared_arguments(self) -> frozenset[str]:

@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 from fraqat.distill import LANGUAGE_LOSSES, Batch, LossSpec, Prediction
+from fraqat.distill.micro_batch import shares_of, split_batch
 from fraqat.distill.next_token import logit_chunks, next_token_kl, token_rows
 from fraqat.errors import ModelError, config_error
 from fraqat.tasks.language_layers import decoder_layers, head_parts
@@ -87,6 +88,12 @@ class LanguageTask(RowTask):
                 value = self._hidden_distance(student, teacher, mask)
             total = total + term.weight * value
         return total
+
+    def split_inputs(self, inputs: Batch, num_parts: int) -> list[tuple[Batch, float]]:
+        """Pieces with their share of the tokens that count."""
+        parts = split_batch(inputs, num_parts)
+        counts = [int(part[MASK].sum()) if MASK in part else part[INPUTS].numel() for part in parts]
+        return list(zip(parts, shares_of(counts), strict=True))
 
     def _hidden_distance(self, student: Prediction, teacher: Prediction, mask: Tensor | None) -> Tensor:
         if not self.spec.hidden_layers:

@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from fraqat.data.loader import RowSource, TensorRows
 from fraqat.data.speech import Speech
 from fraqat.distill import OUTPUT_LOSSES, Batch, LossSpec, Prediction
+from fraqat.distill.micro_batch import shares_of, split_batch
 from fraqat.errors import config_error
 from fraqat.tasks.row_task import BatchSource, RowTask
 from fraqat.tasks.speech_architectures import speech_architecture_of
+
+_MAIN_OUTPUT = "spectrogram"
 
 Tokenize = Callable[[Sequence[str]], Mapping[str, Tensor]]
 """Texts -> `input_ids` and `attention_mask` [N, T], padded on the right."""
@@ -68,6 +71,12 @@ class SpeechTask(RowTask):
                 distance = OUTPUT_LOSSES[term.name](student[name][mask].float(), teacher[name][mask].float())
                 total = total + term.weight * weight * distance
         return total
+
+    def split_inputs(self, inputs: Batch, num_parts: int) -> list[tuple[Batch, float]]:
+        """Pieces with their share of the frames; terms over tokens are then weighed by frames too."""
+        parts = split_batch(inputs, num_parts)
+        counts = [int(self.architecture.calls.masks(part)[_MAIN_OUTPUT].sum()) for part in parts]
+        return list(zip(parts, shares_of(counts), strict=True))
 
 
 def speech_source(teacher: nn.Module, tokenize: Tokenize, train: Speech, validation: Speech) -> RowSource:

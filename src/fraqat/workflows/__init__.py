@@ -12,6 +12,7 @@ from fraqat.workflows.progress import Progress, SilentProgress
 from fraqat.workflows.reporting import report
 from fraqat.workflows.runs import RunFolder
 from fraqat.workflows.sessions import Session, open_session
+from fraqat.workflows.status import RunStatus, status
 from fraqat.workflows.training import layers, resolve_schedule, stages, train
 from fraqat.workflows.verdict import Verified
 from fraqat.workflows.verifying import verify
@@ -24,6 +25,7 @@ __all__ = [
     "Exported",
     "Progress",
     "RunFolder",
+    "RunStatus",
     "Session",
     "SilentProgress",
     "Verified",
@@ -44,6 +46,7 @@ __all__ = [
     "report",
     "resolve_schedule",
     "stages",
+    "status",
     "train",
     "verify",
 ]

@@ -10,6 +10,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from fraqat.distill import StepRecord
+from fraqat.printable import printable
 from fraqat.table import Table
 
 
@@ -36,12 +37,12 @@ class ConsoleProgress:
         """Prints a line."""
         self._clear()
         if not self._quiet:
-            self._console.print(text, markup=False)
+            self._console.print(printable(text), markup=False)
 
     def warn(self, text: str) -> None:
         """Prints a line that stands out, also when quiet."""
         self._clear()
-        self._console.print(f"warning: {text}", style="yellow", markup=False)
+        self._console.print(f"warning: {printable(text)}", style="yellow", markup=False)
 
     def step(self, record: StepRecord) -> None:
         """Shows stage, bits, loss, step time and time left."""
@@ -86,16 +87,20 @@ def print_table(console: Console, table: Table) -> None:
     """Prints a table with its notes, transposed where only that fits the terminal."""
     table = _fitted(table, console.width)
     rich_table = RichTable(
-        title=Text(table.title, style="bold"), title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+        title=Text(printable(table.title), style="bold"),
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
     )
     for i, column in enumerate(table.columns):
         is_number = all(isinstance(row[i], int | float | None) for row in table.rows)
-        rich_table.add_column(column, justify="right" if is_number else "left", no_wrap=True)
+        rich_table.add_column(Text(printable(column, "")), justify="right" if is_number else "left", no_wrap=True)
     for cells in table.to_cells():
         rich_table.add_row(*(Text(cell) for cell in cells))
     console.print(rich_table)
     for note in table.notes:
-        console.print(note, style="dim", markup=False)
+        console.print(printable(note), style="dim", markup=False)
 
 
 def _fitted(table: Table, width: int) -> Table:

@@ -13,12 +13,14 @@ from torch import nn
 
 from fraqat.analysis import layer_errors
 from fraqat.config import Recipe, load_values
-from fraqat.distill import ALONE, Distiller, DistillResult, Workers, hold_teacher_, joined, validation_loss
+from fraqat.distill import ALONE, Distiller, DistillResult, StepRecord, Workers, hold_teacher_, joined, validation_loss
 from fraqat.files import atomic_file, folder_lock, save_tensors, write_json_atomic
 from fraqat.nn import QuantReport, describe, merge_adapters_
 from fraqat.schedules import Schedule, StageUnit
 from fraqat.table import Table
 from fraqat.workflows.calibration import calibrated_student
+from fraqat.workflows.heartbeat import Heartbeat
+from fraqat.workflows.out_of_memory import explain_out_of_memory
 from fraqat.workflows.progress import Progress, SilentProgress
 from fraqat.workflows.runs import RunFolder
 from fraqat.workflows.sessions import Session, open_session
@@ -131,13 +133,15 @@ def _train_one(
     if any(workers.gather([run.is_finished])[0]):  # as the first process sees it: folders on other machines may lag
         progress.say(f"{recipe.label}: finished already, nothing to do")
         return
-    student, result = train_student(session, recipe, run, progress)
-    workers.first(lambda: _write_result(session, recipe, run, student, result))
+    with Heartbeat(run.path) as heartbeat, explain_out_of_memory(session, recipe):
+        student, result = train_student(session, recipe, run, progress, heartbeat)
+        heartbeat.phase("measuring layers")
+        workers.first(lambda: _write_result(session, recipe, run, student, result))
     progress.say(f"{recipe.label}: held-out distillation loss {result.validation_loss:.5f}")
 
 
 def train_student(
-    session: Session[Any], recipe: Recipe, run: RunFolder, progress: Progress
+    session: Session[Any], recipe: Recipe, run: RunFolder, progress: Progress, heartbeat: Heartbeat | None = None
 ) -> tuple[nn.Module, DistillResult]:
     """Trains a new student to the end of a recipe, from the newest checkpoint of the run's folder if there is one.
 
@@ -146,6 +150,7 @@ def train_student(
         recipe: The session's own, or one that shares model and data with it.
         run: Gets checkpoints and log; `student.safetensors` and `result.json` are the caller's to write.
         progress: Told what happens.
+        heartbeat: Of this process.
 
     Raises:
         FraqatError: See the errors of `Distiller.run`.
@@ -159,6 +164,12 @@ def train_student(
         hold_teacher_(teacher, student, recipe.train.teacher.dtype)  # as a student that is trained has it
         merge_adapters_(student)
         return student, DistillResult(0, 0.0, validation_loss(task, teacher, student, recipe.train))
+
+    def on_step(record: StepRecord) -> None:
+        progress.step(record)
+        if heartbeat is not None:
+            heartbeat.step(record)
+
     progress.say(f"{label}: {schedule.total_steps} steps, {_stages_phrase(schedule)}")
     distiller = Distiller(
         task,
@@ -168,7 +179,8 @@ def train_student(
         recipe.train,
         run.path,
         fingerprint=recipe.fingerprint(),
-        on_step=progress.step,
+        on_step=on_step,
+        on_phase=heartbeat.phase if heartbeat is not None else lambda phase: None,
         say=progress.say,
         warn=progress.warn,
     )

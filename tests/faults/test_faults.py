@@ -1,0 +1,39 @@
+"""A few faults for real in every run of the suite; all of them with `-m faults`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from fault_trials import BROKEN, EQUAL, FAULTS, Lab
+from faults import run_fault
+
+SHORT = (
+    "kill -9 at a random moment",
+    "kill -9 during a save",
+    "SIGTERM",
+    "newest checkpoint damaged",
+    "NaN once, on_non_finite: rewind",
+)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return Lab(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_a_disturbed_run_ends_with_the_same_weights(lab: Lab, name: str) -> None:
+    outcomes = run_fault(lab, name, 1)
+    assert [outcome.kind for outcome in outcomes] == [EQUAL], outcomes
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", FAULTS)
+def test_every_fault_is_survived(lab: Lab, name: str, pytestconfig: pytest.Config) -> None:
+    outcomes = run_fault(lab, name, pytestconfig.getoption("--fault-trials"))
+    assert not [outcome for outcome in outcomes if outcome.kind == BROKEN]
