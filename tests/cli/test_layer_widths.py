@@ -14,6 +14,7 @@ from fraqat.table import Table
 from fraqat.workflows import RunFolder, open_session
 
 WIDTHS = (3, 4, 6)
+GGUF_SCALES = "quantization.weight.scale_dtype=float16"
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def section(table: Path, **values: object) -> str:
+def section(table: Path, /, **values: object) -> str:
     return f"quantization.layer_widths={json.dumps({'table': str(table), 'average_bits': 4, **values})}"
 
 
@@ -91,7 +92,7 @@ def test_plan_prints_the_widths(fraqat, table: Path, monkeypatch: pytest.MonkeyP
 def test_the_recipe_keeps_its_answer_and_asks_again_when_the_question_changes(table: Path, tmp_path: Path) -> None:
     copy = tmp_path / "layer-widths.json"
     copy.write_text(table.read_text())
-    recipe = load_recipe("color-digits", (*TINY, section(copy, widths=[3, 6])))
+    recipe = load_recipe("color-digits", (*TINY, "train.steps=50", section(copy, widths=[3, 6])))
     assert recipe.quantization.final_bits == 3 and set(recipe.quantization.layer_widths.bits.values()) == {3, 6}
     assert [bits for bits, _ in recipe.schedule.lengths(recipe.quantization.final_bits)][-1] == 3
     copy.unlink()
@@ -120,14 +121,14 @@ def test_bad_sections_are_named(table: Path, values: dict, words: str) -> None:
 
 
 def test_a_target_without_a_width_says_layer_and_width(tmp_path: Path) -> None:
-    plain = load_recipe("gemma-2-2b-it-tiny", ("target=gguf",))
+    plain = load_recipe("gemma-2-2b-it-tiny", ("target=gguf", GGUF_SCALES))
     rows = [
         {"layer": row.name, "weights": row.shape[0] * row.shape[1], "rise at 4": 1.0, "rise at 5": 0.5}
         for row in open_session(plain).layers(plain).quantized
     ]
     path = tmp_path / "layer-widths.json"
     path.write_text(json.dumps({"kind": "layer-widths", "tables": [{"rows": rows}]}))
-    recipe = load_recipe("gemma-2-2b-it-tiny", ("target=gguf", section(path, average_bits=4.5)))
+    recipe = load_recipe("gemma-2-2b-it-tiny", ("target=gguf", GGUF_SCALES, section(path, average_bits=4.5)))
     with pytest.raises(ConfigError, match=r"quantization of layer model\..*: weight\.bits = 5.*for target gguf"):
         open_session(recipe).layers(recipe)
 
