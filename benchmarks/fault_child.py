@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # torch's optimizers do so: once here, and not in every process
+import torch._dynamo  # pyright: ignore[reportUnusedImport]  # torch's optimizers do so: once here, and not in every process
 from torch import Tensor, nn
 
 from fraqat import QuantSpec, ScheduleSpec, WeightSpec, quantize_
@@ -38,7 +38,8 @@ from fraqat.distill import (
 from fraqat.distill.micro_batch import shares_of, split_batch
 from fraqat.errors import FraqatError
 from fraqat.files import atomic_file, folder_lock, save_tensors
-from fraqat.schedules import LearningRateSpec
+from fraqat.numerics import RangeMethod
+from fraqat.schedules import LearningRateSpec, ScheduleKind
 
 WIDTH, HIDDEN, NUM_ROWS, ROWS_PER_SHARD = 16, 256, 96, 24
 
@@ -172,7 +173,7 @@ def train(settings: Settings) -> None:
     folder = Path(settings.folder)
     folder.mkdir(parents=True, exist_ok=True)
     teacher, student, task = build(), build(), FaultTask(settings)
-    quantize_(student, QuantSpec(weight=WeightSpec(range_method="mse")))
+    quantize_(student, QuantSpec(weight=WeightSpec(range_method=RangeMethod.MSE)))
     values: dict[str, Any] = {
         "batch_size": settings.batch_size,
         "learning_rate": LearningRateSpec(peak=3e-3),
@@ -185,7 +186,7 @@ def train(settings: Settings) -> None:
     }
     if "on_non_finite" in values:
         values["on_non_finite"] = NonFiniteSpec(**values["on_non_finite"])
-    schedule = ScheduleSpec("fractional").resolve(4.0, settings.steps)
+    schedule = ScheduleSpec(ScheduleKind.FRACTIONAL).resolve(4.0, settings.steps)
     fault = _Poison(settings, student)
 
     def on_step(record: StepRecord) -> None:

@@ -399,7 +399,7 @@ def nan_always(lab: Lab) -> Outcome:
 def rate_too_high(lab: Lab) -> Outcome:
     """NaN as long as the rate is above half of its peak, `lower_rate`: it ends at the lower one, the same in a second run."""
     train = {"on_non_finite": {"action": "lower_rate", "rate_factor": 0.6}}
-    changes = {"nan_at": lab.random.randrange(60), "blow_up_over": 2e-3, "train": train}
+    changes: dict[str, Any] = {"nan_at": lab.random.randrange(60), "blow_up_over": 2e-3, "train": train}
     return lab.judge(lab.settings(lab.new_folder(), **changes), **changes)
 
 

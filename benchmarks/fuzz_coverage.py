@@ -12,8 +12,11 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
-import atheris  # pyright: ignore[reportMissingImports]
+import atheris as _atheris  # pyright: ignore[reportMissingImports, reportMissingModuleSource]
+
+atheris: Any = _atheris
 
 with atheris.instrument_imports(include=["fraqat"]):
     from fuzz_inputs import BytesRandom

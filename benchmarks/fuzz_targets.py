@@ -30,6 +30,7 @@ from fraqat.export import ExportJob, ModelDescription, Part, load_packed_, read_
 from fraqat.export.gguf_blocks import pack_q4_0, unpack_q4_0
 from fraqat.files import sha256_of
 from fraqat.nn import ActivationSpec, QuantSpec, WeightSpec, calibrate_, quantize_
+from fraqat.numerics import Granularity
 from fraqat.report import LossCurve, ReportData, render_report
 from fraqat.table import Table
 from fraqat.workflows import RunFolder, status
@@ -278,15 +279,17 @@ def _plain_page() -> tuple[str, ...]:
 
 def random_spec(rng: random.Random, width: int) -> QuantSpec:
     """Any specification that the library accepts, or raises its error."""
-    granularity: Any = rng.choice(("tensor", "channel", "group"))
-    group = rng.choice((4, 8, 16, 32, width, 7)) if granularity == "group" else None
+    granularity = rng.choice(tuple(Granularity)[:3])
+    group = rng.choice((4, 8, 16, 32, width, 7)) if granularity is Granularity.GROUP else None
+    group_size: dict[str, Any] = {"group_size": group} if group else {}
+    range_method: Any = rng.choice(("max_abs", "mse", "min_max", "three_sigma", "learned"))
     weight = WeightSpec(
         bits=rng.choice((1.5, 2, 3, 4, 4.5, 5, 8, 8.5, 12, 16, 17, 32)),
         granularity=granularity,
-        **({"group_size": group} if group else {}),
+        **group_size,
         symmetric=rng.random() < 0.8,
         narrow=rng.random() < 0.2,
-        range_method=rng.choice(("max_abs", "mse", "min_max", "three_sigma", "learned")),
+        range_method=range_method,
         scale_dtype=rng.choice(("float32", "bfloat16", "float16")),
     )
     is_static = rng.random() < 0.3

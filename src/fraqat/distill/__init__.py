@@ -8,9 +8,10 @@ from fraqat.distill.losses import LANGUAGE_LOSSES, OUTPUT_LOSSES, LossSpec, dist
 from fraqat.distill.optimizers import DeviceOptimizer, HostOptimizer, TrainOptimizer, make_optimizer
 from fraqat.distill.precision import Autocast, autocast, autocast_dtype
 from fraqat.distill.spec import ParallelSpec, TeacherSpec, TrainSpec
+from fraqat.distill.step_times import DistillResult
 from fraqat.distill.task import Batch, BatchStream, DistillTask, Prediction
 from fraqat.distill.teacher import StoredWeight, TeacherMemory, hold_teacher_, share_frozen_, store_weights_
-from fraqat.distill.trainer import Distiller, DistillResult
+from fraqat.distill.trainer import Distiller
 from fraqat.distill.validation import validation_loss
 from fraqat.distill.watch_spec import NonFiniteSpec, ProfileSpec, WandbSpec
 from fraqat.distill.workers import ALONE, Workers, current_workers, is_first_process, joined

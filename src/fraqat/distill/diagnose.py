@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -36,6 +36,20 @@ def first_non_finite_layer(model: nn.Module, forward: Callable[[], object]) -> s
         for handle in handles:
             handle.remove()
     return found[0].removesuffix(".weight_quantizer").removesuffix(".activation_quantizer") if found else None
+
+
+def first_non_finite_place(models: Mapping[str, nn.Module], forward: Callable[[nn.Module], object]) -> str:
+    """Where NaN or infinity appears first, in words.
+
+    Args:
+        models: Role -> model, in the order in which they are called.
+        forward: Calls one of them, as the failing computation did.
+    """
+    for role, model in models.items():
+        name = first_non_finite_layer(model, lambda m=model: forward(m))
+        if name is not None:
+            return f"{role} layer {name}"
+    return "the loss itself"
 
 
 def first_non_finite_parameter(model: nn.Module) -> str | None:

@@ -8,6 +8,7 @@ from fraqat.distill.parallel import ReplicatedModels, TrainedModels, check_same_
 from fraqat.distill.spec import TrainSpec
 from fraqat.distill.task import DistillTask
 from fraqat.distill.workers import Workers
+from fraqat.errors import config_error
 from fraqat.nn import IntegerLayers
 from fraqat.schedules import Schedule
 
@@ -42,3 +43,19 @@ def make_models(
     from fraqat.distill.sharded import ShardedModels  # FSDP2 is slow to import
 
     return ShardedModels(task, teacher, student, spec, workers, integers, schedule)
+
+
+def check_schedule(schedule: Schedule, num_processes: int) -> None:
+    """Refuses schedules that several processes do not follow together yet.
+
+    Raises:
+        ConfigError: `automatic` chooses from losses of one process; scales of `several` widths take turns, which no engine for
+            several processes knows.
+    """
+    if num_processes > 1 and (schedule.automatic is not None or schedule.widths):
+        raise config_error(
+            "schedule.kind",
+            "automatic" if schedule.automatic is not None else "several",
+            allowed=f"fractional, integer, simple, constant or custom in {num_processes} processes",
+            fix="train in one process, or with one of these",
+        )

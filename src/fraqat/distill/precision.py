@@ -32,6 +32,12 @@ def autocast(choice: Autocast, device_type: str) -> AbstractContextManager[Any]:
     return nullcontext() if dtype is None else torch.autocast(device_type, dtype=dtype)
 
 
+def precision_name(choice: Autocast, device_type: str) -> str:
+    """`autocast_dtype` in words."""
+    dtype = autocast_dtype(choice, device_type)
+    return "the model's own dtype" if dtype is None else str(dtype).removeprefix("torch.")
+
+
 def _has_bfloat16(device_type: str) -> bool:
     if device_type == "cpu":
         return bool(cast(Any, torch.ops.mkldnn)._is_mkldnn_bf16_supported())

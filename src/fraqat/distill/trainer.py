@@ -5,58 +5,40 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import clip_grads_with_norm_
 
 from fraqat.distill.checkpoint import CheckpointStore, LoadedCheckpoint
 from fraqat.distill.checkpoint_files import DamagedError, loaded
 from fraqat.distill.checkpointing import checkpoint_blocks_
-from fraqat.distill.diagnose import first_non_finite_layer, first_non_finite_parameter
+from fraqat.distill.diagnose import first_non_finite_parameter, first_non_finite_place
 from fraqat.distill.ema import ParameterAverage
+from fraqat.distill.gradients import BatchGradients, BatchLosses
 from fraqat.distill.interrupt import InterruptGuard
 from fraqat.distill.log import RunLog, StepRecord
-from fraqat.distill.memory_use import peak_memory_bytes
 from fraqat.distill.micro_batch import MICRO_BATCH_EVENT, MicroBatch, check_splitting
-from fraqat.distill.models import make_models
+from fraqat.distill.models import check_schedule, make_models
 from fraqat.distill.optimizers import make_optimizer
-from fraqat.distill.precision import autocast, autocast_dtype
+from fraqat.distill.precision import autocast, precision_name
 from fraqat.distill.recovery import REWIND_EVENT, Recovery
 from fraqat.distill.spec import TrainSpec
 from fraqat.distill.stages import StageChooser
 from fraqat.distill.state import TrainedState, identity
 from fraqat.distill.step_hooks import StepHooks
-from fraqat.distill.task import Batch, DistillTask, Prediction, SplittableTask
+from fraqat.distill.step_times import DistillResult, StepTimes
+from fraqat.distill.task import Batch, DistillTask, Prediction
 from fraqat.distill.teacher import hold_teacher_
-from fraqat.distill.validation import batch_loss, to_device, validation_loss
+from fraqat.distill.validation import batch_loss, validation_loss
 from fraqat.distill.workers import SharedStream, Workers, check_mode, current_workers
 from fraqat.errors import CheckpointError, InterruptedRunError, NonFiniteLossError, config_error
 from fraqat.kernels import EngineName
-from fraqat.nn import IntegerLayers, kept_widths, scale_rates, set_bits_
+from fraqat.nn import IntegerLayers, kept_widths, scale_rates_by_name, set_bits_
 from fraqat.schedules import Schedule, Stage
-
-_STEP_TIMES_AVERAGED = 20
-
-
-@dataclass(frozen=True)
-class DistillResult:
-    """What a finished training leaves: steps, the seconds that they took (all processes), held-out loss at the end.
-
-    `losses` has that of every width that the model serves, `stages` bits and steps of what was trained, one after the other.
-    """
-
-    num_steps: int
-    train_s: float
-    validation_loss: float
-    losses: dict[str, float] = field(default_factory=dict[str, float])
-    stages: tuple[tuple[float, int], ...] = ()
 
 
 class Distiller:
@@ -96,7 +78,7 @@ class Distiller:
     ):
         self.workers = workers or current_workers()
         check_mode(spec.parallel, self.workers.num)
-        _check_schedule(schedule, self.workers.num)
+        check_schedule(schedule, self.workers.num)
         parts = self.workers.parts(spec.accumulation)
         self.task, self.stages, self.spec, self.folder = task, StageChooser(schedule), spec, folder
         self.teacher = teacher.eval().requires_grad_(False)
@@ -116,7 +98,7 @@ class Distiller:
             raise config_error(
                 "quantization", "all frozen", allowed="something to train", fix="free a family, or train for 0 steps"
             )
-        factors = _scale_factors(student)
+        factors = scale_rates_by_name(student)
         if spec.ema_decay is not None and factors:
             # A learned scale jumps with the width; its average would still be that of wider stages at the end.
             raise config_error(
@@ -134,16 +116,15 @@ class Distiller:
             self.models, student, self.optimizer, order, self.average, spec.optimizer == "adamw_8bit"
         )
         self._parts = parts
+        self._gradients = BatchGradients(task, self.models, spec, self.workers, parts, self.device)
         self.stream = self._new_stream()
-        dtype = autocast_dtype(spec.autocast, self.device.type)
-        self.precision = "the model's own dtype" if dtype is None else str(dtype).removeprefix("torch.")
+        self.precision = precision_name(spec.autocast, self.device.type)
         check_splitting(task, spec.on_out_of_memory, self.workers.num)
         self.recovery = Recovery(spec.on_non_finite)
         self.micro_batch = MicroBatch(spec.on_out_of_memory, spec.batch_size // spec.accumulation, warn)
         self.step = 0
         self.bits: float | None = None
-        self.train_s = 0.0
-        self._recent_ms: deque[float] = deque(maxlen=_STEP_TIMES_AVERAGED)
+        self._times = StepTimes(spec.batch_size, self.device)
 
     def run(self) -> DistillResult:
         """Trains to the end of the schedule and leaves the kept parameters in the student, at the final width.
@@ -323,9 +304,9 @@ class Distiller:
         learning_rate = self.recovery.rate_factor * self.spec.learning_rate.at(self.step, self.schedule)
         self.optimizer.set_learning_rate_(learning_rate)
         parts = list(self.stream.next_parts())
-        loss, inputs = self.micro_batch.run(
-            lambda num_splits: self._gradients_of_parts(parts, stage, num_splits), self.step
-        )
+        batch = self.micro_batch.run(lambda num_splits: self._gradients_from_none(parts, num_splits), self.step)
+        loss = batch.mean
+        self._check_losses(stage, batch)
         if self.integers is not None:
             self.integers.finish_gradients_()
         self.models.collect_gradients_()
@@ -338,65 +319,32 @@ class Distiller:
             self.average.update()
         self.step += 1
         if self.stages.wants_losses(self.step, loss):
-            self.say(self.stages.choose(self.step, self._losses_of(inputs)))
-        return self._record(stage, loss, learning_rate, gradient_norm, 1000 * (time.perf_counter() - start))
-
-    def _gradients_of_parts(self, parts: list[tuple[int, Batch]], stage: Stage, num_splits: int) -> tuple[float, Batch]:
-        """Leaves the gradient of the whole batch in the parameters, from none; its loss, and the inputs of the last part.
-
-        All that is random in a part is drawn from the part's own seed, so that it does not matter which process computes it.
-        Each part can be computed in pieces.
-        """
-        self.optimizer.zero_grad()
-        self.models.zero_grad_()
-        losses: list[float] = []
-        suspect: Batch = {}
-        inputs: Batch = {}
-        # Gradients are averaged over the processes, each of which sums those of its own parts.
-        num_summed = self.spec.accumulation // self.workers.num
-        for part, batch in parts:
-            seed = (self.spec.seed << 32) + self.step * self.spec.accumulation + part
-            torch.manual_seed(seed)
-            pieces = self._pieces(self.task.make_inputs(batch, torch.Generator().manual_seed(seed)), num_splits)
-            part_loss = 0.0
-            for number, (piece, share) in enumerate(pieces):
-                inputs = to_device(piece, self.device)
-                if all(math.isfinite(value) for value in (*losses, part_loss)):
-                    suspect = inputs
-                is_last = part == self._parts[-1] and number == len(pieces) - 1
-                with self.models.part(is_last=is_last):
-                    loss = self._loss(inputs)
-                    (loss * share / num_summed if num_splits > 1 else loss / num_summed).backward()
-                part_loss += share * loss.item()
-            losses.append(part_loss)
-        told = [value for row in self.workers.gather(losses) for value in row]
-        self._check_losses(stage, told, suspect)
-        return sum(value / self.spec.accumulation for value in told), inputs
-
-    def _pieces(self, inputs: Batch, num_splits: int) -> list[tuple[Batch, float]]:
-        if num_splits == 1:
-            return [(inputs, 1.0)]
-        assert isinstance(self.task, SplittableTask)
-        return self.task.split_inputs(inputs, num_splits)
+            self.say(self.stages.choose(self.step, self._losses_of(batch.inputs)))
+        step_ms = 1000 * (time.perf_counter() - start)
+        return self._times.record(self.step - 1, self.schedule, stage, loss, learning_rate, gradient_norm, step_ms)
 
     def _new_stream(self) -> SharedStream:
         stream = self.task.train_stream(self.spec.batch_size // self.spec.accumulation, self.spec.seed)
         return SharedStream(stream, self.spec.accumulation, self._parts)
 
-    def _loss(self, inputs: Batch) -> Tensor:
-        with torch.no_grad(), self._autocast():
-            teacher_output = self.models.teacher(inputs)
-        with self._autocast():
-            student_output = self.models.student(inputs)
-            return self.task.loss(student_output, teacher_output, inputs, self.spec.losses)
+    def _gradients_from_none(self, parts: list[tuple[int, Batch]], num_splits: int) -> BatchLosses:
+        self.optimizer.zero_grad()
+        self.models.zero_grad_()
+        return self._gradients.add_(parts, self.step, num_splits)
 
-    def _check_losses(self, stage: Stage, losses: list[float], inputs: Batch) -> None:
-        """Stops all processes at a loss that is not finite. `inputs` are those of the first such part of this process."""
-        bad = [number for number, value in enumerate(losses) if not math.isfinite(value)]
-        if bad:
-            places = self.workers.gather_text(self._find_non_finite_layer(inputs))
-            first = bad[0] // (len(losses) // self.workers.num)
-            self._fail(stage, places[first], f"the loss is {losses[bad[0]]}")
+    def _check_losses(self, stage: Stage, batch: BatchLosses) -> None:
+        """Stops all processes at a loss that is not finite."""
+        bad = batch.first_bad
+        if bad is not None:
+            places = self.workers.gather_text(self._first_bad_place(batch.suspect))
+            first = bad // (len(batch.losses) // self.workers.num)
+            self._fail(stage, places[first], f"the loss is {batch.losses[bad]}")
+
+    def _first_bad_place(self, inputs: Batch) -> str:
+        with autocast(self.spec.autocast, self.device.type):
+            return first_non_finite_place(
+                {"teacher": self.teacher, "student": self.student}, lambda model: self._predict(model, inputs)
+            )
 
     def _clip_gradient(self, stage: Stage) -> float:
         parameters = [p for p in self.trained.values() if p.grad is not None]
@@ -412,27 +360,6 @@ class Distiller:
         if not math.isfinite(validation):
             self._fail(stage, "the validation", f"the held-out loss is {validation}")
         return validation
-
-    def _record(
-        self, stage: Stage, loss: float, learning_rate: float, gradient_norm: float, step_ms: float
-    ) -> StepRecord:
-        self.train_s += step_ms / 1000
-        self._recent_ms.append(step_ms)
-        mean_ms = sum(self._recent_ms) / len(self._recent_ms)
-        return StepRecord(
-            step=self.step - 1,
-            total_steps=self.schedule.total_steps,
-            stage=stage.index,
-            num_stages=len(self.schedule),
-            bits=stage.bits,
-            loss=loss,
-            learning_rate=learning_rate,
-            gradient_norm=gradient_norm,
-            step_ms=step_ms,
-            left_s=mean_ms / 1000 * (self.schedule.total_steps - self.step),
-            samples_per_s=1000 * self.spec.batch_size / step_ms,
-            memory_bytes=peak_memory_bytes(self.device),
-        )
 
     def _finish(self, log: RunLog) -> DistillResult:
         target, last = self.schedule.target_bits, self.schedule.stages[-1]
@@ -451,7 +378,7 @@ class Distiller:
             self.integers.release_()
         stages = tuple((stage.bits, stage.num_steps) for stage in self.schedule.stages)
         by_width = {f"{bits:g}": loss for bits, loss in losses.items()}
-        return DistillResult(self.step, self.train_s, losses[target], by_width, stages)
+        return DistillResult(self.step, self._times.train_s, losses[target], by_width, stages)
 
     def _begin_save(self, log: RunLog, stage: Stage | None = None, loss: float | None = None) -> None:
         """Copies the state; it is written while training goes on, and counts once `_finish_save` has been called."""
@@ -465,7 +392,7 @@ class Distiller:
             "recovery": self.recovery.state_dict(),
             "micro_batch": self.micro_batch.state_dict(),
             "step": self.step,
-            "train_s": self.train_s,
+            "train_s": self._times.train_s,
             **self._state.state_dict(),
             "stages": self.stages.state_dict(),
             "stream": self.stream.state_dict(),
@@ -495,7 +422,7 @@ class Distiller:
 
     def _load(self, checkpoint: LoadedCheckpoint) -> None:
         state = checkpoint.state
-        self.step, self.train_s = checkpoint.step, state["train_s"]
+        self.step, self._times.train_s = checkpoint.step, state["train_s"]
         self.recovery.load_state_dict(state["recovery"])
         self.micro_batch.load_state_dict(state["micro_batch"])
         self.stages.load_state_dict(state["stages"])
@@ -529,30 +456,3 @@ class Distiller:
             f"{where}. {kept} Fix: lower train.learning_rate.peak, set "
             "train.clip_norm, or train.autocast: none."
         )
-
-    def _find_non_finite_layer(self, inputs: Batch) -> str:
-        for role, model in (("teacher", self.teacher), ("student", self.student)):
-            with self._autocast():
-                name = first_non_finite_layer(model, lambda m=model: self._predict(m, inputs))
-            if name is not None:
-                return f"{role} layer {name}"
-        return "the loss itself"
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return autocast(self.spec.autocast, self.device.type)
-
-
-def _check_schedule(schedule: Schedule, num_processes: int) -> None:
-    if num_processes > 1 and (schedule.automatic is not None or schedule.widths):
-        raise config_error(
-            "schedule.kind",
-            "automatic" if schedule.automatic is not None else "several",
-            allowed=f"fractional, integer, simple, constant or custom in {num_processes} processes",
-            fix="train in one process, or with one of these",
-        )
-
-
-def _scale_factors(student: nn.Module) -> dict[str, float]:
-    """Names of the learned scales, each with what its learning rate is multiplied by."""
-    rates = scale_rates(student)
-    return {name: rates[p] for name, p in student.named_parameters() if p.requires_grad and p in rates}

@@ -10,7 +10,7 @@ from fraqat.nn.layers import QuantizedLayer, QuantLinear, QuantPointwiseConv
 from fraqat.nn.low_rank import add_adapters_, merge_adapters_
 from fraqat.nn.packed import PackedLayer, packed_codes, to_packed_
 from fraqat.nn.rotation import RotationSpec, ValuePath, rotate_value_paths_
-from fraqat.nn.several_widths import kept_widths, scale_rates, serve_widths_, settle_at_
+from fraqat.nn.several_widths import kept_widths, scale_rates, scale_rates_by_name, serve_widths_, settle_at_
 from fraqat.nn.smoothing import InputSmoothing, SmoothingSpec
 from fraqat.nn.spec import STRICT_KEYS, ActivationSpec, LayerRule, QuantSpec, WeightSpec
 from fraqat.nn.swap import (
@@ -67,6 +67,7 @@ __all__ = [
     "rotate_value_paths_",
     "scale_parameters",
     "scale_rates",
+    "scale_rates_by_name",
     "serve_widths_",
     "set_bits_",
     "set_bypassed_",

@@ -47,6 +47,12 @@ def scale_rates(model: nn.Module) -> dict[nn.Parameter, float]:
     return rates
 
 
+def scale_rates_by_name(model: nn.Module) -> dict[str, float]:
+    """`scale_rates` of those scales that are trained, by the names of the parameters."""
+    rates = scale_rates(model)
+    return {name: rates[p] for name, p in model.named_parameters() if p.requires_grad and p in rates}
+
+
 def settle_at_(model: nn.Module, bits: float) -> None:
     """Makes one width of `serve_widths_` the final one of the model, as if it had been quantized to it from the start.
 
