@@ -188,6 +188,7 @@ class _Loop:
         loss = 0.0
         for part in range(parts):
             seed = (spec.seed << 32) + step * parts + part
+            torch.manual_seed(seed)  # as in our own training: what a model draws comes from the part of the batch
             inputs = to_device(self.task.make_inputs(next(batches), torch.Generator().manual_seed(seed)), device)
             with torch.no_grad(), self._autocast(device):
                 teacher_output = self.task.predict(self.teacher, inputs)

@@ -196,7 +196,7 @@ class ScheduleSpec:
                 name,
                 value,
                 allowed=f"a last entry at the target, {target_bits:g} bits",
-                fix=f"end the list with {target_bits:g} bits or change the lowest width of quantization",
+                fix=f"end the list with [{target_bits:g}, ...], or change the lowest width of quantization",
             )
 
     def resolve(
