@@ -200,7 +200,10 @@ def test_a_corrupt_checkpoint_falls_back_and_says_so(fraqat, own_run) -> None:
     next(newest.glob("part-*.safetensors")).write_bytes(b"broken")
     done = fraqat("train", "color-digits", "--out", own_run.path, *TINY_ARGUMENTS)
     assert done.code == 0, done.err
-    assert f"checkpoint {newest.name} is damaged (the checksum of part-00000-of-00001.safetensors does not match)" in done.err
+    assert (
+        f"checkpoint {newest.name} is damaged (the checksum of part-00000-of-00001.safetensors does not match)"
+        in done.err
+    )
     assert (own_run.path / "student.safetensors").read_bytes() == whole
 
 

@@ -9,7 +9,7 @@ from fraqat.distill.spec import TrainSpec
 from fraqat.distill.task import DistillTask
 from fraqat.distill.workers import Workers
 from fraqat.errors import config_error
-from fraqat.nn import IntegerLayers
+from fraqat.nn import IntegerLayers, scale_rates_by_name
 from fraqat.schedules import Schedule
 
 
@@ -58,4 +58,21 @@ def check_schedule(schedule: Schedule, num_processes: int) -> None:
             "automatic" if schedule.automatic is not None else "several",
             allowed=f"fractional, integer, simple, constant or custom in {num_processes} processes",
             fix="train in one process, or with one of these",
+        )
+
+
+def check_trainable(student: nn.Module, spec: TrainSpec) -> None:
+    """Refuses what could not be trained, or not averaged.
+
+    Raises:
+        ConfigError: Everything is frozen, or scales are learned and averaged: a learned scale jumps with the width, and its
+            average would still be that of wider stages at the end.
+    """
+    if not any(p.requires_grad for p in student.parameters()):
+        raise config_error(
+            "quantization", "all frozen", allowed="something to train", fix="free a family, or train for 0 steps"
+        )
+    if spec.ema_decay is not None and scale_rates_by_name(student):
+        raise config_error(
+            "train.ema_decay", spec.ema_decay, allowed="null with learned scales", fix="use range_method: mse"
         )

@@ -22,7 +22,7 @@ from fraqat.distill.gradients import BatchGradients, BatchLosses
 from fraqat.distill.interrupt import InterruptGuard
 from fraqat.distill.log import RunLog, StepRecord
 from fraqat.distill.micro_batch import MICRO_BATCH_EVENT, MicroBatch, check_splitting
-from fraqat.distill.models import check_schedule, make_models
+from fraqat.distill.models import check_schedule, check_trainable, make_models
 from fraqat.distill.optimizers import make_optimizer
 from fraqat.distill.precision import autocast, precision_name
 from fraqat.distill.recovery import REWIND_EVENT, Recovery
@@ -35,7 +35,7 @@ from fraqat.distill.task import Batch, DistillTask, Prediction
 from fraqat.distill.teacher import hold_teacher_
 from fraqat.distill.validation import batch_loss, validation_loss
 from fraqat.distill.workers import SharedStream, Workers, check_mode, current_workers
-from fraqat.errors import CheckpointError, InterruptedRunError, NonFiniteLossError, config_error
+from fraqat.errors import CheckpointError, InterruptedRunError, NonFiniteLossError
 from fraqat.kernels import EngineName
 from fraqat.nn import IntegerLayers, kept_widths, scale_rates_by_name, set_bits_
 from fraqat.schedules import Schedule, Stage
@@ -94,16 +94,8 @@ class Distiller:
             self.workers,
         )
         self.teacher_memory = hold_teacher_(self.teacher, student, spec.teacher.dtype)
-        if not any(p.requires_grad for p in student.parameters()):
-            raise config_error(
-                "quantization", "all frozen", allowed="something to train", fix="free a family, or train for 0 steps"
-            )
+        check_trainable(student, spec)
         factors = scale_rates_by_name(student)
-        if spec.ema_decay is not None and factors:
-            # A learned scale jumps with the width; its average would still be that of wider stages at the end.
-            raise config_error(
-                "train.ema_decay", spec.ema_decay, allowed="null with learned scales", fix="use range_method: mse"
-            )
         self.integers = IntegerLayers(student, spec.engine) if spec.engine.name != EngineName.REFERENCE else None
         self.models = make_models(task, self.teacher, student, spec, self.workers, self.integers, schedule)
         self.trained = self.models.trained_parameters()
