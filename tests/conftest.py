@@ -28,7 +28,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Long runs are left out unless `-m` names them."""
     chosen = config.getoption("-m")
-    left_out = [item for item in items for name in ("faults", "fuzz") if name in item.keywords and name not in chosen]
+    left_out = [
+        item for item in items for name in ("faults", "fuzz") if item.get_closest_marker(name) and name not in chosen
+    ]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]

@@ -9,12 +9,18 @@ import time
 import pytest
 import torch
 
+from fraqat.data import worker_watch
 from fraqat.data.loader import SampleStream
 from fraqat.data.samples import IndexedSamples
 from fraqat.data.worker_watch import WorkerRestartWarning, WorkerSpec
 from fraqat.errors import DataError
 
 NUM_ROWS = 24
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_watch, "_POLL_S", 0.5)
 
 
 class Rows:
@@ -52,20 +58,20 @@ def places(source: SampleStream, disturb=None) -> list[int]:
 def test_a_worker_that_stops_is_replaced_at_the_same_sample(number: int) -> None:
     expected = places(stream(30.0, num_epochs=2))
     handler = signal.getsignal(signal.SIGCHLD)
-    with pytest.warns(WorkerRestartWarning, match="given nothing for 1 s|a data worker died"):
-        found = places(stream(1.0, num_epochs=2), lambda workers: os.kill(workers[0].pid, number))
+    with pytest.warns(WorkerRestartWarning, match="given nothing for 3 s|a data worker died"):
+        found = places(stream(3.0, num_epochs=2), lambda workers: os.kill(workers[0].pid, number))
     assert found == expected
     assert signal.getsignal(signal.SIGCHLD) == handler
 
 
 def test_a_sample_that_never_comes_ends_with_a_message() -> None:
     with (
-        pytest.warns(WorkerRestartWarning, match=r"data\.worker_timeout_s"),
+        pytest.warns(WorkerRestartWarning, match=r"given nothing for 3 s \(data\.worker_timeout_s\)"),
         pytest.raises(
             DataError, match=r"also after 2 new starts at the same sample. Fix: look at the storage"
         ) as error,
     ):
-        places(stream(0.5, hangs_at=7))
+        places(stream(3.0, hangs_at=7))
     assert error.value.exit_code == 3
 
 

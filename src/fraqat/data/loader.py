@@ -161,7 +161,7 @@ class SampleStream:
             batch_size=None,
             sampler=_Tickets(lambda: samples.order(seed, num_epochs=num_epochs, after=after)),
             num_workers=workers.num_workers,
-            timeout=workers.poll_s,
+            timeout=workers.limit_s,
             collate_fn=_as_it_is,
         )
         self._loader = self._make_loader()

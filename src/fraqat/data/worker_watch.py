@@ -20,6 +20,7 @@ NUM_RESTARTS = 2
 
 _POLL_S = 5.0
 _TIMED_OUT = "DataLoader timed out"
+_RAISED_INSIDE = "in DataLoader worker process"
 _DIED = ("exited unexpectedly", "is killed by signal")
 
 
@@ -40,9 +41,14 @@ class WorkerSpec:
     timeout_s: float = 300.0
 
     @property
+    def limit_s(self) -> float:
+        """For torch's loader, which takes it for the start of workers too; 0, its word for never, without workers."""
+        return self.timeout_s if self.num_workers else 0.0
+
+    @property
     def poll_s(self) -> float:
-        """Seconds between two looks at whether the workers are alive; 0, torch's word for never, without workers."""
-        return min(_POLL_S, self.timeout_s) if self.num_workers else 0.0
+        """Seconds between two looks at whether the workers are alive."""
+        return min(_POLL_S, self.timeout_s)
 
 
 DEFAULT_WORKERS = WorkerSpec()
@@ -52,7 +58,7 @@ def watched(loader: Any, make_loader: Callable[[], Any], spec: WorkerSpec) -> It
     """Items of a `StatefulDataLoader`, from another one where its workers hang or die.
 
     Args:
-        loader: To begin with; made with `timeout=spec.poll_s`.
+        loader: To begin with; made with `timeout=spec.limit_s`.
         make_loader: Makes another one.
         spec: When to lose patience.
 
@@ -62,11 +68,12 @@ def watched(loader: Any, make_loader: Callable[[], Any], spec: WorkerSpec) -> It
     Raises:
         DataError: The workers hang or die at the same sample again and again.
     """
-    iterator = _iterate(loader)
-    num_restarts = 0
+    reason, iterator = _iterate(loader, spec)
+    num_restarts, item = 0, None
     while True:
-        with _Watchdog(iterator, spec) as watchdog:
-            reason, item = _next(iterator, spec, watchdog)
+        if reason is None:
+            with _Watchdog(iterator, spec) as watchdog:
+                reason, item = _next(iterator, spec, watchdog)
         if reason is None:
             if item is _END:
                 return
@@ -82,27 +89,45 @@ def watched(loader: Any, make_loader: Callable[[], Any], spec: WorkerSpec) -> It
             )
         num_restarts += 1
         warnings.warn(f"{reason}: starting them again at the same sample", WorkerRestartWarning, stacklevel=2)
-        state = loader.state_dict()
+        state = loader.next_iter_state if iterator is None else loader.state_dict()
         _end_workers(iterator)
         loader = make_loader()
-        loader.load_state_dict(state)
-        iterator = _iterate(loader)
+        if state is not None:
+            loader.load_state_dict(state)
+        reason, iterator = _iterate(loader, spec)
 
 
 _END = object()
 
 
-def _iterate(loader: Any) -> Any:
-    """The loader's iterator, without torch's handler for ended workers.
+def _iterate(loader: Any, spec: WorkerSpec) -> tuple[str | None, Any]:
+    """The loader's iterator, without torch's handler for ended workers, or the reason why there is none.
 
-    That one raises in the main thread wherever it is, in the middle of an optimizer step too; `_next` looks instead.
+    The handler raises in the main thread wherever it is, in the middle of an optimizer step too; `_next` looks instead.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return iter(loader)
-    handler = signal.getsignal(signal.SIGCHLD)
-    iterator = iter(loader)
-    signal.signal(signal.SIGCHLD, handler)
-    return iterator
+    is_main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGCHLD) if is_main else None
+    try:
+        iterator = iter(loader)
+    except (RuntimeError, EOFError, ConnectionError) as error:
+        if _TIMED_OUT in str(error):
+            return f"data workers have not started in {spec.timeout_s:g} s (data.worker_timeout_s)", None
+        if spec.num_workers and _is_death(error):
+            return f"a data worker died ({error})", None
+        raise
+    finally:
+        if is_main:
+            signal.signal(signal.SIGCHLD, handler)
+    if spec.num_workers:
+        iterator._timeout = spec.poll_s
+    return None, iterator
+
+
+def _is_death(error: BaseException) -> bool:
+    """Of a worker; a connection to one ends in the middle of a tensor too. What it raised itself is another thing."""
+    if _RAISED_INSIDE in str(error):
+        return False
+    return isinstance(error, EOFError | ConnectionError) or any(words in str(error) for words in _DIED)
 
 
 class _Watchdog:
@@ -147,8 +172,8 @@ def _next(iterator: Any, spec: WorkerSpec, watchdog: _Watchdog) -> tuple[str | N
             text = str(error)
             if watchdog.has_fired:
                 return hung, None
-            if any(words in text for words in _DIED):
-                return f"a data worker died ({text.splitlines()[0]})", None
+            if spec.num_workers and _is_death(error):
+                return f"a data worker died ({(text or repr(error)).splitlines()[0]})", None
             if _TIMED_OUT not in text:
                 raise
         if time.monotonic() - start >= spec.timeout_s:
@@ -157,6 +182,8 @@ def _next(iterator: Any, spec: WorkerSpec, watchdog: _Watchdog) -> tuple[str | N
 
 def _end_workers(iterator: Any) -> None:
     """A stopped process does not obey a polite signal."""
+    if iterator is None:
+        return
     for process in getattr(iterator, "_workers", []):
         with suppress(RuntimeError):
             process.kill()
