@@ -183,7 +183,7 @@ def test_impossible_stages_are_refused(stages: list[tuple[float, float]], unit: 
 
 def test_last_entry_must_be_the_target() -> None:
     with pytest.raises(
-        ConfigError, match=r"a last entry at the target, 3 bits\. Fix: end the list with 3 bits or change"
+        ConfigError, match=r"a last entry at the target, 3 bits\. Fix: end the list with \[3, \.\.\.\], or change"
     ):
         custom((8, 0.5), (4, 0.5)).resolve(3, 100)
 

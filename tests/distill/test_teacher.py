@@ -188,8 +188,8 @@ def test_training_with_a_shared_teacher_leaves_the_teacher_alone(make_distiller)
 
 @pytest.mark.parametrize("options", [{}, {"ema_decay": 0.5}])
 def test_a_bfloat16_teacher_trains_the_same_student(make_distiller, options: dict[str, Any]) -> None:
-    plain = make_distiller(folder="plain", **options)
-    stored = make_distiller(folder="stored", teacher=TeacherSpec("bfloat16"), **options)
+    plain = make_distiller(folder="plain", autocast="bfloat16", **options)
+    stored = make_distiller(folder="stored", teacher=TeacherSpec("bfloat16"), autocast="bfloat16", **options)
     plain.run()
     stored.run()
     for (name, left), right in zip(plain.student.named_parameters(), stored.student.parameters(), strict=True):

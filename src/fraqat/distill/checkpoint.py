@@ -22,6 +22,8 @@ FORMAT_VERSION = 3
 _STATE_FILE = "state.json"
 _MANIFEST_FILE = "manifest.json"
 _SEAL = "manifest_sha256"
+_UNSEALED = (1, 2)
+"""Older formats, refused as such: a manifest of theirs may have no checksum."""
 _VERSIONS = ("fraqat", "torch")
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 """What damaged JSON leads to."""
@@ -264,7 +266,7 @@ class CheckpointStore:
             step, version = int(manifest["step"]), manifest["format_version"]
         except _UNREADABLE as error:
             raise DamagedError(f"its manifest cannot be read: {error}") from error
-        if manifest != sealed(manifest) and (version != 1 or _SEAL in manifest):  # format 1 had no seal
+        if manifest != sealed(manifest) and (version not in _UNSEALED or _SEAL in manifest):  # format 1 had no seal
             raise DamagedError("its manifest does not match its checksum")
         if version != FORMAT_VERSION:
             raise CheckpointError(

@@ -4,8 +4,27 @@ from __future__ import annotations
 
 import signal
 import threading
+from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from fraqat.errors import InterruptedRunError
+
+
+def interrupted(signal_number: int, step: int, total_steps: int, folder: Path) -> InterruptedRunError:
+    """What a run that was stopped says.
+
+    Args:
+        signal_number: That stopped it.
+        step: Finished steps.
+        total_steps: Of the run.
+        folder: Of the checkpoints.
+    """
+    return InterruptedRunError(
+        f"stopped by signal {signal_number} after step {step} of {total_steps}: a checkpoint is in {folder}. Run the same "
+        "command again to go on.",
+        signal_number,
+    )
 
 
 class InterruptGuard:

@@ -13,6 +13,7 @@ from fraqat.distill.watch_spec import WandbSpec
 from fraqat.files import explain_os_errors, write_text_atomic
 
 LOG_FILE = "log.jsonl"
+REWIND_EVENT = "rewind"
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class RunLog:
         writes: bool = True,
     ):
         self.path = folder / LOG_FILE
+        self.writes = writes
         self._stream: TextIO | None = None
         self._sinks: list[ScalarSink] = []
         if not writes:
@@ -146,6 +148,8 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 def _is_before(event: dict[str, Any], first_step: int) -> bool:
     """Validations and checkpoints carry the number of finished steps, everything else the step that is about to run."""
+    if event["event"] == REWIND_EVENT:  # several may lead to the same checkpoint
+        return event["step"] <= first_step
     is_after_step = event["event"] in ("validation", "width", "checkpoint")
     return event["step"] < first_step or (is_after_step and event["step"] == first_step > 0)
 

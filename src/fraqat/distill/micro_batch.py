@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from fraqat.distill.losses import LossSpec
 from fraqat.distill.task import Batch, DistillTask, SplittableTask
 from fraqat.distill.watch_spec import OutOfMemory
 from fraqat.errors import DeviceMemoryError, config_error
@@ -91,11 +92,12 @@ class MicroBatch:
         return f"out of memory at step {step} with {self.size} samples at a time ({reason[:200]}). {fix}"
 
 
-def check_splitting(task: DistillTask, action: OutOfMemory, num_processes: int) -> None:
+def check_splitting(task: DistillTask, action: OutOfMemory, losses: Sequence[LossSpec], num_processes: int) -> None:
     """Refuses to compute parts in pieces where that cannot be.
 
     Raises:
-        ConfigError: The task has no `split_inputs`, or several processes would have to split alike.
+        ConfigError: The task has no `split_inputs`, a loss is no mean over samples, or several processes would have to split
+            alike.
     """
     if action != "split":
         return
@@ -105,6 +107,10 @@ def check_splitting(task: DistillTask, action: OutOfMemory, num_processes: int) 
         raise config_error(field, "split", allowed=allowed, fix="raise train.accumulation")
     if not isinstance(task, SplittableTask):
         raise config_error(field, "split", allowed="stop for a task without split_inputs", fix="add the method")
+    if any(
+        term.name == "hidden_mse" for term in losses
+    ):  # a ratio of two means: that of a batch is not its pieces' mean
+        raise config_error(field, "split", allowed="stop with the loss hidden_mse", fix="raise train.accumulation")
 
 
 def split_batch(inputs: Batch, num_parts: int, shared: frozenset[str] = frozenset()) -> list[dict[str, Any]]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from fraqat.distill.log import REWIND_EVENT as REWIND_EVENT
 from fraqat.distill.watch_spec import NonFiniteSpec
 from fraqat.errors import NonFiniteLossError
-
-REWIND_EVENT = "rewind"
 
 
 class Recovery:

@@ -50,7 +50,7 @@ class TensorBoardSink:
 
         self._folder = folder
         with explain_os_errors(folder):
-            self._writer: Any = SummaryWriter(str(folder), purge_step=first_step or None)
+            self._writer: Any = SummaryWriter(str(folder), purge_step=first_step)
 
     def add(self, scalars: Mapping[str, float], step: int) -> None:
         """Scalars of one step.

@@ -108,6 +108,7 @@ class ShardedModels(TrainedModels):
     ):
         _check_settings(student, spec, integers, schedule)
         super().__init__(task, teacher, student, spec)
+        self._trained = {}  # FSDP frees a whole parameter once nothing holds it
         self.student = Predictor(task, student, copies_views=True)
         check_shardable(student, "student")
         parallel = spec.parallel

@@ -29,19 +29,6 @@ _SCALE, _SIGNED = "scale", "signed"
 _STEP, _SIGNED_STATE = "step", "exp_avg"
 _BLOCK = 256
 _LEAST_QUANTIZED = 4096
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-@torch.no_grad()
-def identity(model: nn.Module) -> str:
-    """A number that another model, or the same with other weights, is most unlikely to have: class, shapes and a sum of the
-    weights' bits, the same on every device."""
-    total = 0
-    for name, parameter in sorted(model.named_parameters()):
-        bits = parameter.detach().contiguous().view(_INTEGERS[parameter.itemsize])
-        total += int(bits.sum(dtype=torch.int64)) * (1 + sum(name.encode()))
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    return f"{type(model).__name__} of {num_parameters} parameters, {total % 2**64:016x}"
 
 
 @dataclass

@@ -24,7 +24,7 @@ class StepHooks:
 
     def __init__(self, model: nn.Module, spec: TrainSpec, log: RunLog):
         self._flips = CodeFlipLog(model, spec, log)
-        self._profiler = StepProfiler(spec.profile, log.path.parent)
+        self._profiler = StepProfiler(spec.profile if log.writes else None, log.path.parent)
 
     def __enter__(self) -> Self:
         return self

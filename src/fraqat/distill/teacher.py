@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fraqat.distill.identity import keep_identity
 from fraqat.distill.spec import TeacherDtype
 from fraqat.errors import config_error
 from fraqat.nn.quantizers import KeepsBufferDtype
@@ -80,6 +81,8 @@ def hold_teacher_(teacher: nn.Module, student: nn.Module, dtype: TeacherDtype) -
         student: Its frozen parameters may use the teacher's memory from now on, see `share_frozen_`.
         dtype: Of the weights that are not shared.
     """
+    if dtype != "model":
+        keep_identity(teacher)
     shared = share_frozen_(teacher, student)
     num_stored = store_weights_(teacher, dtype, keep=shared)
     sizes = {name: p.numel() * p.itemsize for name, p in teacher.named_parameters()}

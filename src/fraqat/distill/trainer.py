@@ -19,7 +19,8 @@ from fraqat.distill.checkpointing import checkpoint_blocks_
 from fraqat.distill.diagnose import first_non_finite_parameter, first_non_finite_place
 from fraqat.distill.ema import ParameterAverage
 from fraqat.distill.gradients import BatchGradients, BatchLosses
-from fraqat.distill.interrupt import InterruptGuard
+from fraqat.distill.identity import identity
+from fraqat.distill.interrupt import InterruptGuard, interrupted
 from fraqat.distill.log import RunLog, StepRecord
 from fraqat.distill.micro_batch import MICRO_BATCH_EVENT, MicroBatch, check_splitting
 from fraqat.distill.models import check_schedule, check_trainable, make_models
@@ -28,14 +29,14 @@ from fraqat.distill.precision import autocast, precision_name
 from fraqat.distill.recovery import REWIND_EVENT, Recovery
 from fraqat.distill.spec import TrainSpec
 from fraqat.distill.stages import StageChooser
-from fraqat.distill.state import TrainedState, identity
+from fraqat.distill.state import TrainedState
 from fraqat.distill.step_hooks import StepHooks
 from fraqat.distill.step_times import DistillResult, StepTimes
 from fraqat.distill.task import Batch, DistillTask, Prediction
 from fraqat.distill.teacher import hold_teacher_
 from fraqat.distill.validation import batch_loss, validation_loss
 from fraqat.distill.workers import SharedStream, Workers, check_mode, current_workers
-from fraqat.errors import CheckpointError, InterruptedRunError, NonFiniteLossError
+from fraqat.errors import CheckpointError, NonFiniteLossError
 from fraqat.kernels import EngineName
 from fraqat.nn import IntegerLayers, kept_widths, scale_rates_by_name, set_bits_
 from fraqat.schedules import Schedule, Stage
@@ -111,11 +112,12 @@ class Distiller:
         self._gradients = BatchGradients(task, self.models, spec, self.workers, parts, self.device)
         self.stream = self._new_stream()
         self.precision = precision_name(spec.autocast, self.device.type)
-        check_splitting(task, spec.on_out_of_memory, self.workers.num)
+        check_splitting(task, spec.on_out_of_memory, spec.losses, self.workers.num)
         self.recovery = Recovery(spec.on_non_finite)
         self.micro_batch = MicroBatch(spec.on_out_of_memory, spec.batch_size // spec.accumulation, warn)
         self.step = 0
         self.bits: float | None = None
+        self._log: RunLog | None = None
         self._times = StepTimes(spec.batch_size, self.device)
 
     def run(self) -> DistillResult:
@@ -128,15 +130,16 @@ class Distiller:
             InterruptedRunError: SIGINT or SIGTERM; a checkpoint was written first.
             CheckpointError, OutputError: See `CheckpointStore`.
         """
-        while True:
-            try:
-                return self._run_from_newest()
-            except NonFiniteLossError as error:
-                self.recovery.after_failure(error, self.step)
-                self.warn(f"{error} Going back to the newest checkpoint (train.on_non_finite).")
-                self.stream = self._new_stream()
+        with InterruptGuard() as guard:  # over all attempts: a signal must not be lost at a rewind
+            while True:
+                try:
+                    return self._run_from_newest(guard)
+                except NonFiniteLossError as error:
+                    self.recovery.after_failure(error, self.step)
+                    self.warn(f"{error} Going back to the newest checkpoint (train.on_non_finite).")
+                    self.stream = self._new_stream()
 
-    def _run_from_newest(self) -> DistillResult:
+    def _run_from_newest(self, guard: InterruptGuard) -> DistillResult:
         torch.manual_seed(self.spec.seed)
         undo = checkpoint_blocks_(self.student) if self.spec.activation_checkpointing == "blocks" else lambda: None
         self._resume()
@@ -149,6 +152,7 @@ class Distiller:
             settings=self._settings,
             writes=self.workers.is_first,
         )
+        self._log = log
         if self.recovery.pending is not None:
             log.write_event(REWIND_EVENT, self.step, **self.recovery.pending)
             self.recovery.pending = None
@@ -159,7 +163,7 @@ class Distiller:
         self.student.train()
         num_named = -1
         try:
-            with InterruptGuard() as guard, StepHooks(self.student, self.spec, log) as hooks:
+            with StepHooks(self.student, self.spec, log) as hooks:
                 if self.recovery.wants_first_checkpoint and self.workers.gather([self.store.is_empty])[0][0]:
                     self._begin_save(log)
                     self._finish_save(log)
@@ -189,17 +193,20 @@ class Distiller:
                         self._begin_save(log, stage, best)
                     if signal_number:
                         self._finish_save(log)
-                        self._leave(signal_number)
+                        raise interrupted(signal_number, self.step, self.schedule.total_steps, self.store.folder)
                 self._finish_save(log)
-                signal_number, _ = self.workers.agree(guard.signal_number or 0, False)
-                if signal_number:
-                    self._leave(signal_number)
-            return self._finish(log)
+            result = self._finish(log)
+            signal_number, _ = self.workers.agree(guard.signal_number or 0, False)
+            if signal_number:
+                raise interrupted(signal_number, self.step, self.schedule.total_steps, self.store.folder)
+            return result
         finally:
-            if self.workers.num == 1:  # others may be gone
-                self._finish_save(log)
-            log.close()
-            undo()
+            try:
+                if self.workers.num == 1:  # others may be gone
+                    self._finish_save(log)
+            finally:
+                log.close()
+                undo()
 
     def _name_precision(self, log: RunLog) -> None:
         log.write_event("precision", self.step, products=self.precision)
@@ -333,17 +340,18 @@ class Distiller:
             self._fail(stage, places[first], f"the loss is {batch.losses[bad]}")
 
     def _first_bad_place(self, inputs: Batch) -> str:
+        models = {"teacher": self.teacher, "student": self.student}
         with autocast(self.spec.autocast, self.device.type):
-            return first_non_finite_place(
-                {"teacher": self.teacher, "student": self.student}, lambda model: self._predict(model, inputs)
-            )
+            place = first_non_finite_place(models, lambda model: self._predict(model, inputs))
+        self.models.let_go_()
+        return place
 
     def _clip_gradient(self, stage: Stage) -> float:
         parameters = [p for p in self.trained.values() if p.grad is not None]
         norm = self.models.total_norm([p.grad for p in parameters if p.grad is not None])
         if not bool(torch.isfinite(norm)):
-            where = first_non_finite_parameter(self.student)
-            self._fail(stage, f"the gradient of {where}", "the gradient is not finite")
+            names = self.workers.gather_text(first_non_finite_parameter(self.student) or "")
+            self._fail(stage, f"the gradient of {next(filter(None, names), None)}", "the gradient is not finite")
         if self.spec.clip_norm is not None:
             clip_grads_with_norm_(parameters, self.spec.clip_norm, norm)
         return norm.item()
@@ -431,15 +439,9 @@ class Distiller:
                 "train.autocast to keep one precision on all machines."
             )
 
-    def _leave(self, signal_number: int) -> NoReturn:
-        raise InterruptedRunError(
-            f"stopped by signal {signal_number} after step {self.step} of {self.schedule.total_steps}: a checkpoint is in "
-            f"{self.store.folder}. Run the same command again to go on.",
-            signal_number,
-        )
-
     def _fail(self, stage: Stage, where: str, what: str) -> NoReturn:
-        self.store.finish()
+        if self._log is not None:
+            self._finish_save(self._log)
         kept = f"The newest checkpoint is kept in {self.store.folder}."
         if self.store.is_empty:
             kept = "No checkpoint had been written yet."
