@@ -405,7 +405,8 @@ def test_model_may_be_quantized_again_after_unquantize(tiny: Any, images: Tensor
     first = tiny(images)
     unquantize_(tiny)
     quantize_(tiny)
-    assert torch.equal(tiny(images), first)
+    # Not bit for bit: on some CPUs torch picks another convolution where a weight wants no gradient.
+    torch.testing.assert_close(tiny(images), first, rtol=1e-5, atol=1e-6)
     assert len(trainable(tiny)) == len(list(tiny.parameters()))
 
 
