@@ -118,7 +118,7 @@ class ReplicatedModels(TrainedModels):
         )
         buffers = "forward_sync_buffers" if "forward_sync_buffers" in _ddp_arguments() else "broadcast_buffers"
         options: dict[str, Any] = {buffers: False, "init_sync": False, "find_unused_parameters": True}
-        self._student = DistributedDataParallel(self.student, **options)
+        self._student = DistributedDataParallel(self.student, gradient_as_bucket_view=True, **options)
         self.student = self._student
 
     def part(self, *, is_last: bool) -> AbstractContextManager[Any]:
