@@ -29,7 +29,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Long runs are left out unless `-m` names them."""
     chosen = config.getoption("-m")
     left_out = [
-        item for item in items for name in ("faults", "fuzz") if item.get_closest_marker(name) and name not in chosen
+        item
+        for item in items
+        for name in ("faults", "fuzz", "four_processes")
+        if item.get_closest_marker(name) and name not in chosen
     ]
     if left_out:
         config.hook.pytest_deselected(items=left_out)

@@ -138,7 +138,7 @@ def test_two_processes_train_what_one_trains(job: Job, two: Path, alone: Any) ->
     assert losses(two / job_folder(*job)) == pytest.approx(wanted_losses, rel=1e-3 if is_reordered else 0.0)
 
 
-@pytest.mark.slow
+@pytest.mark.four_processes
 def test_four_processes_train_what_one_trains(tmp_path: Path, alone: Any) -> None:
     spawn(4, tmp_path, FOUR_PROCESSES)
     for job in FOUR_PROCESSES:

@@ -420,7 +420,7 @@ def test_a_changed_or_cut_file_is_noticed(tmp_path: Path) -> None:
 
 
 def test_llama_cpp_computes_the_opened_file(tmp_path: Path, sqnr_db: Db) -> None:
-    """In a real llama.cpp, where one is installed; `benchmarks/llama_cpp.py` runs it from another environment."""
+    """In a real llama.cpp, where one is installed; `benchmarks/llama_cpp_logits.py` runs it from another environment."""
     llama_cpp = pytest.importorskip("llama_cpp")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -3,7 +3,7 @@
 Quantizes the model that comes with the package without training, writes it as GGUF, and compares on held-out texts: the
 tokenizer, the logits of every position, and a greedy continuation. llama-cpp-python may lie in another environment:
 
-    python benchmarks/llama_cpp.py --llama-python LLAMA_VENV/bin/python --out docs/results/llama_cpp.jsonl
+    python benchmarks/llama_cpp_logits.py --llama-python LLAMA_VENV/bin/python --out docs/results/llama_cpp.jsonl
 """
 
 from __future__ import annotations
