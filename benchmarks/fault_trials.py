@@ -139,9 +139,19 @@ def _newest_step(settings: Settings) -> int:
     return max((int(path.name.removeprefix("step-")) for path in checkpoints(settings)), default=0)
 
 
+def _fingerprint(settings: Settings) -> dict[str, Any]:
+    """What the checkpoints of a trial share, of one whose manifest can be read."""
+    for folder in checkpoints(settings):
+        try:
+            return json.loads((folder / "manifest.json").read_text())["fingerprint"]
+        except (OSError, ValueError, LookupError, TypeError):
+            continue
+    return {}
+
+
 def newest_sound(settings: Settings) -> int:
     """Steps of the newest sound checkpoint, 0 without one; only while no process is at work there."""
-    store = CheckpointStore(Path(settings.folder) / "checkpoints", {}, warn=lambda text: None)
+    store = CheckpointStore(Path(settings.folder) / "checkpoints", _fingerprint(settings), warn=lambda text: None)
     loaded = store.load_latest()
     return 0 if loaded is None else loaded.step
 
