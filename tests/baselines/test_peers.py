@@ -67,9 +67,9 @@ def num_levels(weight: Tensor) -> int:
 @pytest.mark.parametrize("name", TRAINED)
 def test_training_lowers_the_held_out_loss(name: str) -> None:
     before = peer("torchao-qat", 0).validation_loss
-    result = peer(name, 200, batch_size=16, learning_rate=COSINE)
+    result = peer(name, 200, batch_size=16, learning_rate=COSINE, autocast="bfloat16")
     assert result.num_steps == 200 and result.train_s > 0
-    assert result.validation_loss < 0.8 * before
+    assert result.validation_loss < 0.7 * before
     assert result.validation_loss == validation_loss(ToyTask(), toy_teacher(), result.model, toy_spec(batch_size=16))
 
 

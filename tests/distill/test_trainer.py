@@ -43,11 +43,12 @@ def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -
 
 def test_training_lowers_the_held_out_loss(make_distiller) -> None:
     rate = LearningRateSpec(peak=2e-3)
-    distiller = make_distiller(steps=200, learning_rate=rate, batch_size=16, checkpoint_every=100, validate_every=100)
+    settings = {"batch_size": 16, "checkpoint_every": 100, "validate_every": 100, "autocast": "bfloat16"}
+    distiller = make_distiller(steps=200, learning_rate=rate, **settings)
     before = distiller.validate()
     result = distiller.run()
     assert result.num_steps == 200
-    assert result.validation_loss < 0.8 * before
+    assert result.validation_loss < 0.7 * before
 
 
 def test_the_student_ends_at_the_target_width_and_passes_every_stage(make_distiller, tmp_path: Path) -> None:

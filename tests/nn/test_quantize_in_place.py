@@ -402,11 +402,12 @@ def test_unquantize_of_a_float_model_does_nothing(tiny: Any, photograph: Callabl
 
 def test_model_may_be_quantized_again_after_unquantize(tiny: Any, images: Tensor) -> None:
     quantize_(tiny, train="FF")
-    first = tiny(images)
+    with torch.no_grad():  # with gradients, torch's own Linear adds in another order where its weight wants none (AVX2)
+        first = tiny(images)
     unquantize_(tiny)
     quantize_(tiny)
-    # Not bit for bit: on some CPUs torch picks another convolution where a weight wants no gradient.
-    torch.testing.assert_close(tiny(images), first, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        assert torch.equal(tiny(images), first)
     assert len(trainable(tiny)) == len(list(tiny.parameters()))
 
 
