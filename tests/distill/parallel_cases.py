@@ -21,7 +21,8 @@ from fraqat import ScheduleSpec, quantize_
 from fraqat.distill import Distiller, ParallelSpec, StepRecord, joined, read_log
 from fraqat.errors import InterruptedRunError
 from fraqat.kernels import EngineName
-from fraqat.nn import EngineSpec, QuantSpec, WeightSpec
+from fraqat.nn import EngineSpec, QuantSpec, WeightSpec, serve_widths_
+from fraqat.schedules import AutomaticSpec
 
 NUM_PARTS = 2
 STEPS = 9
@@ -31,6 +32,9 @@ EIGHT_BIT_HIDDEN = 128
 """128 x 128 weights in 4 shards are the fewest whose state torchao keeps in 8 bits."""
 
 REFERENCE = EngineSpec(EngineName.REFERENCE)
+AUTOMATIC = ScheduleSpec("automatic", automatic=AutomaticSpec(ramp_share=0.8, rise=1.02, window_share=0.02, gain=0.9))
+"""Measures often, and has several stages in nine steps."""
+SEVERAL = ScheduleSpec("several", widths=(8, 6, 4))
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "averaged": {"ema_decay": 0.9, "weight_decay": 0.1, "weight": WeightSpec(range_method="mse")},
@@ -40,6 +44,11 @@ CASES: dict[str, dict[str, Any]] = {
     "final-grid": {"grid": "final"},
     "reference": {"engine": REFERENCE, "weight": WeightSpec(granularity="group", group_size=8, range_method="mse")},
     "per-tensor": {"weight": WeightSpec(granularity="tensor")},
+    "automatic": {"schedule": AUTOMATIC, "ema_decay": 0.9},
+    "automatic-learned": {"schedule": AUTOMATIC, "weight": WeightSpec(range_method="learned")},
+    "several": {"schedule": SEVERAL, "weight": WeightSpec(range_method="learned")},
+    "several-reference": {"schedule": SEVERAL, "weight": WeightSpec(range_method="learned"), "engine": REFERENCE},
+    "several-mse": {"schedule": SEVERAL, "weight": WeightSpec(range_method="mse"), "ema_decay": 0.9},
 }
 """Options of `train_case` by name."""
 
@@ -84,6 +93,7 @@ def make_case(
     weight: WeightSpec | None = None,
     train: str = "All",
     grid: str = "own",
+    schedule: ScheduleSpec | None = None,
     steps: int = STEPS,
     **changes: Any,
 ) -> Distiller:
@@ -95,7 +105,9 @@ def make_case(
     if train != "All":
         for name, parameter in student.named_parameters():
             parameter.requires_grad_(name.startswith(train))
-    schedule = ScheduleSpec("fractional", grid=grid).resolve(4.0, steps)
+    stages = (schedule or ScheduleSpec("fractional", grid=grid)).resolve(4.0, steps)
+    if stages.widths:
+        serve_widths_(student, stages.widths)
     values = {
         "batch_size": 8,
         "accumulation": NUM_PARTS,
@@ -105,7 +117,7 @@ def make_case(
         **changes,
     }
     spec = toy_spec(parallel=parallel, **values)
-    return Distiller(ToyTask(num_rows=20), teacher, student, schedule, spec, folder, fingerprint={"case": 1})
+    return Distiller(ToyTask(num_rows=20), teacher, student, stages, spec, folder, fingerprint={"case": 1})
 
 
 def train_case(

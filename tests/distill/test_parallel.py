@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from parallel_cases import CASES, job_folder, losses, train_case
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fraqat.distill import ParallelSpec, Workers, read_log
@@ -54,16 +54,27 @@ def spawn(num: int, out: Path, jobs: list[Job]) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What one process gives, by case."""
-    made: dict[str, tuple[dict[str, Tensor], list[float]]] = {}
+def alone_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The run folder of one process, by case, with its student."""
+    made: dict[str, Path] = {}
 
-    def get(name: str, **changes: Any) -> tuple[dict[str, Tensor], list[float]]:
+    def get(name: str, **changes: Any) -> Path:
         key = job_folder(name, {}, changes)
         if key not in made:
-            folder = tmp_path_factory.mktemp(key)
-            made[key] = train_case(name, folder, PLAIN, **changes), losses(folder)
+            made[key] = tmp_path_factory.mktemp(key)
+            save_file(train_case(name, made[key], PLAIN, **changes), made[key] / "alone.safetensors")
         return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def alone(alone_folder: Any) -> Any:
+    """What one process gives, by case: the student, and the loss of every step."""
+
+    def get(name: str, **changes: Any) -> tuple[dict[str, Tensor], list[float]]:
+        folder = alone_folder(name, **changes)
+        return load_file(folder / "alone.safetensors"), losses(folder)
 
     return get
 
@@ -72,11 +83,13 @@ DDP = {"mode": "ddp"}
 MORE_PARTS = {"accumulation": 4}
 SHARDED = {"mode": "fsdp2", "teacher": "shard"}
 CODES = {"mode": "fsdp2", "gather": "codes"}
-NOT_AS_CODES = ("final-grid", "reference")
+NOT_AS_CODES = ("final-grid", "reference", "several-reference")
+WIDTHS_CHANGE = ("automatic", "automatic-learned", "several", "several-reference", "several-mse")
+"""Cases whose widths take turns or are chosen while training."""
 UNEVEN = {"hidden": 33}
 """Rows that two processes cannot share equally."""
 TWO_PROCESSES: list[Job] = [
-    *((name, DDP, {}) for name in ("plain", "averaged", "eight-bit")),
+    *((name, DDP, {}) for name in ("plain", "averaged", "eight-bit", *WIDTHS_CHANGE)),
     *((name, SHARDED, {}) for name in CASES),
     *((name, CODES, {}) for name in CASES if name not in NOT_AS_CODES),
     ("plain", SHARDED, UNEVEN),
@@ -94,7 +107,7 @@ FOUR_PROCESSES: list[Job] = [
 ]
 OTHER_RUN = {"validate_every": 4}
 STOP = {"stop_after": 5}
-MOVED = ("averaged", "eight-bit")
+MOVED = ("averaged", "eight-bit", "automatic", "several")
 """Cases that one process begins and two go on with, and the other way round; the second folder has its own name."""
 REORDERED = 1e-4
 """Bound of a weight's difference where gradients are added in another order, or the optimizer's vectors end elsewhere (unequal
@@ -120,6 +133,11 @@ def results(out: Path, job: Job, num: int) -> list[dict[str, Tensor]]:
     return [load_file(out / job_folder(*job) / f"rank{rank}.safetensors") for rank in range(num)]
 
 
+def stages(folder: Path) -> list[tuple[float, int]]:
+    """Width and first step of every stage in the log of a run."""
+    return [(event["bits"], event["step"]) for event in read_log(folder) if event["event"] == "stage"]
+
+
 def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], bound: float) -> None:
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
@@ -136,6 +154,15 @@ def test_two_processes_train_what_one_trains(job: Job, two: Path, alone: Any) ->
     is_reordered = bool(changes)
     assert_close(first, wanted, REORDERED if is_reordered else 0.0)
     assert losses(two / job_folder(*job)) == pytest.approx(wanted_losses, rel=1e-3 if is_reordered else 0.0)
+
+
+@pytest.mark.parametrize("parallel", [DDP, SHARDED, CODES], ids=["ddp", "sharded", "codes"])
+@pytest.mark.parametrize("name", ["automatic", "automatic-learned"])
+def test_two_processes_choose_the_stages_of_one(
+    name: str, parallel: dict[str, Any], two: Path, alone_folder: Any
+) -> None:
+    chosen = stages(two / job_folder(name, parallel, {}))
+    assert chosen == stages(alone_folder(name)) and len(chosen) > 2
 
 
 @pytest.mark.four_processes
