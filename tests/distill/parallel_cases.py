@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from toy import ToyTask, toy_spec
 
 from fraqat import ScheduleSpec, quantize_
-from fraqat.distill import Distiller, ParallelSpec, StepRecord, joined, read_log
-from fraqat.errors import InterruptedRunError
+from fraqat.distill import Distiller, ParallelSpec, StepRecord, Workers, joined, read_log
+from fraqat.errors import ConfigError, InterruptedRunError
 from fraqat.kernels import EngineName
 from fraqat.nn import EngineSpec, QuantSpec, WeightSpec, serve_widths_
 from fraqat.schedules import AutomaticSpec
@@ -164,11 +164,37 @@ def losses(folder: Path) -> list[float]:
     return [event["loss"] for event in read_log(folder) if event["event"] == "step"]
 
 
+FAILURES: dict[str, BaseException] = {
+    "value-error": ValueError("no such thing"),
+    "config-error": ConfigError("no such setting"),
+    "interrupt": KeyboardInterrupt(),
+    "exit": SystemExit(3),
+}
+"""What the first process raises while the others wait for it."""
+
+
+def failure_as_seen(name: str, workers: Workers) -> list[Any]:
+    """Class, text and exit code of the error that this process raises where the first one fails."""
+
+    def fail() -> None:
+        raise FAILURES[name]
+
+    try:
+        workers.first(fail)
+    except BaseException as error:  # noqa: BLE001 - whatever it is
+        return [type(error).__name__, str(error), getattr(error, "exit_code", None)]
+    return []
+
+
 def main(out: Path, jobs: list[list[Any]]) -> None:
     """Runs jobs, [case, values of `ParallelSpec`, changes of the case], as one process of several."""
     torch.set_num_threads(1)
     with joined(ParallelSpec("ddp", timeout_s=120), torch.device("cpu")) as workers:
         for name, values, changes in jobs:
+            if name in FAILURES:
+                seen = failure_as_seen(name, workers)
+                (out / f"{name}-rank{workers.rank}.json").write_text(json.dumps([seen, workers.tell(lambda: [1, "a"])]))
+                continue
             folder = out / job_folder(name, values, changes)
             found = train_case(name, folder, ParallelSpec(**values), **changes)
             if found:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from parallel_cases import CASES, job_folder, losses, train_case
+from parallel_cases import CASES, FAILURES, job_folder, losses, train_case
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -124,7 +124,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train_case(name, out / job_folder(name, CODES, OTHER_RUN), PLAIN, **STOP)
     begun: list[Job] = [(name, SHARDED, {**OTHER_RUN, **STOP}) for name in MOVED]
     gone_on: list[Job] = [(name, CODES, OTHER_RUN) for name in MOVED]
-    spawn(2, out, [*TWO_PROCESSES, *begun, *gone_on])
+    failing: list[Job] = [(name, {}, {}) for name in FAILURES]
+    spawn(2, out, [*failing, *TWO_PROCESSES, *begun, *gone_on])
     return out
 
 
@@ -195,6 +196,27 @@ def test_one_process_goes_on_with_the_run_of_two(name: str, two: Path, alone: An
     assert len(list((folder / "checkpoints" / "step-00000005").glob("part-*"))) == 2
     assert_close(train_case(name, folder, PLAIN, **OTHER_RUN), wanted, 0.0)
     assert losses(folder) == wanted_losses
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "other"),
+    [
+        (
+            "value-error",
+            ["ValueError", "no such thing", None],
+            ["process 0: ValueError: no such thing. Fix: look at", 1],
+        ),
+        ("config-error", ["ConfigError", "no such setting", 2], ["process 0: no such setting", 2]),
+        ("interrupt", ["KeyboardInterrupt", "", None], ["process 0: KeyboardInterrupt", 1]),
+        ("exit", ["SystemExit", "3", None], ["process 0: SystemExit: 3", 1]),
+    ],
+)
+def test_every_error_of_the_first_process_reaches_the_others(name: str, first: Any, other: Any, two: Path) -> None:
+    found = [json.loads((two / f"{name}-rank{rank}.json").read_text()) for rank in range(2)]
+    kind, text, exit_code = found[1][0]
+    assert found[0][0] == first
+    assert (kind, exit_code) == ("FraqatError", other[1]) and text.startswith(other[0])
+    assert [answer for _, answer in found] == [[1, "a"]] * 2  # and they go on together
 
 
 def test_a_process_computes_its_own_parts() -> None:
