@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from toy import ToyTask, toy_spec
 
 from fraqat import ScheduleSpec, quantize_
-from fraqat.distill import Distiller, ParallelSpec, StepRecord, Workers, joined, read_log
-from fraqat.errors import ConfigError, InterruptedRunError
+from fraqat.distill import Batch, Distiller, ParallelSpec, Prediction, StepRecord, Workers, joined, read_log
+from fraqat.distill.micro_batch import shares_of, split_batch
+from fraqat.distill.workers import current_workers
+from fraqat.errors import ConfigError, FraqatError, InterruptedRunError
 from fraqat.kernels import EngineName
 from fraqat.nn import EngineSpec, QuantSpec, WeightSpec, serve_widths_
 from fraqat.schedules import AutomaticSpec
@@ -68,6 +71,40 @@ class Block(nn.Module):
         return x + self.outer(self.dropout(nn.functional.silu(self.inner(self.norm(x)))))
 
 
+class SmallDevices(ToyTask):
+    """Processes that hold so many samples of a forward or a backward pass.
+
+    Args:
+        limit: Of this process.
+        where: `forward`, `backward`, or `before`, when gradients of earlier parts are there and the pass has not begun.
+    """
+
+    def __init__(self, limit: int, where: str = "forward"):
+        super().__init__(num_rows=20)
+        self._limit, self._where = limit, where
+
+    def split_inputs(self, inputs: Batch, num_parts: int) -> list[tuple[Batch, float]]:
+        """Pieces with their shares."""
+        parts = split_batch(inputs, num_parts)
+        return list(zip(parts, shares_of([len(part["x"]) for part in parts]), strict=True))
+
+    def predict(self, model: nn.Module, inputs: Batch) -> Prediction:
+        """Fails where there are more samples than the device holds."""
+        is_too_large = torch.is_grad_enabled() and len(inputs["x"]) > self._limit
+        if is_too_large and self._where == "before":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        found = super().predict(model, inputs)
+        if is_too_large and self._where == "forward":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        if is_too_large:
+            found["output"].register_hook(_no_memory)
+        return found
+
+
+def _no_memory(gradient: Tensor) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
 class Blocks(nn.Module):
     """8 -> hidden -> 4 with two blocks between."""
 
@@ -95,6 +132,8 @@ def make_case(
     grid: str = "own",
     schedule: ScheduleSpec | None = None,
     steps: int = STEPS,
+    memory_for: Sequence[int] = (),
+    where: str = "forward",
     **changes: Any,
 ) -> Distiller:
     """The trainer of a case. Clipping is loose, so that the norm's order of sums does not show in the weights."""
@@ -117,7 +156,10 @@ def make_case(
         **changes,
     }
     spec = toy_spec(parallel=parallel, **values)
-    return Distiller(ToyTask(num_rows=20), teacher, student, stages, spec, folder, fingerprint={"case": 1})
+    task = ToyTask(num_rows=20)
+    if memory_for:
+        task = SmallDevices(memory_for[current_workers().rank % len(memory_for)], where)
+    return Distiller(task, teacher, student, stages, spec, folder, fingerprint={"case": 1})
 
 
 def train_case(
@@ -152,7 +194,9 @@ def train_case(
 
 def job_folder(name: str, values: dict[str, Any], changes: dict[str, Any]) -> str:
     """Where a job leaves its run: the same place for one that stops and one that goes on."""
-    return "-".join((name, *(str(value) for value in (*values.values(), *_without_stop(changes).values()))))
+    return "-".join((name, *(str(value) for value in (*values.values(), *_without_stop(changes).values())))).replace(
+        " ", ""
+    )
 
 
 def _without_stop(changes: dict[str, Any]) -> dict[str, Any]:
@@ -202,4 +246,8 @@ def main(out: Path, jobs: list[list[Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    try:
+        main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    except FraqatError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.exit_code)

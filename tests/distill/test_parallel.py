@@ -26,8 +26,8 @@ PLAIN = ParallelSpec()
 pytestmark = pytest.mark.xdist_group("parallel")  # one worker, which starts the processes once
 
 
-def spawn(num: int, out: Path, jobs: list[Job]) -> None:
-    """Runs jobs in so many processes over gloo, as `torchrun` would start them."""
+def run_processes(num: int, out: Path, jobs: list[Job]) -> list[tuple[int, str]]:
+    """Runs jobs in so many processes over gloo, as `torchrun` would start them: exit code and output of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -49,8 +49,13 @@ def spawn(num: int, out: Path, jobs: list[Job]) -> None:
         for rank in range(num)
     ]
     outputs = [process.communicate(timeout=300)[0] for process in processes]
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-4000:]
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def spawn(num: int, out: Path, jobs: list[Job]) -> None:
+    """Runs jobs in so many processes, none of which may fail."""
+    for code, output in run_processes(num, out, jobs):
+        assert code == 0, output[-4000:]
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +102,11 @@ TWO_PROCESSES: list[Job] = [
     ("plain", {"mode": "hybrid", "shards": 1}, {}),
     ("plain", {**CODES, "reduce": "part"}, MORE_PARTS),
 ]
+SPLIT = {"on_out_of_memory": "split"}
+TWO_PROCESSES += [(name, DDP, {**SPLIT, "memory_for": [99]}) for name in ("plain", "learned", "reference")]
+OUT_OF_MEMORY: list[Job] = [
+    ("plain", DDP, {**SPLIT, "memory_for": [99, 2], "where": where}) for where in ("before", "forward", "backward")
+]
 FOUR_PROCESSES: list[Job] = [
     ("averaged", DDP, MORE_PARTS),
     ("averaged", {**SHARDED, "reduce": "part"}, MORE_PARTS),
@@ -125,7 +135,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     begun: list[Job] = [(name, SHARDED, {**OTHER_RUN, **STOP}) for name in MOVED]
     gone_on: list[Job] = [(name, CODES, OTHER_RUN) for name in MOVED]
     failing: list[Job] = [(name, {}, {}) for name in FAILURES]
-    spawn(2, out, [*failing, *TWO_PROCESSES, *begun, *gone_on])
+    spawn(2, out, [*failing, *TWO_PROCESSES, *OUT_OF_MEMORY, *begun, *gone_on])
     return out
 
 
@@ -152,7 +162,7 @@ def test_two_processes_train_what_one_trains(job: Job, two: Path, alone: Any) ->
     wanted, wanted_losses = alone(name, **changes)
     first, second = results(two, job, 2)
     assert_close(second, first, 0.0)
-    is_reordered = bool(changes)
+    is_reordered = bool(changes.keys() - {"on_out_of_memory", "memory_for"})
     assert_close(first, wanted, REORDERED if is_reordered else 0.0)
     assert losses(two / job_folder(*job)) == pytest.approx(wanted_losses, rel=1e-3 if is_reordered else 0.0)
 
@@ -178,6 +188,38 @@ def test_four_processes_train_what_one_trains(tmp_path: Path, alone: Any) -> Non
         bound = EIGHT_BIT_REORDERED if name == "eight-bit" else REORDERED
         assert_close(first, wanted, bound)
         assert losses(tmp_path / job_folder(*job)) == pytest.approx(wanted_losses, rel=10 * bound)
+
+
+@pytest.mark.parametrize("job", OUT_OF_MEMORY, ids=lambda job: str(job[2]["where"]))
+def test_one_process_without_memory_lets_all_split(job: Job, two: Path, alone: Any) -> None:
+    name, _, changes = job
+    wanted, wanted_losses = alone(name, **{**changes, "memory_for": [2]})
+    first, second = results(two, job, 2)
+    assert_close(second, first, 0.0)
+    assert_close(first, wanted, REORDERED)
+    assert losses(two / job_folder(*job)) == pytest.approx(wanted_losses, rel=1e-3)
+    found = [
+        (event["step"], event["samples"])
+        for event in read_log(two / job_folder(*job))
+        if event["event"] == "micro_batch"
+    ]
+    assert found == [(0, 2)]
+
+
+def test_sharded_processes_split_at_the_next_start(tmp_path: Path, alone: Any) -> None:
+    """One breaks off inside a pass: nobody waits for ever, and the run goes on in pieces from its checkpoint."""
+    job: Job = ("plain", SHARDED, {**SPLIT, "memory_for": [99, 2], "where": "backward", "checkpoint_every": 1})
+    folder = tmp_path / job_folder(*job)
+    (other, other_output), (code, output) = run_processes(2, tmp_path, [job])
+    assert other == 1 and code == 8, output
+    assert "error: another process of this run has ended" in other_output
+    assert "The next start computes at most 2 at a time. Fix: run the same command again" in output
+    spawn(2, tmp_path, [job])
+    wanted, _ = alone("plain", **{**job[2], "memory_for": [2]})
+    first, second = results(tmp_path, job, 2)
+    assert_close(second, first, 0.0)
+    assert_close(first, wanted, REORDERED)
+    assert [event["samples"] for event in read_log(folder) if event["event"] == "micro_batch"] == [2]
 
 
 @pytest.mark.parametrize("name", MOVED)

@@ -22,7 +22,7 @@ class BatchLosses:
     """What a batch gave.
 
     Args:
-        losses: Of every part, in the order of the processes.
+        losses: Of every part: first of those of this process, and by `share_` of those of all, in the order of the processes.
         suspect: Inputs of the first piece of this process whose loss is not finite; where all are, of the last.
     """
 
@@ -67,7 +67,7 @@ class BatchGradients:
         self._last_part, self._device = parts[-1], device
 
     def add_(self, parts: Sequence[tuple[int, Batch]], step: int, num_splits: int) -> BatchLosses:
-        """Adds the gradient of the whole batch to what the parameters have.
+        """Adds the gradient of this process' parts of a batch to what the parameters have; see `share_`.
 
         Args:
             parts: Number and samples of each part of this process.
@@ -90,7 +90,12 @@ class BatchGradients:
                     (loss * share / num_summed if num_splits > 1 else loss / num_summed).backward()
                 part_loss += share * loss.item()
             losses.append(part_loss)
-        return BatchLosses(self._told(losses), suspect)
+        return BatchLosses(tuple(losses), suspect)
+
+    def share_(self, batch: BatchLosses) -> BatchLosses:
+        """Lets every process have gradient and losses of the whole batch, once each has computed its parts."""
+        self._models.average_gradients_()
+        return BatchLosses(self._told(batch.losses), batch.suspect)
 
     def measure(
         self, parts: Sequence[tuple[int, Batch]], step: int, num_splits: int, loss: Callable[[Batch], float]
@@ -110,7 +115,7 @@ class BatchGradients:
         ]
         return BatchLosses(self._told(losses), {}).mean
 
-    def _told(self, losses: list[float]) -> tuple[float, ...]:
+    def _told(self, losses: Sequence[float]) -> tuple[float, ...]:
         return tuple(value for row in self._workers.gather(losses) for value in row)
 
     def _pieces(self, part: int, batch: Batch, step: int, num_splits: int) -> list[tuple[Batch, float]]:

@@ -95,6 +95,7 @@ class ShardedModels(TrainedModels):
     """
 
     is_sharded = True
+    meets_in_passes = True
 
     def __init__(
         self,

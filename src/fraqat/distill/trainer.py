@@ -21,7 +21,7 @@ from fraqat.distill.gradients import BatchGradients, BatchLosses
 from fraqat.distill.identity import identity
 from fraqat.distill.interrupt import InterruptGuard, interrupted
 from fraqat.distill.log import RunLog, StepRecord
-from fraqat.distill.micro_batch import MICRO_BATCH_EVENT, MicroBatch, check_splitting
+from fraqat.distill.micro_batch import MICRO_BATCH_EVENT, SPLIT_FILE, MicroBatch, check_splitting
 from fraqat.distill.models import check_trainable, make_models
 from fraqat.distill.optimizers import make_optimizer
 from fraqat.distill.precision import precision_name
@@ -111,9 +111,15 @@ class Distiller:
         self._checks = FiniteChecks(self.models, self.teacher, student, spec, self.workers, self._predict, self._fail)
         self.stream = self._new_stream()
         self.precision = precision_name(spec.autocast, self.device.type)
-        check_splitting(task, spec.on_out_of_memory, spec.losses, self.workers.num)
+        check_splitting(task, spec.on_out_of_memory, spec.losses)
         self.recovery = Recovery(spec.on_non_finite)
-        self.micro_batch = MicroBatch(spec.on_out_of_memory, spec.batch_size // spec.accumulation, warn)
+        self.micro_batch = MicroBatch(
+            spec.on_out_of_memory,
+            spec.batch_size // spec.accumulation,
+            warn,
+            self.workers,
+            folder / SPLIT_FILE if self.models.meets_in_passes else None,
+        )
         self.step = 0
         self.bits: float | None = None
         self._log: RunLog | None = None
@@ -159,6 +165,8 @@ class Distiller:
             log.write_event("resume", self.step)
             self.say(f"going on from the checkpoint after step {self.step}")
         self._name_precision(log)
+        if self.micro_batch.load_record():
+            log.write_event(MICRO_BATCH_EVENT, self.step, samples=self.micro_batch.size)
         self.student.train()
         num_named = -1
         try:
@@ -306,7 +314,8 @@ class Distiller:
         learning_rate = self.recovery.rate_factor * self.spec.learning_rate.at(self.step, self.schedule)
         self.optimizer.set_learning_rate_(learning_rate)
         parts = list(self.stream.next_parts())
-        batch = self.micro_batch.run(lambda num_splits: self._gradients_from_none(parts, num_splits), self.step)
+        own = self.micro_batch.run(lambda num_splits: self._gradients_from_none(parts, num_splits), self.step)
+        batch = self._gradients.share_(own)
         loss = batch.mean
         self._checks.check_losses(stage, batch)
         if self.integers is not None:
