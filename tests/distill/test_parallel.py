@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from parallel_cases import CASES, FAILURES, job_folder, losses, train_case
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fraqat.distill import ParallelSpec, Workers, read_log
+from fraqat.distill import CheckpointStore, ParallelSpec, Workers, read_log
 from fraqat.errors import ConfigError
 
 Job = tuple[str, dict[str, Any], dict[str, Any]]
@@ -135,6 +136,9 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     begun: list[Job] = [(name, SHARDED, {**OTHER_RUN, **STOP}) for name in MOVED]
     gone_on: list[Job] = [(name, CODES, OTHER_RUN) for name in MOVED]
     failing: list[Job] = [(name, {}, {}) for name in FAILURES]
+    for case, (missing, _, _) in VIEWS.items():
+        make_views(out / case, missing)
+    failing += [("views", {}, {"case": case}) for case in VIEWS]
     spawn(2, out, [*failing, *TWO_PROCESSES, *OUT_OF_MEMORY, *begun, *gone_on])
     return out
 
@@ -259,6 +263,45 @@ def test_every_error_of_the_first_process_reaches_the_others(name: str, first: A
     assert found[0][0] == first
     assert (kind, exit_code) == ("FraqatError", other[1]) and text.startswith(other[0])
     assert [answer for _, answer in found] == [[1, "a"]] * 2  # and they go on together
+
+
+VIEWS: dict[str, tuple[str, int, str]] = {
+    "all-there": ("", 3, ""),
+    "manifest-missing": ("step-00000003/manifest.json", 3, ""),
+    "state-missing": ("step-00000003/state.json", 3, ""),
+    "part-missing": ("step-00000003/part-00000-of-00001.safetensors", 2, "No such file or directory"),
+    "part-cut": ("step-00000003/part-00000-of-00001.safetensors:9", 2, "has another size than its manifest says"),
+    "folder-missing": ("step-00000003", 2, "No such file or directory"),
+}
+"""What the second process does not see, the step that all take, and why not the newest."""
+
+
+def make_views(out: Path, missing: str) -> None:
+    """A folder of checkpoints for each process, of which the second one lacks something."""
+    store = CheckpointStore(out / "view0", {"a": 1}, 5)
+    for step in (1, 2, 3):
+        store.save(step, {"x": torch.full((2,), float(step))})
+    shutil.copytree(out / "view0", out / "view1")
+    name, _, size = missing.partition(":")
+    lost = out / "view1" / name
+    if size:
+        os.truncate(lost, int(size))
+    elif name and lost.is_dir():
+        shutil.rmtree(lost)
+    elif name:
+        lost.unlink()
+
+
+@pytest.mark.parametrize("case", VIEWS)
+def test_all_processes_take_the_same_checkpoint(case: str, two: Path) -> None:
+    _, step, reason = VIEWS[case]
+    found = [json.loads((two / case / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert [(taken, values) for taken, values, _ in found] == [(step, [step, step])] * 2
+    for _, _, said in found:
+        assert len(said) == (1 if reason else 0)
+        assert all(
+            "step-00000003 is damaged" in text and reason in text and "as process 1 sees it" in text for text in said
+        )
 
 
 def test_a_process_computes_its_own_parts() -> None:

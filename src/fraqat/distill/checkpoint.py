@@ -192,7 +192,7 @@ class CheckpointStore:
             CheckpointError: Checkpoints exist but none is sound, or the newest belongs to other settings.
         """
         self.workers.first(lambda: remove_leftovers(self.folder))
-        names = json.loads(self.workers.gather_text(json.dumps([path.name for path in self._folders()]))[0])
+        names = self.workers.tell(lambda: [path.name for path in self._folders()])
         damaged: list[Path] = []
         for name in reversed(names):
             folder = self.folder / name
@@ -261,9 +261,38 @@ class CheckpointStore:
                     shutil.rmtree(old)
 
     def _load(self, folder: Path) -> LoadedCheckpoint:
+        manifest, tree, problem = self.workers.tell(lambda: self._read(folder))
+        if not problem:
+            problems = self.workers.gather_text(self._find_damage(folder, manifest))
+            rank = next((rank for rank, text in enumerate(problems) if text), 0)
+            problem = problems[rank]
+            if rank:
+                problem = f"{problem}, as process {rank} sees it"
+        if problem:
+            raise DamagedError(problem)
+        try:
+            state = restore(tree, {folder / entry["name"]: entry for entry in manifest["files"]})
+        except _UNREADABLE as error:
+            raise DamagedError(f"its state cannot be read: {error!r}") from error
+        if not isinstance(state, dict):
+            raise DamagedError("it holds no state")
+        return LoadedCheckpoint(int(manifest["step"]), state)
+
+    def _read(self, folder: Path) -> tuple[dict[str, Any], Any, str]:
+        """Manifest and plain state as the first process reads them for all, and what is wrong with them; empty if nothing is.
+
+        Raises:
+            CheckpointError: It is sound, and of another run or program.
+        """
+        try:
+            return *self._read_sound(folder), ""
+        except DamagedError as error:
+            return {}, None, str(error)
+
+    def _read_sound(self, folder: Path) -> tuple[dict[str, Any], Any]:
         try:
             manifest = json.loads((folder / _MANIFEST_FILE).read_text(encoding="utf-8"))
-            step, version = int(manifest["step"]), manifest["format_version"]
+            _, version = int(manifest["step"]), manifest["format_version"]
         except _UNREADABLE as error:
             raise DamagedError(f"its manifest cannot be read: {error}") from error
         if manifest != sealed(manifest) and (version not in _UNSEALED or _SEAL in manifest):  # format 1 had no seal
@@ -284,27 +313,28 @@ class CheckpointStore:
                 f"{folder} belongs to other settings: {describe_difference(manifest.get('fingerprint'), self.fingerprint)}. "
                 "Fix: train in a new folder, or use the recipe that made this one."
             )
-        problems = self.workers.gather_text(self._find_damage(folder, manifest))
-        if any(problems):
-            raise DamagedError(next(problem for problem in problems if problem))
         try:
-            tree = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
-            state = restore(tree, {folder / entry["name"]: entry for entry in manifest["files"]})
+            text = (folder / _STATE_FILE).read_bytes()
+            if hashlib.sha256(text).hexdigest() != manifest["state_sha256"]:
+                raise DamagedError(f"the checksum of {_STATE_FILE} does not match")
+            return manifest, json.loads(text)
         except _UNREADABLE as error:
             raise DamagedError(f"its state cannot be read: {error!r}") from error
-        if not isinstance(state, dict):
-            raise DamagedError("it holds no state")
-        return LoadedCheckpoint(step, state)
 
     def _find_damage(self, folder: Path, manifest: dict[str, Any]) -> str:
-        """What is wrong with this process' share of the files; empty if nothing is."""
+        """What is wrong with the files as this process sees them; empty if nothing is.
+
+        All must be there in full, since it may have to read rows of any of them; it reads its share to check the sums.
+        """
         try:
-            sums = {entry["name"]: entry["sha256"] for entry in manifest["files"]}
-            sums[_STATE_FILE] = manifest["state_sha256"]
-            for name in sorted(sums)[self.workers.rank :: self.workers.num]:
+            files = {entry["name"]: entry for entry in manifest["files"]}
+            for number, name in enumerate(sorted(files)):
                 if Path(name).name != name:
                     return f"{name} lies outside of it"
-                if sha256_of(folder / name) != sums[name]:
+                if number % self.workers.num != self.workers.rank:
+                    if (folder / name).stat().st_size != files[name]["num_bytes"]:
+                        return f"{name} has another size than its manifest says"
+                elif sha256_of(folder / name) != files[name]["sha256"]:
                     return f"the checksum of {name} does not match"
         except _UNREADABLE as error:
             return repr(error)
