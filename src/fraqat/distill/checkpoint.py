@@ -22,6 +22,7 @@ FORMAT_VERSION = 3
 _STATE_FILE = "state.json"
 _MANIFEST_FILE = "manifest.json"
 _SEAL = "manifest_sha256"
+_DAMAGED, _REWOUND = "damaged", "rewound"
 _UNSEALED = (1, 2)
 """Older formats, refused as such: a manifest of theirs may have no checksum."""
 _VERSIONS = ("fraqat", "torch")
@@ -182,8 +183,11 @@ class CheckpointStore:
         self.workers.first(lambda: self._make_final(writing, [entry for entry in entries if entry]))
         return writing.step
 
-    def load_latest(self) -> LoadedCheckpoint | None:
+    def load_latest(self, before: int | None = None) -> LoadedCheckpoint | None:
         """The newest checkpoint that is whole; damaged ones are named and passed over.
+
+        Args:
+            before: Only those of earlier steps than this. Later ones are set aside, until a new one takes their place.
 
         Returns:
             None if the run has no checkpoint yet.
@@ -192,7 +196,7 @@ class CheckpointStore:
             CheckpointError: Checkpoints exist but none is sound, or the newest belongs to other settings.
         """
         self.workers.first(lambda: remove_leftovers(self.folder))
-        names = self.workers.tell(lambda: [path.name for path in self._folders()])
+        names = self.workers.tell(lambda: [path.name for path in self._folders(before)])
         damaged: list[Path] = []
         for name in reversed(names):
             folder = self.folder / name
@@ -203,7 +207,9 @@ class CheckpointStore:
                 damaged.append(folder)
                 continue
             for path in damaged:
-                self.workers.first(lambda p=path: _set_aside(p))
+                self.workers.first(lambda p=path: _set_aside(p, _DAMAGED))
+            if before is not None:
+                self.workers.first(lambda: self._set_aside_from(before))
             return found
         if names:
             raise CheckpointError(
@@ -211,6 +217,15 @@ class CheckpointStore:
                 "folder to start from the beginning."
             )
         return None
+
+    def steps(self) -> list[int]:
+        """Steps of all checkpoints, rising, sound or not; the same in every process."""
+        return self.workers.tell(lambda: [_step_of(path) for path in self._folders()])
+
+    def _set_aside_from(self, step: int) -> None:
+        for path in self._folders():
+            if _step_of(path) >= step:
+                _set_aside(path, _REWOUND)
 
     @property
     def is_empty(self) -> bool:
@@ -258,6 +273,9 @@ class CheckpointStore:
             best = self.best
             for old in self._folders()[: -self.num_kept]:
                 if old != best:
+                    shutil.rmtree(old)
+            for old in self.folder.glob(f"{_REWOUND}-step-*"):
+                if _step_of(old) <= writing.step:
                     shutil.rmtree(old)
 
     def _load(self, folder: Path) -> LoadedCheckpoint:
@@ -340,12 +358,18 @@ class CheckpointStore:
             return repr(error)
         return ""
 
-    def _folders(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*")) if self.folder.is_dir() else []
+    def _folders(self, before: int | None = None) -> list[Path]:
+        found = sorted(self.folder.glob("step-*")) if self.folder.is_dir() else []
+        return [path for path in found if before is None or _step_of(path) < before]
 
 
 def _name(step: int) -> str:
     return f"step-{step:08d}"
+
+
+def _step_of(folder: Path) -> int:
+    number = folder.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1  # a name that is not ours; its manifest will not be either
 
 
 def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -372,9 +396,9 @@ def _loss_of(folder: Path) -> float | None:
         return None
 
 
-def _set_aside(folder: Path) -> None:
-    """Renames a damaged checkpoint, so that it is never counted among the good ones and nothing of it is lost."""
-    target = folder.with_name(f"damaged-{folder.name}")
+def _set_aside(folder: Path, why: str) -> None:
+    """Renames a checkpoint, so that it is never counted among the good ones and nothing of it is lost."""
+    target = folder.with_name(f"{why}-{folder.name}")
     if target.exists():
         shutil.rmtree(target)
     folder.rename(target)

@@ -140,8 +140,8 @@ class Distiller:
                 try:
                     return self._run_from_newest(guard)
                 except NonFiniteLossError as error:
-                    self.recovery.after_failure(error, self.step)
-                    self.warn(f"{error} Going back to the newest checkpoint (train.on_non_finite).")
+                    self.recovery.after_failure(error, self.step, self.store.steps())
+                    self.warn(f"{error} {self.recovery.describe()}")
                     self.stream = self._new_stream()
 
     def _run_from_newest(self, guard: InterruptGuard) -> DistillResult:
@@ -394,7 +394,8 @@ class Distiller:
 
     def _resume(self) -> None:
         self.on_phase("resuming")
-        checkpoint = self.store.load_latest()
+        checkpoint = self.store.load_latest(self.recovery.before)
+        self.recovery.before = None
         if checkpoint is None:
             return
         try:
