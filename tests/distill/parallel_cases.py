@@ -86,7 +86,7 @@ class SmallDevices(ToyTask):
 
     Args:
         limit: Of this process.
-        where: `forward`, `backward`, or `before`, when gradients of earlier parts are there and the pass has not begun.
+        where: `forward` or `backward` pass.
     """
 
     def __init__(self, limit: int, where: str = "forward"):
@@ -101,8 +101,6 @@ class SmallDevices(ToyTask):
     def predict(self, model: nn.Module, inputs: Batch) -> Prediction:
         """Fails where there are more samples than the device holds."""
         is_too_large = torch.is_grad_enabled() and len(inputs["x"]) > self._limit
-        if is_too_large and self._where == "before":
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         found = super().predict(model, inputs)
         if is_too_large and self._where == "forward":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
