@@ -16,6 +16,7 @@ import torch
 from parallel_cases import CASES, FAILURES, job_folder, losses, train_case
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed import TCPStore
 
 from fraqat.distill import CheckpointStore, ParallelSpec, Workers, read_log
 from fraqat.errors import ConfigError
@@ -27,7 +28,7 @@ PLAIN = ParallelSpec()
 pytestmark = pytest.mark.xdist_group("parallel")  # one worker, which starts the processes once
 
 
-def run_processes(num: int, out: Path, jobs: list[Job]) -> list[tuple[int, str]]:
+def run_processes(num: int, out: Path, jobs: list[Job], **environment: str) -> list[tuple[int, str]]:
     """Runs jobs in so many processes over gloo, as `torchrun` would start them: exit code and output of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -37,6 +38,7 @@ def run_processes(num: int, out: Path, jobs: list[Job]) -> list[tuple[int, str]]
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(num),
         "LOCAL_WORLD_SIZE": str(num),
+        **environment,
     }
     command = [sys.executable, "-W", "error::UserWarning:fraqat", str(WORKER), str(out), json.dumps(jobs)]
     processes = [
@@ -268,6 +270,21 @@ def test_every_error_of_the_first_process_reaches_the_others(name: str, first: A
     assert found[0][0] == first
     assert (kind, exit_code) == ("FraqatError", other[1]) and text.startswith(other[0])
     assert [answer for _, answer in found] == [[1, "a"]] * 2  # and they go on together
+
+
+def test_processes_that_are_started_again_meet_where_others_have_met(tmp_path: Path) -> None:
+    """torchrun gives both starts the same store, in which the addresses of the first ones still are."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for number in ("0", "1"):
+        ended = run_processes(
+            2,
+            tmp_path,
+            [("exit", {}, {})],
+            MASTER_PORT=str(store.port),
+            TORCHELASTIC_USE_AGENT_STORE="True",
+            TORCHELASTIC_RESTART_COUNT=number,
+        )
+        assert [code for code, _ in ended] == [0, 0], ended
 
 
 VIEWS: dict[str, tuple[str, int, str]] = {

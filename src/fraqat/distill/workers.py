@@ -188,7 +188,12 @@ def joined(spec: ParallelSpec, device: torch.device) -> Generator[Workers]:
         return
     _take_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=spec.timeout_s))
+    timeout = timedelta(seconds=spec.timeout_s)
+    store = _store_of_this_start(timeout)
+    if store is None:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=int(os.environ["RANK"]), world_size=num)
     try:
         yield current_workers()
     except RuntimeError as error:
@@ -200,6 +205,20 @@ def joined(spec: ParallelSpec, device: torch.device) -> Generator[Workers]:
         ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _store_of_this_start(timeout: timedelta) -> dist.Store | None:
+    """Where the processes leave their addresses, apart from those of earlier starts; None: torch's own place.
+
+    `torchrun` gives processes that it starts again the store of those before, whose addresses are still there: gloo then waits
+    for a process that is gone, until its timeout. The starts of one machine have numbers, the same in all of its processes.
+    Several machines number them apart; there `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1` lets torchrun make a store for each start.
+    """
+    number = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    if number is None or os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
+        return None
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    return dist.PrefixStore(f"start-{number}", store)
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:
