@@ -50,12 +50,12 @@ class Recovery:
         Args:
             error: What was found.
             step: At which it was found: number of finished steps.
-            saved: Steps of all checkpoints, rising; at least one.
+            saved: Steps of all checkpoints, rising.
 
         Raises:
             NonFiniteLossError: Training should stop; the message says why.
         """
-        if self.spec.action == "stop":
+        if self.spec.action == "stop" or not saved:
             raise error
         if self.num_rewinds >= self.spec.max_rewinds:
             raise NonFiniteLossError(
