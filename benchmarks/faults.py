@@ -22,9 +22,13 @@ from typing import Any
 
 import torch
 
-from fault_trials import BROKEN, EQUAL, FAULTS, STOPPED, Lab, Outcome
+from fault_trials import BROKEN, EQUAL, STOPPED, Lab, Outcome
+from fault_trials import FAULTS as ONE_PROCESS_FAULTS
+from fault_workers import WORKER_FAULTS
 from fraqat import __version__
 from fraqat.table import Table
+
+FAULTS = {**ONE_PROCESS_FAULTS, **WORKER_FAULTS}
 
 
 def run_fault(lab: Lab, name: str, trials: int, say: Callable[[str], None] = lambda text: None) -> list[Outcome]:

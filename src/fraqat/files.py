@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -100,19 +101,38 @@ def write_json_atomic(path: Path, value: Any) -> None:
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Writes a safetensors file from tensors on any device, tied or not contiguous too.
 
+    Tensors on the host that share no memory are written as they lie there, without a copy.
+
     Raises:
         OSError: The disk is full, in the words of the operating system, for `explain_os_errors`.
     """
-    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    plain: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        if value.untyped_storage().data_ptr() in places:  # the format has no tied tensors
+            value = value.clone()
+        places.add(value.untyped_storage().data_ptr())
+        plain[name] = value
+    mode = _mode_of_new_file(path)
     try:
         save_file(plain, path, metadata=metadata)
     except SafetensorError as error:
         if any(text in str(error) for text in ("No space left", "Disk quota exceeded")):
             raise OSError(errno.ENOSPC, "No space left on device") from error
         raise
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)  # safetensors makes files that only their owner can read
+    path.chmod(mode)  # safetensors makes files that only their owner can read
+
+
+def _mode_of_new_file(path: Path) -> int:
+    """The permissions that a file gets where `path` is, as the system gives them: the umask cannot be read in a thread."""
+    probe = _temporary_path(path)
+    descriptor = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(descriptor).st_mode)
+    finally:
+        os.close(descriptor)
+        probe.unlink()
 
 
 @contextmanager

@@ -9,8 +9,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from fault_trials import BROKEN, EQUAL, FAULTS, Lab
-from faults import run_fault
+from fault_trials import BROKEN, EQUAL, Lab
+from faults import FAULTS, run_fault
 
 SHORT = (
     "kill -9 at a random moment",
