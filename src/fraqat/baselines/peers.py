@@ -16,7 +16,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from fraqat.baselines.layers import peer_layers
 from fraqat.baselines.torchao_layers import ParqOptimizer, ParqSpec, prepare_qat_, quantize_tensors_
 from fraqat.distill import Batch, DistillTask, TrainSpec, autocast, checkpoint_blocks_, hold_teacher_, make_optimizer
-from fraqat.distill.validation import to_device, validation_loss
+from fraqat.distill.parts import to_device
+from fraqat.distill.validation import validation_loss
 from fraqat.errors import NonFiniteLossError, config_error, parse_choice
 from fraqat.nn import unquantize_
 from fraqat.schedules import Schedule, Stage

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from fraqat.distill.parallel import TrainedModels
+from fraqat.distill.parts import part_inputs, to_device
 from fraqat.distill.precision import autocast
 from fraqat.distill.spec import TrainSpec
-from fraqat.distill.task import Batch, DistillTask, SplittableTask
-from fraqat.distill.validation import to_device
+from fraqat.distill.task import Batch, DistillTask, Prediction, SplittableTask
+from fraqat.distill.teacher_outputs import TeacherOutputs
 from fraqat.distill.workers import Workers
 
 
@@ -49,7 +50,8 @@ class BatchGradients:
 
     Args:
         task: Makes inputs and loss.
-        models: Teacher and student as they are called.
+        models: The student as it is called.
+        outputs: Of the teacher.
         spec: Seed, accumulation, losses, precision.
         workers: Share the parts; gradients are averaged over them.
         parts: Numbers of this process' parts.
@@ -60,12 +62,14 @@ class BatchGradients:
         self,
         task: DistillTask,
         models: TrainedModels,
+        outputs: TeacherOutputs,
         spec: TrainSpec,
         workers: Workers,
         parts: Sequence[int],
         device: torch.device,
     ):
         self._task, self._models, self._spec, self._workers = task, models, spec, workers
+        self._outputs = outputs
         self._last_part, self._device = parts[-1], device
 
     def add_(self, parts: Sequence[tuple[int, Batch]], step: int, num_splits: int) -> BatchLosses:
@@ -81,9 +85,7 @@ class BatchGradients:
         inputs: Batch = {}
         num_summed = self._spec.accumulation // self._workers.num
         for part, batch in parts:
-            seed = (self._spec.seed << 32) + step * self._spec.accumulation + part
-            torch.manual_seed(seed)
-            pieces = self._pieces(self._task.make_inputs(batch, torch.Generator().manual_seed(seed)), num_splits)
+            pieces = self._pieces(part_inputs(self._task, self._spec, step, part, batch), num_splits)
             part_loss = 0.0
             for number, (piece, share) in enumerate(pieces):
                 inputs = to_device(piece, self._device)
@@ -91,7 +93,7 @@ class BatchGradients:
                     suspect = inputs
                 is_last = part == self._last_part and number == len(pieces) - 1
                 with self._models.part(is_last=is_last):
-                    loss = self._loss(inputs)
+                    loss = self._loss(inputs, self._outputs.of_part(step, part, inputs))
                     (loss * share / num_summed if num_splits > 1 else loss / num_summed).backward()
                 part_loss += share * loss.item()
             losses.append(part_loss)
@@ -104,9 +106,7 @@ class BatchGradients:
         assert isinstance(self._task, SplittableTask)
         return self._task.split_inputs(inputs, num_splits)
 
-    def _loss(self, inputs: Batch) -> Tensor:
-        with torch.no_grad(), autocast(self._spec.autocast, self._device.type):
-            teacher_output = self._models.teacher(inputs)
+    def _loss(self, inputs: Batch, teacher_output: Prediction) -> Tensor:
         with autocast(self._spec.autocast, self._device.type):
             student_output = self._models.student(inputs)
             return self._task.loss(student_output, teacher_output, inputs, self._spec.losses)

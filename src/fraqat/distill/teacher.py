@@ -17,6 +17,7 @@ from fraqat.distill.identity import keep_identity
 from fraqat.distill.spec import TeacherDtype
 from fraqat.errors import config_error
 from fraqat.nn.quantizers import KeepsBufferDtype
+from fraqat.nn.shards import is_sharded, own
 from fraqat.numerics import BlockLayout, Granularity, Grid, RangeMethod, choose_qparams, quantize
 
 _CODES, _SCALE = "stored_weight", "stored_scale"
@@ -80,7 +81,17 @@ def hold_teacher_(teacher: nn.Module, student: nn.Module, dtype: TeacherDtype) -
         teacher: Frozen; changed in place, see `store_weights_`.
         student: Its frozen parameters may use the teacher's memory from now on, see `share_frozen_`.
         dtype: Of the weights that are not shared.
+
+    Raises:
+        ConfigError: The teacher has left memory, or see `store_weights_`.
     """
+    if any(parameter.is_meta for parameter in teacher.parameters()):
+        raise config_error(
+            "teacher",
+            "without weights",
+            allowed="a teacher that has not left memory (train.teacher.outputs: recorded) in a run before",
+            fix="load it again",
+        )
     if dtype != "model":
         keep_identity(teacher)
     shared = share_frozen_(teacher, student)
@@ -88,6 +99,20 @@ def hold_teacher_(teacher: nn.Module, student: nn.Module, dtype: TeacherDtype) -
     sizes = {name: p.numel() * p.itemsize for name, p in teacher.named_parameters()}
     buffer_bytes = sum(buffer.numel() * buffer.itemsize for buffer in teacher.buffers())
     return TeacherMemory(sum(sizes.values()) + buffer_bytes, sum(sizes[name] for name in shared), num_stored)
+
+
+@torch.no_grad()
+def let_go_(teacher: nn.Module) -> None:
+    """Lets the weights of a teacher leave memory, but for those that others use. It stays as a model without values.
+
+    Whoever needs it again loads it anew. Rows of a sharded teacher leave memory too.
+    """
+    keep_identity(teacher)
+    for tensor in (*teacher.parameters(), *teacher.buffers()):
+        if is_sharded(tensor):
+            own(tensor).untyped_storage().resize_(0)
+    if not any(is_sharded(parameter) for parameter in teacher.parameters()):
+        nn.Module.to(teacher, device="meta")
 
 
 @torch.no_grad()

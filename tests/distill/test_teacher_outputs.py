@@ -1,0 +1,491 @@
+"""Laws of recorded outputs of the teacher: the same bits as computed ones, at any interruption, and no teacher in memory."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import signal
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toy import ToyTask, toy_spec, toy_student, toy_teacher
+from torch import Tensor, nn
+
+from fraqat import ScheduleSpec, quantize_
+from fraqat.distill import Batch, Distiller, LossSpec, Prediction, StepRecord, TeacherSpec, TrainSpec, read_log
+from fraqat.distill import recording as recording_module
+from fraqat.distill.identity import inputs_identity
+from fraqat.distill.recording import host_copy
+from fraqat.distill.spec import ParallelSpec
+from fraqat.distill.watch_spec import NonFiniteSpec
+from fraqat.errors import ConfigError, DataError, InterruptedRunError, NonFiniteLossError, OutputError
+
+RECORDED = TeacherSpec(outputs="recorded")
+CHANGES: dict[str, Any] = {"dropout": 0.1, "accumulation": 2, "teacher": RECORDED}
+NUM_STEPS, NUM_PARTS, NUM_HELD_OUT = 18, 2, 2
+
+
+def facts(folder: Path) -> list[tuple[Any, ...]]:
+    """Step, loss and gradient norm, or step and held-out loss, of everything that the log of a run has of them."""
+    return [
+        (event["event"], event["step"], event["loss"], event.get("gradient_norm"))
+        for event in read_log(folder)
+        if event["event"] in ("step", "validation", "width")
+    ]
+
+
+def weights(distiller: Distiller) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in distiller.student.state_dict().items()}
+
+
+def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "teacher_outputs" / "manifest.json").read_text())
+
+
+class CountingTask(ToyTask):
+    """Counts the teacher's calls, and does something at one of them."""
+
+    def __init__(self, at: int = -1, act: Callable[[], None] = lambda: None):
+        super().__init__()
+        self.num_calls, self._at, self._act = 0, at, act
+
+    def predict(self, model: nn.Module, inputs: Batch) -> Prediction:
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            if self.num_calls == self._at:
+                self._act()
+            self.num_calls += 1
+        return super().predict(model, inputs)
+
+
+@pytest.fixture
+def wanted(make_distiller) -> tuple[dict[str, Tensor], list[tuple[Any, ...]]]:
+    """The run whose teacher computes at every step."""
+    distiller = make_distiller(folder="computed", **{**CHANGES, "teacher": TeacherSpec()})
+    distiller.run()
+    return weights(distiller), facts(distiller.folder)
+
+
+@pytest.mark.parametrize("changes", [{}, {"autocast": "bfloat16"}, {"ema_decay": 0.9}, {"optimizer": "adamw_8bit"}])
+def test_a_run_with_recorded_outputs_is_the_same_run(make_distiller, changes: dict[str, Any]) -> None:
+    runs: dict[str, Distiller] = {}
+    for outputs in ("computed", "recorded"):
+        teacher = TeacherSpec(outputs=outputs)
+        runs[outputs] = make_distiller(folder=outputs, **{**CHANGES, **changes, "teacher": teacher})
+        runs[outputs].run()
+    assert_same(weights(runs["recorded"]), weights(runs["computed"]))
+    assert facts(runs["recorded"].folder) == facts(runs["computed"].folder)
+    (event,) = [event for event in read_log(runs["recorded"].folder) if event["event"] == "recording"]
+    assert event["num_steps"] == NUM_STEPS
+    assert event["num_bytes"] > NUM_STEPS * 4 * 4 * 4  # batches of four, four float32 outputs
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_outputs_of_a_teacher_in_fewer_bytes_are_recorded_as_it_gives_them(make_distiller, dtype: Any) -> None:
+    runs = {
+        outputs: make_distiller(folder=outputs, teacher=TeacherSpec(dtype, outputs)) for outputs in ("computed", "recorded")
+    }
+    for run in runs.values():
+        run.run()
+    assert facts(runs["recorded"].folder) == facts(runs["computed"].folder)
+
+
+def test_the_teacher_is_asked_once_for_every_part_and_leaves_memory(make_distiller) -> None:
+    task = CountingTask()
+    alive: list[int] = []
+
+    def look(record: StepRecord) -> None:
+        gc.collect()
+        alive.append(sum(reference() is not None for reference in references))
+
+    distiller = make_distiller(task=task, on_step=look, **CHANGES)
+    references = [weakref.ref(parameter) for parameter in distiller.teacher.parameters()]
+    distiller.run()
+    assert task.num_calls == NUM_STEPS * NUM_PARTS + NUM_HELD_OUT
+    assert alive == [0] * NUM_STEPS
+    assert all(parameter.is_meta for parameter in distiller.teacher.parameters())
+
+
+def test_frozen_parameters_that_the_student_shares_stay(tmp_path: Path) -> None:
+    found: list[list[tuple[Any, ...]]] = []
+    for outputs in ("computed", "recorded"):
+        teacher, student = toy_teacher(), toy_student()
+        student[0].requires_grad_(False)
+        spec = toy_spec(teacher=TeacherSpec(outputs=outputs))
+        schedule = ScheduleSpec("fractional").resolve(4.0, 9)
+        distiller = Distiller(ToyTask(), teacher, student, schedule, spec, tmp_path / outputs)
+        assert student[0].weight.data_ptr() == teacher[0].weight.data_ptr()
+        distiller.run()
+        assert torch.equal(student[0].weight, toy_teacher()[0].weight)
+        found.append(facts(tmp_path / outputs))
+    assert found[0] == found[1]
+
+
+def test_a_teacher_that_has_left_memory_is_refused(make_distiller) -> None:
+    distiller = make_distiller(**CHANGES)
+    distiller.run()
+    with pytest.raises(ConfigError, match=r"teacher = 'without weights' .* Fix: load it again"):
+        Distiller(ToyTask(), distiller.teacher, toy_student(), distiller.schedule, toy_spec(), distiller.folder / "next")
+
+
+def test_the_folder_is_there_until_the_run_ends(make_distiller) -> None:
+    seen: list[bool] = []
+    distiller = make_distiller(on_step=lambda record: seen.append(manifest(distiller.folder) is not None), **CHANGES)
+    distiller.run()
+    assert seen == [True] * NUM_STEPS
+    assert not (distiller.folder / "teacher_outputs").exists()
+
+
+def stopped(make_distiller, at: int, **changes: Any) -> Distiller:
+    """A run whose teacher receives SIGTERM at a call."""
+    task = CountingTask(at, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    distiller = make_distiller(task=task, **{**CHANGES, **changes})
+    with pytest.raises(InterruptedRunError, match=r"while the teacher's outputs were recorded, after step \d+ of 18"):
+        distiller.run()
+    assert distiller.step == 0
+    return distiller
+
+
+def test_a_signal_while_recording_keeps_what_was_recorded(make_distiller, wanted) -> None:
+    num_before = NUM_HELD_OUT + 7
+    stopped(make_distiller, num_before)
+    task = CountingTask()
+    distiller = make_distiller(task=task, **CHANGES)
+    distiller.run()
+    assert task.num_calls == (NUM_STEPS - 4) * NUM_PARTS  # the signal came in the fourth step, which was ended
+    assert_same(weights(distiller), wanted[0])
+    assert facts(distiller.folder) == wanted[1]
+
+
+def test_a_process_that_dies_while_recording_loses_one_file(make_distiller, wanted, monkeypatch) -> None:
+    def die() -> None:
+        raise KeyError("killed")
+
+    monkeypatch.setattr(recording_module, "_FILE_BYTES", 100)  # a step has 64 bytes: a file for every second one
+    distiller = make_distiller(task=CountingTask(NUM_HELD_OUT + 2 * 5, die), **CHANGES)
+    with pytest.raises(KeyError, match="killed"):
+        distiller.run()
+    folder = distiller.folder / "teacher_outputs"
+    (folder / ".step.0123.part").write_bytes(b"half")
+    (folder / "unlisted.safetensors").write_bytes(b"written, and not listed yet")
+    task = CountingTask()
+    seen: list[set[str]] = []
+    distiller = make_distiller(
+        task=task, on_step=lambda record: seen.append({path.name for path in folder.iterdir()}), **CHANGES
+    )
+    distiller.run()
+    assert task.num_calls == (NUM_STEPS - 4) * NUM_PARTS
+    assert not any("unlisted" in name or ".part" in name for name in seen[0])
+    assert_same(weights(distiller), wanted[0])
+    assert facts(distiller.folder) == wanted[1]
+
+
+def test_training_goes_on_from_a_checkpoint_without_the_teacher(make_distiller, wanted) -> None:
+    def stop(record: StepRecord) -> None:
+        if record.step == 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(InterruptedRunError):
+        make_distiller(on_step=stop, **CHANGES).run()
+    task = CountingTask()
+    distiller = make_distiller(task=task, **CHANGES)
+    distiller.run()
+    assert task.num_calls == 0
+    assert_same(weights(distiller), wanted[0])
+    assert facts(distiller.folder) == wanted[1]
+
+
+@pytest.mark.parametrize("order", [("computed", "recorded"), ("recorded", "computed")])
+def test_a_run_goes_on_with_the_other_setting(make_distiller, wanted, order: tuple[str, str]) -> None:
+    def stop(record: StepRecord) -> None:
+        if record.step == 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    first, second = ({**CHANGES, "teacher": TeacherSpec(outputs=outputs)} for outputs in order)
+    with pytest.raises(InterruptedRunError):
+        make_distiller(on_step=stop, **first).run()
+    task = CountingTask()
+    distiller = make_distiller(task=task, **second)
+    distiller.run()
+    left = NUM_STEPS - 10
+    num_validations = 2  # after step 15, and at the end
+    num_held_out = NUM_HELD_OUT * (num_validations if order[1] == "computed" else 1)
+    assert task.num_calls == left * NUM_PARTS + num_held_out
+    assert_same(weights(distiller), wanted[0])
+    assert facts(distiller.folder) == wanted[1]
+    assert not (distiller.folder / "teacher_outputs").exists()
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_a_damaged_file_is_recorded_anew(make_distiller, wanted, monkeypatch, damage: str) -> None:
+    monkeypatch.setattr(recording_module, "_FILE_BYTES", 100)
+    folder = stopped(make_distiller, NUM_HELD_OUT + 20).folder / "teacher_outputs"
+    path = folder / manifest(folder.parent)["files"][2]["name"]
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content if damage == "flip" else content[:-1])
+    if damage == "remove":
+        path.unlink()
+    task = CountingTask()
+    distiller = make_distiller(task=task, **CHANGES)
+    said: list[str] = []
+    distiller.outputs._place.__dict__["say"] = said.append
+    distiller.run()
+    assert "1 files with recorded outputs are damaged, such as " + path.name in said[0]
+    assert task.num_calls == (NUM_STEPS - 11 + 2) * NUM_PARTS
+    assert_same(weights(distiller), wanted[0])
+    assert facts(distiller.folder) == wanted[1]
+
+
+def test_a_file_that_is_damaged_while_training_stops_the_run_and_the_next_mends_it(make_distiller, wanted) -> None:
+    def damage(record: StepRecord) -> None:
+        if record.step == 2:
+            distiller.outputs._files._sound.clear()
+            distiller.outputs._files._open.clear()
+            path = next((distiller.folder / "teacher_outputs").glob("step-*"))
+            path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+    distiller = make_distiller(on_step=damage, **CHANGES)
+    with pytest.raises(DataError, match="with outputs of the teacher, is damaged. Fix: run the same command again"):
+        distiller.run()
+    distiller = make_distiller(**CHANGES)
+    distiller.run()
+    assert_same(weights(distiller), wanted[0])
+    assert facts(distiller.folder) == wanted[1]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda text: text.replace("step-00000000", "step-00000009", 1), "does not match its checksum"),
+        (lambda text: text[:-20], "cannot be read"),
+        (lambda text: "[]", "cannot be read"),
+    ],
+)
+def test_a_spoiled_manifest_is_no_manifest(make_distiller, wanted, spoil: Any, message: str) -> None:
+    folder = stopped(make_distiller, NUM_HELD_OUT + 8).folder / "teacher_outputs"
+    path = folder / "manifest.json"
+    path.write_text(spoil(path.read_text()))
+    task = CountingTask()
+    distiller = make_distiller(task=task, **CHANGES)
+    said: list[str] = []
+    distiller.outputs._place.__dict__["say"] = said.append
+    distiller.run()
+    assert message in said[0]
+    assert task.num_calls == NUM_STEPS * NUM_PARTS + NUM_HELD_OUT
+    assert_same(weights(distiller), wanted[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seed": 5}, "seed was 1234 and is now 5"),
+        ({"accumulation": 1}, "accumulation was 2 and is now 1"),
+        ({"autocast": "bfloat16"}, "products was"),
+        ({"teacher": TeacherSpec("int8", "recorded")}, "teacher_dtype was 'model' and is now 'int8'"),
+        ({"fingerprint": {"a": 2}}, "settings.a was 1 and is now 2"),
+        ({"hidden": 24}, "settings.models.teacher was"),
+    ],
+)
+def test_outputs_of_other_settings_are_recorded_anew(make_distiller, changes: dict[str, Any], named: str) -> None:
+    stopped(make_distiller, NUM_HELD_OUT + 8, autocast="none")
+    task = CountingTask()
+    distiller = make_distiller(task=task, **{**CHANGES, "autocast": "none", **changes})
+    said: list[str] = []
+    distiller.outputs._place.__dict__["say"] = said.append
+    distiller.run()
+    assert "belong to other settings" in said[0] and named in said[0]
+    assert task.num_calls == NUM_STEPS * distiller.spec.accumulation + NUM_HELD_OUT
+
+
+def test_other_data_than_were_recorded_stop_the_run(make_distiller) -> None:
+    class Shifting(ToyTask):
+        num_streams = 0
+
+        def train_stream(self, batch_size: int, seed: int) -> Any:
+            self.num_streams += 1
+            if self.num_streams == 2:  # the recorder's: the trainer makes its own first
+                self.train._columns["x"] = self.train._columns["x"] + 1
+            return super().train_stream(batch_size, seed)
+
+    task = Shifting()
+    distiller = make_distiller(task=task, **CHANGES)
+    stream = distiller.stream
+    assert stream is not None
+    original = {name: value.clone() for name, value in task.train._columns.items()}
+    prepare = distiller.outputs.prepare
+
+    def prepare_and_put_back(*arguments: Any) -> float:
+        seconds = prepare(*arguments)
+        task.train._columns.update(original)
+        return seconds
+
+    distiller.outputs.prepare = prepare_and_put_back
+    with pytest.raises(DataError, match=r"step-00000000/part-0: the data are not those .* outputs: computed"):
+        distiller.run()
+
+
+def test_inputs_are_told_apart_by_values_rows_and_names() -> None:
+    x = torch.randn(4, 3)
+    same = inputs_identity({"x": x, "texts": ["a", "b"]})
+    assert same == inputs_identity({"texts": ["a", "b"], "x": x.clone()})
+    others: list[Batch] = [
+        {"x": x + 1e-7, "texts": ["a", "b"]},
+        {"x": x.flip(0), "texts": ["a", "b"]},
+        {"x": x, "texts": ["b", "a"]},
+        {"y": x, "texts": ["a", "b"]},
+        {"x": x.flatten(), "texts": ["a", "b"]},
+        {"x": x.bfloat16(), "texts": ["a", "b"]},
+    ]
+    assert len({same, *map(inputs_identity, others)}) == 1 + len(others)
+    assert inputs_identity({"mask": torch.tensor([True, False]), "scale": torch.tensor(2.0)})
+
+
+def test_the_limit_says_how_much_is_needed_and_what_to_change(make_distiller) -> None:
+    teacher = TeacherSpec(outputs="recorded", outputs_limit_gib=1e-6)
+    distiller = make_distiller(**{**CHANGES, "teacher": teacher})
+    match = r"train.teacher.outputs_limit_gib = 1e-06 .* outputs of 18 steps of 4 samples, .* take \d+ bytes.*outputs: computed"
+    with pytest.raises(ConfigError, match=match):
+        distiller.run()
+    assert distiller.step == 0
+    assert not list((distiller.folder / "teacher_outputs").glob("step-*"))
+
+
+def test_a_disk_without_room_is_said_before_it_is_full(make_distiller, monkeypatch) -> None:
+    free = shutil.disk_usage(".")._replace(free=1000)
+    monkeypatch.setattr(recording_module.shutil, "disk_usage", lambda path: free)
+    distiller = make_distiller(**CHANGES)
+    with pytest.raises(OutputError, match=r"need 0.00 GiB more, and 0.00 GiB are free .* Fix: free space"):
+        distiller.run()
+
+
+def test_a_teacher_that_draws_random_numbers_is_refused(make_distiller) -> None:
+    class Drawing(ToyTask):
+        def predict(self, model: nn.Module, inputs: Batch) -> Prediction:
+            return {"output": super().predict(model, inputs)["output"] + torch.rand(())}
+
+    with pytest.raises(ConfigError, match="computed for a teacher that draws random numbers"):
+        make_distiller(task=Drawing(), **CHANGES).run()
+
+
+def test_an_automatic_schedule_is_refused(make_distiller) -> None:
+    schedule = ScheduleSpec("automatic").resolve(4.0, 60)
+    with pytest.raises(ConfigError, match=r"train.teacher.outputs = 'recorded' .* computed with schedule.kind: automatic"):
+        make_distiller(schedule=schedule, **CHANGES)
+
+
+def test_impossible_settings_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"train.on_out_of_memory = 'split' .* stop with train.teacher.outputs: recorded"):
+        TrainSpec(teacher=RECORDED, on_out_of_memory="split")
+    with pytest.raises(ConfigError, match=r"train.teacher.outputs_limit_gib = 0 .* more than 0 GiB"):
+        TeacherSpec(outputs_limit_gib=0)
+    with pytest.raises(ConfigError, match=r"train.teacher.outputs = 'cached' .* computed, recorded"):
+        TeacherSpec(outputs="cached")  # pyright: ignore[reportArgumentType]
+
+
+def test_outputs_keep_their_strides(make_distiller) -> None:
+    strides: list[tuple[int, ...]] = []
+
+    class Half(ToyTask):
+        """Gives every second column, as a view."""
+
+        def predict(self, model: nn.Module, inputs: Batch) -> Prediction:
+            return {"output": model(inputs["x"])[:, ::2].t()}
+
+        def loss(self, student: Prediction, teacher: Prediction, inputs: Batch, terms: Any) -> Tensor:
+            strides.append(teacher["output"].stride())
+            return super().loss(student, teacher, inputs, terms)
+
+    computed = make_distiller(task=Half(), folder="computed")
+    computed.run()
+    expected, strides = strides, []
+    distiller = make_distiller(task=Half(), folder="recorded", teacher=RECORDED)
+    distiller.run()
+    assert set(strides) == {(2, 4)}
+    assert strides == expected
+    assert facts(distiller.folder) == facts(computed.folder)
+
+
+def test_copies_on_the_host_are_copies() -> None:
+    value = torch.arange(6.0)
+    copy = host_copy(value.view(2, 3).t())
+    value.zero_()
+    assert copy.stride() == (1, 3)
+    assert copy.tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert host_copy(torch.ones(1, 3).expand(4, 3)).stride() == (3, 1)
+
+
+class FailingOnce(nn.Module):
+    """A student's layer that is infinite in one call."""
+
+    def __init__(self, inner: nn.Module, at: int):
+        super().__init__()
+        self.inner, self.at, self.num_calls = inner, at, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.num_calls += self.training
+        return self.inner(x) * (torch.inf if self.training and self.num_calls == self.at else 1)
+
+
+def test_a_rewind_takes_the_same_outputs_again(tmp_path: Path) -> None:
+    found: list[list[tuple[Any, ...]]] = []
+    for outputs in ("computed", "recorded"):
+        teacher, student = toy_teacher(), toy_student()
+        spec = toy_spec(teacher=TeacherSpec(outputs=outputs), on_non_finite=NonFiniteSpec("rewind"))
+        schedule = ScheduleSpec("fractional").resolve(4.0, 9)
+        student[1] = FailingOnce(student[1], 7)
+        warned: list[str] = []
+        Distiller(ToyTask(), teacher, student, schedule, spec, tmp_path / outputs, warn=warned.append).run()
+        assert len(warned) == 1 and "Going back" in warned[0]
+        found.append(facts(tmp_path / outputs))
+    assert found[0] == found[1]
+
+
+def test_outputs_that_are_not_finite_are_named(make_distiller) -> None:
+    class Bad(ToyTask):
+        def predict(self, model: nn.Module, inputs: Batch) -> Prediction:
+            output = super().predict(model, inputs)["output"]
+            is_teacher = not any(parameter.requires_grad for parameter in model.parameters())
+            return {"output": output * (torch.inf if is_teacher else 1)}
+
+    with pytest.raises(NonFiniteLossError, match=r"first in the recorded outputs of the teacher \(step-00000000/part-0\)"):
+        make_distiller(task=Bad(), **CHANGES).run()
+
+
+def test_several_widths_have_one_record(tmp_path: Path) -> None:
+    from fraqat import serve_widths_
+
+    found: list[list[tuple[Any, ...]]] = []
+    for outputs in ("computed", "recorded"):
+        schedule = ScheduleSpec("several", widths=(8, 4)).resolve(4.0, 9)
+        teacher, student = toy_teacher(), toy_teacher()
+        quantize_(student)
+        serve_widths_(student, schedule.widths)
+        spec = toy_spec(teacher=TeacherSpec(outputs=outputs), losses=(LossSpec("mse"), LossSpec("l1", 0.1)))
+        Distiller(ToyTask(), teacher, student, schedule, spec, tmp_path / outputs).run()
+        found.append(facts(tmp_path / outputs))
+    assert found[0] == found[1]
+    assert any(fact[0] == "width" for fact in found[0])
+
+
+def test_processes_that_share_the_parts_find_those_of_all(make_distiller) -> None:
+    distiller = make_distiller(parallel=ParallelSpec(), **CHANGES)
+    keys: set[str] = set()
+    distiller.on_step = lambda record: keys.update(
+        key for file in manifest(distiller.folder)["files"] for key in file["keys"]
+    )
+    distiller.run()
+    assert keys == {
+        *(f"step-{step:08d}/part-{part}" for step in range(NUM_STEPS) for part in range(NUM_PARTS)),
+        *(f"held-out-{number:08d}" for number in range(NUM_HELD_OUT)),
+    }
