@@ -133,6 +133,11 @@ class Recipe(BaseModel, ABC):
     def num_train(self) -> int | None:
         """Training samples of one epoch; None where only the data knows."""
 
+    @property
+    def num_validation(self) -> int:
+        """Held-out samples, at most."""
+        return self.data.num_validation
+
     @model_validator(mode="before")
     @classmethod
     def _fill_defaults(cls, values: Any) -> Any:

@@ -143,8 +143,8 @@ class OutputFiles:
         """
         if key not in self:
             raise DataError(
-                f"{self.folder} has no outputs of the teacher for {key}, and the teacher has left memory. Fix: load it again, or "
-                "set train.teacher.outputs: computed."
+                f"{self.folder} has no outputs of the teacher for {key}, and the teacher has left memory. Fix: load it again, "
+                "or set train.teacher.outputs: computed."
             )
         handle, notes = self._opened(self._file_of[key])
         names: list[str] = notes["names"][key]

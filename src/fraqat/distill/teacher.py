@@ -5,10 +5,12 @@ Shape suffixes: O output channels; an ellipsis is every other axis of a weight.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from fraqat.nn.shards import is_sharded, own
 from fraqat.numerics import BlockLayout, Granularity, Grid, RangeMethod, choose_qparams, quantize
 
 _CODES, _SCALE = "stored_weight", "stored_scale"
+_LET_GO: WeakSet[nn.Module] = WeakSet()
 
 
 class StoredWeight(KeepsBufferDtype):
@@ -85,7 +88,7 @@ def hold_teacher_(teacher: nn.Module, student: nn.Module, dtype: TeacherDtype) -
     Raises:
         ConfigError: The teacher has left memory, or see `store_weights_`.
     """
-    if any(parameter.is_meta for parameter in teacher.parameters()):
+    if teacher in _LET_GO:
         raise config_error(
             "teacher",
             "without weights",
@@ -103,16 +106,17 @@ def hold_teacher_(teacher: nn.Module, student: nn.Module, dtype: TeacherDtype) -
 
 @torch.no_grad()
 def let_go_(teacher: nn.Module) -> None:
-    """Lets the weights of a teacher leave memory, but for those that others use. It stays as a model without values.
+    """Lets the weights of a teacher leave memory, but for those that others use, and rows of a sharded one.
 
-    Whoever needs it again loads it anew. Rows of a sharded teacher leave memory too.
+    It stays as a model with dtypes, shapes and device, all values NaN: whoever needs it again loads it anew.
     """
     keep_identity(teacher)
+    _LET_GO.add(teacher)
     for tensor in (*teacher.parameters(), *teacher.buffers()):
         if is_sharded(tensor):
             own(tensor).untyped_storage().resize_(0)
-    if not any(is_sharded(parameter) for parameter in teacher.parameters()):
-        nn.Module.to(teacher, device="meta")
+        else:
+            tensor.data = tensor.new_full((), math.nan if tensor.is_floating_point() else 0).expand(tensor.shape)
 
 
 @torch.no_grad()

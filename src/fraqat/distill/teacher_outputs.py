@@ -212,10 +212,8 @@ class RecordedOutputs(TeacherOutputs):
                 "sample could be read then and not now. Fix: remove that folder and run the same command again; if it happens "
                 "again, set train.teacher.outputs: computed."
             )
-        if not found.is_finite:
-            self._bad_key = key
-        elif self._bad_key is not None and self._bad_key.split("/")[0] != key.split("/")[0]:
-            self._bad_key = None
+        if self._bad_key is None or self._bad_key.split("/")[0] != key.split("/")[0]:
+            self._bad_key = None if found.is_finite else key
         return {**found.outputs, **self._constant.get(is_training, {})}
 
     def _keep_constants(self, held_out: HeldOutInputs) -> None:
