@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from toy import ToyTask, toy_spec
 
 from fraqat import ScheduleSpec, quantize_
-from fraqat.distill import Distiller, ParallelSpec, StepRecord, joined, read_log
+from fraqat.distill import Batch, Distiller, ParallelSpec, StepRecord, TeacherSpec, joined, read_log
 from fraqat.errors import InterruptedRunError
 from fraqat.kernels import EngineName
 from fraqat.nn import EngineSpec, QuantSpec, WeightSpec
@@ -40,6 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
     "final-grid": {"grid": "final"},
     "reference": {"engine": REFERENCE, "weight": WeightSpec(granularity="group", group_size=8, range_method="mse")},
     "per-tensor": {"weight": WeightSpec(granularity="tensor")},
+    "recorded": {"teacher": TeacherSpec(outputs="recorded")},
 }
 """Options of `train_case` by name."""
 
@@ -109,7 +110,13 @@ def make_case(
 
 
 def train_case(
-    name: str, folder: Path, parallel: ParallelSpec, *, stop_after: int | None = None, **changes: Any
+    name: str,
+    folder: Path,
+    parallel: ParallelSpec,
+    *,
+    stop_after: int | None = None,
+    stop_recording: int | None = None,
+    **changes: Any,
 ) -> dict[str, Tensor]:
     """Trains a case and gives the student with its losses; nothing if it is stopped.
 
@@ -118,6 +125,7 @@ def train_case(
         folder: Of the run; one that was stopped goes on.
         parallel: In how many processes.
         stop_after: Step after which the last process receives SIGTERM.
+        stop_recording: Batch or part of the recording, counted by process, at which it does.
         changes: Of the case.
     """
     distiller = make_case(folder, parallel, **{**CASES[name], **changes})
@@ -128,10 +136,20 @@ def train_case(
             os.kill(os.getpid(), signal.SIGTERM)
 
     distiller.on_step = stop
+    make_inputs, num_made = distiller.task.make_inputs, 0
+
+    def make_or_stop(batch: Batch, generator: torch.Generator) -> Batch:
+        nonlocal num_made
+        num_made += 1
+        if num_made == stop_recording and workers.rank == workers.num - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return make_inputs(batch, generator)
+
+    distiller.task.make_inputs = make_or_stop
     try:
         result = distiller.run()
     except InterruptedRunError:
-        assert distiller.step == stop_after
+        assert distiller.step == (stop_after if stop_recording is None else 0)
         return {}
     found = {name: value.clone() for name, value in distiller.models.full_state().items()}
     found["validation"] = torch.tensor(result.validation_loss, dtype=torch.float64)
@@ -144,7 +162,7 @@ def job_folder(name: str, values: dict[str, Any], changes: dict[str, Any]) -> st
 
 
 def _without_stop(changes: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in changes.items() if key != "stop_after"}
+    return {key: value for key, value in changes.items() if key not in ("stop_after", "stop_recording")}
 
 
 def losses(folder: Path) -> list[float]:

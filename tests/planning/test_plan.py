@@ -171,7 +171,8 @@ def test_a_plan_counts_what_is_recorded_before_training() -> None:
 
 def test_devices_share_what_is_recorded() -> None:
     train = dataclasses.replace(TRAIN, teacher=TeacherSpec(outputs="recorded"))
-    alone, shared = plan(train=train), plan(train=train, options=PlanOptions(4, Sharding.FSDP))
+    device = dataclasses.replace(H100, operation_s=0.0)  # the toy's time would be that of starts alone
+    alone, shared = plan(device, train), plan(device, train, PlanOptions(4, Sharding.FSDP))
     assert alone.recorded_bytes == shared.recorded_bytes
     assert alone.recording_s > shared.recording_s
 

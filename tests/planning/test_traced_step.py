@@ -92,13 +92,14 @@ def test_a_later_part_needs_what_a_second_pass_needs() -> None:
     with mode, recorder:
         recorder.label([*student.parameters(), *student.buffers()], Category.WEIGHTS)
         x = torch.empty(2, LENGTH, WIDTH)
-        recorder.label((x, teacher := torch.empty_like(x)), Category.INPUTS)
+        recorder.label((x,), Category.INPUTS)
         for _ in range(2):
             recorder.phase = Phase.FORWARD
+            teacher = torch.empty_like(x)
             loss = torch.nn.functional.mse_loss(student(x), teacher)
             recorder.phase = Phase.BACKWARD
             loss.backward()
-            del loss
+            del loss, teacher
     train = TrainSpec(batch_size=4, accumulation=2, autocast="none", engine=REFERENCE, teacher=RECORDED)
     passes = trace(train=train)
     second = max(m.gradients + m.codes + m.activations + m.temporary for m in recorder.moments)

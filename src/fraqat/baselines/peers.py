@@ -229,6 +229,13 @@ def _check_settings(peer: PeerName, num_steps: int, spec: TrainSpec, parq: ParqS
         raise config_error("num_steps", num_steps, allowed=f"0 for {peer}", fix="pass 0")
     if parq is not None and peer is not PeerName.TORCHAO_PARQ:
         raise config_error("parq", parq, allowed=f"None for {peer}", fix="drop it")
+    if num_steps and spec.teacher.outputs == "recorded":
+        raise config_error(
+            "train.teacher.outputs",
+            "recorded",
+            allowed=f"computed for {peer}, whose loop asks the teacher at every step",
+            fix="set train.teacher.outputs: computed, or leave the method out",
+        )
     if spec.low_rank is not None:
         raise config_error("train.low_rank", spec.low_rank, allowed="null: peers train the weights", fix="drop it")
     if spec.ema_decay is not None:

@@ -273,9 +273,8 @@ class _Step:
     def run(self, inputs: dict[str, Any]) -> None:
         """A step with one part; see `_of_later_part` for more."""
         self.recorder.label(_values(inputs), Category.INPUTS)
-        cached = self._recorded_outputs(Phase.FORWARD) if self.records else None
         self.constant = self.constants()
-        self._forward_and_backward(inputs, cached)
+        self._forward_and_backward(inputs)
         self.recorder.phase = Phase.UPDATE
         if self.integers is not None:
             self.integers.finish_gradients_()
@@ -295,9 +294,7 @@ class _Step:
         self.student.eval()
         with torch.no_grad():
             kept = [parameter.clone() for parameter in self.trained] if self.averages else []
-            recorded = self._recorded_outputs(Phase.VALIDATION) if self.records else None
-            outputs = recorded if self.teacher is None else self._predict(self.teacher, inputs)
-            assert outputs is not None
+            outputs = self._teach(Phase.VALIDATION, inputs)
             self.workload.loss(self._predict(self.student, inputs), outputs, inputs)
             del kept
 
@@ -309,11 +306,10 @@ class _Step:
             layer.weight_quantizer.register_forward_pre_hook(lambda *_: self._set_in_quantizer(True))
             layer.weight_quantizer.register_forward_hook(lambda *_: self._set_in_quantizer(False))
 
-    def _forward_and_backward(self, inputs: dict[str, Any], cached: Outputs | None) -> None:
+    def _forward_and_backward(self, inputs: dict[str, Any]) -> None:
         self.recorder.phase = Phase.TEACHER
         with torch.no_grad(), self._autocast():
-            teacher_output = cached if self.teacher is None else self._predict(self.teacher, inputs)
-        assert teacher_output is not None
+            teacher_output = self._teach(Phase.FORWARD, inputs)
         self.recorder.phase = Phase.FORWARD
         with self._autocast():
             student_output = self._predict(self.student, inputs)
@@ -325,15 +321,14 @@ class _Step:
     def _predict(self, model: nn.Module, inputs: dict[str, Any]) -> Outputs:
         return self.workload.predict(model, inputs)
 
-    def _recorded_outputs(self, phase: Phase) -> Outputs:
-        """Tensors like the teacher's recorded outputs, as part of the batch; nothing of their making is counted."""
-        before, self.recorder.phase = self.recorder.phase, Phase.SETUP
+    def _teach(self, phase: Phase, inputs: dict[str, Any]) -> Outputs:
+        """The teacher's outputs, computed, or in memory of their own as they are read from disk."""
+        if self.teacher is not None:
+            return self._predict(self.teacher, inputs)
         outputs = {
             name: torch.empty(shape, dtype=dtype, device=TRACE_DEVICE)
             for name, (shape, dtype) in self._recorded[phase].items()
         }
-        self.recorder.label(outputs.values(), Category.INPUTS)
-        self.recorder.phase = before
         return {**outputs, **self._kept[phase]}
 
     def _autocast(self) -> AbstractContextManager[Any]:
