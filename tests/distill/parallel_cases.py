@@ -22,6 +22,7 @@ from fraqat.distill import Batch, Distiller, ParallelSpec, StepRecord, TeacherSp
 from fraqat.errors import InterruptedRunError
 from fraqat.kernels import EngineName
 from fraqat.nn import EngineSpec, QuantSpec, WeightSpec
+from fraqat.nn.shards import own
 
 NUM_PARTS = 2
 STEPS = 9
@@ -151,6 +152,9 @@ def train_case(
     except InterruptedRunError:
         assert distiller.step == (stop_after if stop_recording is None else 0)
         return {}
+    if distiller.spec.teacher.outputs == "recorded":
+        held = {own(p).untyped_storage() for p in distiller.teacher.parameters()}
+        assert sum(storage.nbytes() for storage in held) <= 4 * len(held)
     found = {name: value.clone() for name, value in distiller.models.full_state().items()}
     found["validation"] = torch.tensor(result.validation_loss, dtype=torch.float64)
     return found

@@ -96,7 +96,7 @@ OTHER_RUN = {"validate_every": 4}
 STOP = {"stop_after": 5}
 RECORDED = "recorded"
 STOP_RECORDING = {"stop_recording": 7}
-"""In the fifth step: one held-out batch of each process, which makes both, and one part of every step come before."""
+"""In the sixth step, which is ended: the held-out batch and one part of five steps come before, in every process."""
 MOVED = ("averaged", "eight-bit")
 """Cases that one process begins and two go on with, and the other way round; the second folder has its own name."""
 REORDERED = 1e-4
@@ -192,11 +192,11 @@ def test_what_two_processes_have_recorded_in_two_runs_serves_one(two: Path, alon
     manifest = json.loads((folder / "teacher_outputs" / "manifest.json").read_text())
     names = [file["name"] for file in manifest["files"]]
     assert sum(name.startswith("step-00000000") for name in names) == 2  # one of each process
-    assert sum(name.startswith("step-00000005") for name in names) == 2  # after the signal in the step before
+    assert sum(name.startswith("step-00000006") for name in names) == 2  # after the signal
     assert_close(train_case(RECORDED, folder, PLAIN, **OTHER_RUN), wanted, 0.0)
     assert losses(folder) == wanted_losses
     (recorded,) = [event for event in read_log(folder) if event["event"] == "recording"]
-    assert recorded["num_steps"] == 4
+    assert recorded["num_steps"] == 3
 
 
 def test_a_process_computes_its_own_parts() -> None:

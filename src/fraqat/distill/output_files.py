@@ -146,15 +146,25 @@ class OutputFiles:
                 f"{self.folder} has no outputs of the teacher for {key}, and the teacher has left memory. Fix: load it again, "
                 "or set train.teacher.outputs: computed."
             )
-        handle, notes = self._opened(self._file_of[key])
-        names: list[str] = notes["names"][key]
+        path = self.folder / self._file_of[key]
+        if not self._is_sound(self._files[path.name]):
+            raise DataError(
+                f"{path}, with outputs of the teacher, is damaged. Fix: run the same command again, which records them anew."
+            )
         outputs: dict[str, Tensor] = {}
-        for name in names:
-            full_name = f"{key}/{name}"
-            stored: Tensor = handle.get_tensor(full_name)
-            stride = notes[_STRIDES].get(full_name, stored.stride())
-            outputs[name] = torch.empty_strided(stored.shape, stride, dtype=stored.dtype, device=device).copy_(stored)
-        return Recorded(outputs, notes[_INPUTS][key], key not in notes[_NOT_FINITE])
+        try:
+            handle, notes = self._opened(path.name)
+            for name in notes["names"][key]:
+                full_name = f"{key}/{name}"
+                stored: Tensor = handle.get_tensor(full_name)
+                stride = notes[_STRIDES].get(full_name, stored.stride())
+                whole = torch.empty_strided(stored.shape, stride, dtype=stored.dtype, device=device)
+                outputs[name] = whole.copy_(stored)
+            return Recorded(outputs, notes[_INPUTS][key], key not in notes[_NOT_FINITE])
+        except (SafetensorError, RuntimeError, *_UNREADABLE) as error:
+            raise DataError(
+                f"{path} is not what this program wrote: {error!r}. Fix: remove {self.folder} and run the same command again."
+            ) from error
 
     def remove(self) -> None:
         """Removes the folder."""
@@ -241,20 +251,8 @@ class OutputFiles:
     def _opened(self, name: str) -> tuple[Any, dict[str, Any]]:
         """A file and what it says of its tensors. Those of the last few calls stay open."""
         if name not in self._open:
-            path = self.folder / name
-            if not self._is_sound(self._files[name]):
-                raise DataError(
-                    f"{path}, with outputs of the teacher, is damaged. Fix: run the same command again, which records them "
-                    "anew."
-                )
-            try:
-                handle: Any = safe_open(path, "pt")
-                notes = {key: json.loads(text) for key, text in handle.metadata().items()}
-            except (SafetensorError, *_UNREADABLE) as error:
-                raise DataError(
-                    f"{path} is not what this program wrote: {error}. Fix: remove {self.folder} and run the same command "
-                    "again."
-                ) from error
+            handle: Any = safe_open(self.folder / name, "pt")
+            notes = {key: json.loads(text) for key, text in handle.metadata().items()}
             while len(self._open) >= _NUM_OPEN:
                 del self._open[next(iter(self._open))]
             self._open[name] = handle, notes

@@ -74,6 +74,7 @@ class Recorder:
         self._device, self._constant = device, constant_outputs(task)
         self._calls: dict[str, Recorded] = {}
         self._written_at = self._told_at = time.monotonic()
+        place.on_phase(PHASE)
 
     def held_out(self, batches: HeldOutInputs, teach: Callable[[int, Batch], Prediction]) -> None:
         """Records the outputs of held-out batches.
@@ -181,7 +182,7 @@ class Recorder:
                 "train.teacher.outputs_limit_gib",
                 limit,
                 allowed=f"{num_bytes / _GIB:.3g} or more: the outputs of {self._place.num_steps} steps of "
-                f"{self._spec.batch_size} samples, and of held-out data, take {num_bytes} bytes",
+                f"{self._spec.batch_size} samples, and of held-out data, take at least {num_bytes} bytes",
                 fix="raise it, train fewer steps, or set train.teacher.outputs: computed",
             )
 
