@@ -343,7 +343,10 @@ def test_inputs_are_told_apart_by_values_rows_and_names() -> None:
 def test_the_limit_says_how_much_is_needed_and_what_to_change(make_distiller) -> None:
     teacher = TeacherSpec(outputs="recorded", outputs_limit_gib=1e-6)
     distiller = make_distiller(**{**CHANGES, "teacher": teacher})
-    match = r"train.teacher.outputs_limit_gib = 1e-06 .* outputs of 18 steps of 4 samples, .* take at least \d+ bytes.*outputs: computed"
+    match = (
+        r"train.teacher.outputs_limit_gib = 1e-06 .* outputs of 18 steps of 4 samples, .* take at least \d+ bytes.*"
+        r"outputs: computed"
+    )
     with pytest.raises(ConfigError, match=match):
         distiller.run()
     assert distiller.step == 0

@@ -161,7 +161,7 @@ class OutputFiles:
                 whole = torch.empty_strided(stored.shape, stride, dtype=stored.dtype, device=device)
                 outputs[name] = whole.copy_(stored)
             return Recorded(outputs, notes[_INPUTS][key], key not in notes[_NOT_FINITE])
-        except (SafetensorError, RuntimeError, *_UNREADABLE) as error:
+        except (SafetensorError, *_UNREADABLE) as error:
             raise DataError(
                 f"{path} is not what this program wrote: {error!r}. Fix: remove {self.folder} and run the same command again."
             ) from error
