@@ -31,7 +31,7 @@ ABLATION = Ablation(
         "data.num_train=256",
         "data.num_validation=64",
     ),
-    rates=(8e-4, 4e-4),
+    rates=(8e-4, 4e-4, 2e-4),
     seeds=(1, 2),
     path=RESULTS / "cooldown.jsonl",
 )

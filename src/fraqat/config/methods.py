@@ -41,7 +41,7 @@ class Method:
 
 _COSINE = {"learning_rate": {"kind": "cosine"}}
 _DECAY_LAST = {"learning_rate": {"kind": "decay_last"}}
-# A weight that has passed the edge between two codes has done what its gradient asked; momentum would push it on.
+# The one large gain over vanilla QAT that was found; why it gains is open (docs/log.md).
 _LITTLE_MOMENTUM = {"betas": [0.5, 0.999]}
 _UNTRAINED = {"schedule": {"kind": "constant"}, "train": {"steps": 0}}
 
