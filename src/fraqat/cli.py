@@ -191,9 +191,6 @@ def plan(
     device: Annotated[str, typer.Option(help="One of: " + ", ".join((*DEVICES, THIS_MACHINE)))] = "H100",
     num_devices: Annotated[int, typer.Option(help="Devices that share a batch")] = 1,
     sharding: Annotated[Sharding | None, typer.Option(help="How they share it; fsdp for more than one device")] = None,
-    cached_teacher: Annotated[
-        bool, typer.Option("--cached-teacher", help="Read the teacher's outputs from disk")
-    ] = False,
     pretraining_tokens: Annotated[
         float | None,
         typer.Option(help="Tokens that the original model was trained on: predicts the best length of the run"),
@@ -217,7 +214,6 @@ def plan(
     options = PlanOptions(
         num_devices=num_devices,
         sharding=sharding or (Sharding.NONE if num_devices == 1 else Sharding.FSDP),
-        cached_teacher=cached_teacher,
     )
     questions = workflows.ComputeQuestions(pretraining_tokens, memory_budget, tuple(pilot or ()), target_loss)
     resolved = load_recipe(recipe, tuple(settings or ()))

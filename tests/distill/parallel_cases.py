@@ -26,6 +26,7 @@ from fraqat.distill import (
     ParallelSpec,
     Prediction,
     StepRecord,
+    TeacherSpec,
     Workers,
     joined,
     read_log,
@@ -35,6 +36,7 @@ from fraqat.distill.workers import current_workers
 from fraqat.errors import ConfigError, FraqatError, InterruptedRunError
 from fraqat.kernels import EngineName
 from fraqat.nn import EngineSpec, QuantSpec, WeightSpec, serve_widths_
+from fraqat.nn.shards import own
 from fraqat.schedules import AutomaticSpec
 
 NUM_PARTS = 2
@@ -62,6 +64,7 @@ CASES: dict[str, dict[str, Any]] = {
     "several": {"schedule": SEVERAL, "weight": WeightSpec(range_method="learned")},
     "several-reference": {"schedule": SEVERAL, "weight": WeightSpec(range_method="learned"), "engine": REFERENCE},
     "several-mse": {"schedule": SEVERAL, "weight": WeightSpec(range_method="mse"), "ema_decay": 0.9},
+    "recorded": {"teacher": TeacherSpec(outputs="recorded")},
 }
 """Options of `train_case` by name."""
 
@@ -171,7 +174,13 @@ def make_case(
 
 
 def train_case(
-    name: str, folder: Path, parallel: ParallelSpec, *, stop_after: int | None = None, **changes: Any
+    name: str,
+    folder: Path,
+    parallel: ParallelSpec,
+    *,
+    stop_after: int | None = None,
+    stop_recording: int | None = None,
+    **changes: Any,
 ) -> dict[str, Tensor]:
     """Trains a case and gives the student with its losses; nothing if it is stopped.
 
@@ -180,6 +189,7 @@ def train_case(
         folder: Of the run; one that was stopped goes on.
         parallel: In how many processes.
         stop_after: Step after which the last process receives SIGTERM.
+        stop_recording: Batch or part of the recording, counted by process, at which it does.
         changes: Of the case.
     """
     distiller = make_case(folder, parallel, **{**CASES[name], **changes})
@@ -190,11 +200,24 @@ def train_case(
             os.kill(os.getpid(), signal.SIGTERM)
 
     distiller.on_step = stop
+    make_inputs, num_made = distiller.task.make_inputs, 0
+
+    def make_or_stop(batch: Batch, generator: torch.Generator) -> Batch:
+        nonlocal num_made
+        num_made += 1
+        if num_made == stop_recording and workers.rank == workers.num - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return make_inputs(batch, generator)
+
+    distiller.task.make_inputs = make_or_stop
     try:
         result = distiller.run()
     except InterruptedRunError:
-        assert distiller.step == stop_after
+        assert distiller.step == (stop_after if stop_recording is None else 0)
         return {}
+    if distiller.spec.teacher.outputs == "recorded":
+        held = {own(p).untyped_storage() for p in distiller.teacher.parameters()}
+        assert sum(storage.nbytes() for storage in held) <= 4 * len(held)
     found = {name: value.clone() for name, value in distiller.models.full_state().items()}
     found["validation"] = torch.tensor(result.validation_loss, dtype=torch.float64)
     return found
@@ -208,7 +231,7 @@ def job_folder(name: str, values: dict[str, Any], changes: dict[str, Any]) -> st
 
 
 def _without_stop(changes: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in changes.items() if key != "stop_after"}
+    return {key: value for key, value in changes.items() if key not in ("stop_after", "stop_recording")}
 
 
 def losses(folder: Path) -> list[float]:

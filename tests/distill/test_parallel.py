@@ -102,7 +102,7 @@ SAME_WIDTHS = [name for name in CASES if not name.startswith(("automatic", "seve
 UNEVEN = {"hidden": 33}
 """Rows that two processes cannot share equally."""
 TWO_PROCESSES: list[Job] = [
-    *((name, DDP, {}) for name in ("plain", "averaged", "eight-bit")),
+    *((name, DDP, {}) for name in ("plain", "averaged", "eight-bit", "recorded")),
     *((name, SHARDED, {}) for name in SAME_WIDTHS),
     *((name, CODES, {}) for name in SAME_WIDTHS if name not in NOT_AS_CODES),
     *WIDTHS_CHANGE,
@@ -127,6 +127,9 @@ FOUR_PROCESSES: list[Job] = [
 OTHER_RUN = {"validate_every": 4}
 STOP = {"stop_after": 5}
 MOVED = ("averaged", "eight-bit", "several")
+RECORDED = "recorded"
+STOP_RECORDING = {"stop_recording": 7}
+"""In the sixth step, which is ended: the held-out batch and one part of five steps come before, in every process."""
 """Cases that one process begins and two go on with, and the other way round; the second folder has its own name."""
 REORDERED = 1e-4
 """Bound of a weight's difference where gradients are added in another order, or the optimizer's vectors end elsewhere (unequal
@@ -142,6 +145,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in MOVED:
         train_case(name, out / job_folder(name, CODES, OTHER_RUN), PLAIN, **STOP)
     begun: list[Job] = [(name, SHARDED, {**OTHER_RUN, **STOP}) for name in MOVED]
+    begun += [(RECORDED, SHARDED, {**OTHER_RUN, **stop}) for stop in (STOP_RECORDING, STOP)]
     gone_on: list[Job] = [(name, CODES, OTHER_RUN) for name in MOVED]
     failing: list[Job] = [(name, {}, {}) for name in FAILURES]
     for case, (missing, _, _) in VIEWS.items():
@@ -324,6 +328,31 @@ def test_all_processes_take_the_same_checkpoint(case: str, two: Path) -> None:
         assert all(
             "step-00000003 is damaged" in text and reason in text and "as process 1 sees it" in text for text in said
         )
+
+
+def test_recorded_outputs_give_the_run_of_computed_ones(two: Path, alone: Any) -> None:
+    wanted, wanted_losses = alone("plain")
+    found, found_losses = alone(RECORDED)
+    assert_close(found, wanted, 0.0)
+    assert found_losses == wanted_losses
+    for mode in (DDP, SHARDED, CODES):
+        folder = two / job_folder(RECORDED, mode, {})
+        assert_close(load_file(folder / "rank0.safetensors"), wanted, 0.0)
+        assert losses(folder) == wanted_losses
+        assert not (folder / "teacher_outputs").exists()
+
+
+def test_what_two_processes_have_recorded_in_two_runs_serves_one(two: Path, alone: Any) -> None:
+    wanted, wanted_losses = alone("plain")
+    folder = two / job_folder(RECORDED, SHARDED, OTHER_RUN)
+    manifest = json.loads((folder / "teacher_outputs" / "manifest.json").read_text())
+    names = [file["name"] for file in manifest["files"]]
+    assert sum(name.startswith("step-00000000") for name in names) == 2  # one of each process
+    assert sum(name.startswith("step-00000006") for name in names) == 2  # after the signal
+    assert_close(train_case(RECORDED, folder, PLAIN, **OTHER_RUN), wanted, 0.0)
+    assert losses(folder) == wanted_losses
+    (recorded,) = [event for event in read_log(folder) if event["event"] == "recording"]
+    assert recorded["num_steps"] == 3
 
 
 def test_a_process_computes_its_own_parts() -> None:

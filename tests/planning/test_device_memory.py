@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from toy_workload import make_workload
+import torch
+from toy_workload import ToyNetwork, make_workload, num_parameters
 
-from fraqat.distill import TrainSpec
+from fraqat.distill import TeacherSpec, TrainSpec
 from fraqat.errors import ConfigError
 from fraqat.planning import (
     DEVICES,
     Category,
     Device,
     DeviceKind,
+    Phase,
     PlanOptions,
     Sharding,
     StepTrace,
@@ -46,9 +48,26 @@ def test_more_devices_never_need_more(trace: StepTrace) -> None:
     assert totals == sorted(totals, reverse=True)
 
 
-def test_a_cached_teacher_is_not_loaded(trace: StepTrace) -> None:
-    assert device_memory(trace, BARE, PlanOptions(cached_teacher=True)).parts["teacher"] == 0
+def test_a_teacher_with_recorded_outputs_is_not_there_in_training(trace: StepTrace) -> None:
+    train = TrainSpec(batch_size=8, ema_decay=0.9, teacher=TeacherSpec(outputs="recorded"))
+    recorded = trace_step(make_workload(), train, 8, DeviceKind.GPU)
+    assert device_memory(recorded, BARE, PlanOptions()).parts["teacher"] == 0
     assert device_memory(trace, BARE, PlanOptions()).parts["teacher"] == trace.constant[Category.TEACHER] > 0
+
+
+def test_recording_is_the_fullest_moment_where_the_teacher_is_large(trace: StepTrace) -> None:
+    with torch.device("meta"):
+        teacher = ToyNetwork(hidden=4096)
+    train = TrainSpec(batch_size=8, teacher=TeacherSpec(outputs="recorded"))
+    recorded = trace_step(make_workload(teacher=teacher), train, 8, DeviceKind.GPU)
+    use = device_memory(recorded, BARE, PlanOptions())
+    assert use.phase is Phase.RECORDING
+    assert use.parts["teacher"] == 4 * num_parameters(teacher)
+    assert use.parts["optimizer"] == 0
+    assert use.parts["weights"] == trace.constant[Category.WEIGHTS]
+    assert recorded.constant[Category.TEACHER] == 0
+    shared = device_memory(recorded, BARE, PlanOptions(4, Sharding.FSDP))
+    assert shared.parts["teacher"] == num_parameters(teacher)
 
 
 def test_the_fullest_moment_is_at_least_every_other_one(trace: StepTrace) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from toy_workload import make_student, make_workload, num_parameters
+from toy_workload import LENGTH, WIDTH, make_student, make_workload, num_parameters, predict
 
 from fraqat.distill import TeacherSpec, TrainSpec
 from fraqat.errors import ConfigError
-from fraqat.planning import DEVICES, Device, Plan, PlanOptions, Sharding, Workload, plan_training
+from fraqat.planning import DEVICES, Device, Phase, Plan, PlanOptions, Sharding, Workload, plan_training
 
 H100 = DEVICES["H100"]
 TRAIN = TrainSpec(batch_size=32)
@@ -62,7 +62,7 @@ def wide_plan(wide: Workload) -> Plan:
 @pytest.mark.parametrize(
     ("name", "options", "changes"),
     [
-        ("reading the teacher's outputs", PlanOptions(cached_teacher=True), {}),
+        ("train.teacher.outputs: recorded", PlanOptions(), {"teacher": TeacherSpec(outputs="recorded")}),
         ("train.teacher.dtype: bfloat16", PlanOptions(), {"teacher": TeacherSpec("bfloat16")}),
         ("train.teacher.dtype: int8", PlanOptions(), {"teacher": TeacherSpec("int8")}),
         ("train.optimizer: adamw_8bit", PlanOptions(), {"optimizer": "adamw_8bit"}),
@@ -78,7 +78,7 @@ def test_advice_keeps_its_word(
     promised = float(re.findall(r"([\d.]+) GiB needed", line)[0])
     train = dataclasses.replace(TRAIN, **changes)
     reached = plan_training(wide, train, 100, tight(2**60), options).memory.num_bytes / 2**30
-    assert reached == pytest.approx(promised, abs=0.06, rel=0.05)  # outputs from a cache are inputs: many in this toy
+    assert reached == pytest.approx(promised, abs=0.06, rel=0.05)
 
 
 def test_all_settings_together_need_least(wide_plan: Plan) -> None:
@@ -146,3 +146,50 @@ def test_a_teacher_of_another_kind_is_taken_as_it_is() -> None:
         Workload(student, make_workload().predict, make_workload().make_inputs, teacher=teacher), TRAIN, 1, H100
     )
     assert made.memory.parts["teacher"] == 2 * num_parameters(teacher)
+
+
+def test_a_plan_counts_what_is_recorded_before_training() -> None:
+    train = dataclasses.replace(TRAIN, accumulation=2, teacher=TeacherSpec(outputs="recorded"))
+    computed = plan(train=dataclasses.replace(TRAIN, accumulation=2))
+    made = plan_training(make_workload(), train, 100, H100, num_held_out=10)
+    bfloat16, float32 = 2, 4
+    assert made.recorded_bytes == LENGTH * WIDTH * (100 * 32 * bfloat16 + 10 * float32)
+    assert made.memory.parts["teacher"] == 0 < computed.memory.parts["teacher"]
+    assert Phase.TEACHER not in made.phase_times_s
+    assert made.recording_s == pytest.approx(100 * computed.phase_times_s[Phase.TEACHER])
+    assert made.hours == pytest.approx(computed.hours, rel=0.01)
+    rows = {row["quantity"]: row["value"] for row in made.to_table().to_json()["rows"]}
+    assert rows["disk: outputs of the teacher"] == pytest.approx(made.recorded_bytes / 2**30)
+    assert rows["recording before the first step"] == made.recording_s
+    assert "disk" not in str(computed.to_table()) and "recording" not in str(computed.to_table())
+    assert "refused" not in str(made.to_table())
+    limited = dataclasses.replace(train, teacher=TeacherSpec(outputs="recorded", outputs_limit_gib=1e-6))
+    assert "refused: outputs of the teacher take 0.0 GiB; train.teacher.outputs_limit_gib is 1e-06" in str(
+        plan(train=limited).to_table()
+    )
+
+
+def test_devices_share_what_is_recorded() -> None:
+    train = dataclasses.replace(TRAIN, teacher=TeacherSpec(outputs="recorded"))
+    device = dataclasses.replace(H100, operation_s=0.0)  # the toy's time would be that of starts alone
+    alone, shared = plan(device, train), plan(device, train, PlanOptions(4, Sharding.FSDP))
+    assert alone.recorded_bytes == shared.recorded_bytes
+    assert alone.recording_s > shared.recording_s
+
+
+def test_outputs_that_do_not_depend_on_the_batch_stay_in_memory_and_not_on_disk() -> None:
+    def with_head(model: nn.Module, inputs: Any) -> dict[str, torch.Tensor]:
+        return {**predict(model, inputs), "head": model.head.weight}
+
+    def loss(student: Any, teacher: Any, inputs: Any) -> torch.Tensor:
+        return torch.nn.functional.mse_loss(
+            student["output"].float() @ teacher["head"].float(), teacher["output"].float()
+        )
+
+    train = dataclasses.replace(TRAIN, teacher=TeacherSpec(outputs="recorded"))
+    workload = Workload(
+        make_student(), with_head, make_workload().make_inputs, loss, constant_outputs=frozenset({"head"})
+    )
+    made = plan_training(workload, train, 100, H100)
+    assert made.recorded_bytes == plan(train=train).recorded_bytes
+    assert made.memory.parts["teacher"] == 4 * WIDTH * WIDTH

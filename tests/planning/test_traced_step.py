@@ -31,6 +31,7 @@ from fraqat.planning.recorder import StepRecorder
 
 REFERENCE = EngineSpec("reference")
 PLAIN = TrainSpec(batch_size=2, autocast="none")
+RECORDED = TeacherSpec(outputs="recorded")
 STEP_BYTES = 4
 """AdamW counts the steps of each parameter in a tensor of its own."""
 
@@ -91,15 +92,16 @@ def test_a_later_part_needs_what_a_second_pass_needs() -> None:
     with mode, recorder:
         recorder.label([*student.parameters(), *student.buffers()], Category.WEIGHTS)
         x = torch.empty(2, LENGTH, WIDTH)
-        recorder.label((x, teacher := torch.empty_like(x)), Category.INPUTS)
+        recorder.label((x,), Category.INPUTS)
         for _ in range(2):
             recorder.phase = Phase.FORWARD
+            teacher = torch.empty_like(x)
             loss = torch.nn.functional.mse_loss(student(x), teacher)
             recorder.phase = Phase.BACKWARD
             loss.backward()
-            del loss
-    train = TrainSpec(batch_size=4, accumulation=2, autocast="none", engine=REFERENCE)
-    passes = trace(train=train, cached_teacher=True)
+            del loss, teacher
+    train = TrainSpec(batch_size=4, accumulation=2, autocast="none", engine=REFERENCE, teacher=RECORDED)
+    passes = trace(train=train)
     second = max(m.gradients + m.codes + m.activations + m.temporary for m in recorder.moments)
     small = 64  # the loss is summed over outputs in a tensor of its own
     assert max(changing_bytes(passes, phase) for phase in (Phase.FORWARD, Phase.BACKWARD)) == pytest.approx(
@@ -143,8 +145,8 @@ def test_the_integer_path_keeps_a_byte_for_an_input_and_fake_quantization_more()
 
     def held(engine: EngineSpec) -> list[int]:
         workload = Workload(student, predict, lambda n: {"x": torch.empty(n, WIDTH, device="meta")})
-        train = TrainSpec(batch_size=rows, autocast="none", engine=engine)
-        traced = trace(workload, train, micro_batch=rows, cached_teacher=True)
+        train = TrainSpec(batch_size=rows, autocast="none", engine=engine, teacher=RECORDED)
+        traced = trace(workload, train, micro_batch=rows)
         return [m.activations for m in traced.moments if m.phase is Phase.FORWARD]
 
     # The last layer's output and the loss are there too.
@@ -179,11 +181,18 @@ def test_views_move_nothing_and_a_sum_reads_two_and_writes_one() -> None:
     assert moved == {"add": 3 * 4 * 2 * LENGTH * WIDTH}
 
 
-def test_a_cached_teacher_takes_neither_memory_nor_time() -> None:
-    with_teacher, cached = trace(), trace(cached_teacher=True)
-    assert with_teacher.constant[Category.TEACHER] > 0 == cached.constant[Category.TEACHER]
-    assert not [item for item in cached.work if item.phase is Phase.TEACHER]
-    assert total_flops(cached, Phase.BACKWARD) == total_flops(with_teacher, Phase.BACKWARD)
+def test_a_teacher_with_recorded_outputs_takes_neither_memory_nor_time_in_training() -> None:
+    with_teacher, recorded = trace(), trace(train=dataclasses.replace(PLAIN, teacher=RECORDED))
+    assert with_teacher.constant[Category.TEACHER] > 0 == recorded.constant[Category.TEACHER]
+    assert not [item for item in recorded.work if item.phase in (Phase.TEACHER, Phase.RECORDING)]
+    assert total_flops(recorded, Phase.BACKWARD) == total_flops(with_teacher, Phase.BACKWARD)
+    assert with_teacher.recording is None
+    before = recorded.recording
+    assert before is not None
+    assert before.constant[Category.TEACHER] == with_teacher.constant[Category.TEACHER]
+    assert before.constant[Category.OPTIMIZER] == 0 < recorded.constant[Category.OPTIMIZER]
+    assert sum(item.num_flops * item.count for item in before.work) == total_flops(with_teacher, Phase.TEACHER)
+    assert before.part_bytes == before.held_out_bytes == 2 * LENGTH * WIDTH * 4
 
 
 @pytest.mark.parametrize("engine", [EngineSpec(), EngineSpec("reference")])

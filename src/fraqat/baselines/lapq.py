@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fraqat.baselines.powell import minimize_powell
+from fraqat.distill.parts import to_device
 from fraqat.distill.spec import TrainSpec
 from fraqat.distill.task import DistillTask
-from fraqat.distill.validation import to_device
 from fraqat.errors import NonFiniteLossError, config_error
 from fraqat.nn import QuantizedLayer, quantized_layers
 from fraqat.numerics import QParams, RangeMethod, choose_qparams, encode, finish_scale

@@ -16,7 +16,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from fraqat.baselines.layers import peer_layers
 from fraqat.baselines.torchao_layers import ParqOptimizer, ParqSpec, prepare_qat_, quantize_tensors_
 from fraqat.distill import Batch, DistillTask, TrainSpec, autocast, checkpoint_blocks_, hold_teacher_, make_optimizer
-from fraqat.distill.validation import to_device, validation_loss
+from fraqat.distill.parts import to_device
+from fraqat.distill.validation import validation_loss
 from fraqat.errors import NonFiniteLossError, config_error, parse_choice
 from fraqat.nn import unquantize_
 from fraqat.schedules import Schedule, Stage
@@ -228,6 +229,13 @@ def _check_settings(peer: PeerName, num_steps: int, spec: TrainSpec, parq: ParqS
         raise config_error("num_steps", num_steps, allowed=f"0 for {peer}", fix="pass 0")
     if parq is not None and peer is not PeerName.TORCHAO_PARQ:
         raise config_error("parq", parq, allowed=f"None for {peer}", fix="drop it")
+    if num_steps and spec.teacher.outputs == "recorded":
+        raise config_error(
+            "train.teacher.outputs",
+            "recorded",
+            allowed=f"computed for {peer}, whose loop asks the teacher at every step",
+            fix="set train.teacher.outputs: computed, or leave the method out",
+        )
     if spec.low_rank is not None:
         raise config_error("train.low_rank", spec.low_rank, allowed="null: peers train the weights", fix="drop it")
     if spec.ema_decay is not None:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fraqat.config.layer_widths import LayerWidthsSpec, with_chosen_widths
 from fraqat.config.methods import METHODS, method_named
 from fraqat.config.problems import explain_problems
-from fraqat.distill import TrainSpec
+from fraqat.distill import TrainSpec, check_recordable
 from fraqat.errors import ConfigError, config_error
 from fraqat.export import LayerPlace, check_model, first_difference, target_named
 from fraqat.nn import (
@@ -56,6 +56,7 @@ _FREE_TRAIN_FIELDS = (
     "profile",
     "wandb",
 )
+_FREE_TEACHER_FIELDS = ("outputs", "outputs_limit_gib")
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,11 @@ class Recipe(BaseModel, ABC):
     @abstractmethod
     def num_train(self) -> int | None:
         """Training samples of one epoch; None where only the data knows."""
+
+    @property
+    def num_validation(self) -> int:
+        """Held-out samples, at most."""
+        return self.data.num_validation
 
     @model_validator(mode="before")
     @classmethod
@@ -278,6 +284,8 @@ class Recipe(BaseModel, ABC):
         values = self.model_dump(mode="json", exclude={"name", "preset", "evaluation", "baselines"})
         for name in _FREE_TRAIN_FIELDS:
             del values["train"][name]
+        for name in _FREE_TEACHER_FIELDS:
+            del values["train"]["teacher"][name]
         del values["model"]["device"]
         return values
 
@@ -381,6 +389,8 @@ def _check_training(recipe: Recipe) -> None:
             allowed="false with schedule.kind: several, whose width changes at every step",
             fix="leave log_code_flips out",
         )
+    if recipe.train.teacher.outputs == "recorded":
+        check_recordable(is_automatic=recipe.schedule.kind is ScheduleKind.AUTOMATIC)
     if recipe.train.ema_decay is not None and recipe.quantization.weight.range_method is RangeMethod.LEARNED:
         raise config_error(
             "train.ema_decay",

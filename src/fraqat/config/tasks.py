@@ -39,6 +39,11 @@ class ImageRecipe(Recipe):
         return self.data.num_train * (self.sampler.num_steps if self._of_paths else 1)
 
     @property
+    def num_validation(self) -> int:
+        """As `num_train`."""
+        return self.data.num_validation * (self.sampler.num_steps if self._of_paths else 1)
+
+    @property
     def _of_paths(self) -> bool:
         return self.data.learn_from == "sampling_path"
 

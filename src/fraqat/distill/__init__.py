@@ -11,6 +11,7 @@ from fraqat.distill.spec import ParallelSpec, TeacherSpec, TrainSpec
 from fraqat.distill.step_times import DistillResult
 from fraqat.distill.task import Batch, BatchStream, DistillTask, Prediction
 from fraqat.distill.teacher import StoredWeight, TeacherMemory, hold_teacher_, share_frozen_, store_weights_
+from fraqat.distill.teacher_outputs import OUTPUTS_FOLDER, check_recordable
 from fraqat.distill.trainer import Distiller
 from fraqat.distill.validation import validation_loss
 from fraqat.distill.watch_spec import NonFiniteSpec, ProfileSpec, WandbSpec
@@ -21,6 +22,7 @@ __all__ = [
     "CODES_EVENT",
     "LANGUAGE_LOSSES",
     "LOG_FILE",
+    "OUTPUTS_FOLDER",
     "OUTPUT_LOSSES",
     "Autocast",
     "Batch",
@@ -48,6 +50,7 @@ __all__ = [
     "Workers",
     "autocast",
     "autocast_dtype",
+    "check_recordable",
     "checkpoint_blocks_",
     "current_workers",
     "describe_difference",

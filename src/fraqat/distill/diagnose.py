@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fraqat.nn.shards import own
+from fraqat.schedules import Stage
 
 
 @torch.no_grad()
@@ -59,6 +61,30 @@ def first_non_finite_parameter(model: nn.Module) -> str | None:
             if tensor is not None and not bool(torch.isfinite(own(tensor.detach())).all()):
                 return name
     return None
+
+
+def non_finite_message(
+    what: str, where: str, step: int, stage: Stage, num_stages: int, checkpoints: Path | None
+) -> str:
+    """What a run that stops at NaN or infinity says.
+
+    Args:
+        what: Is not finite.
+        where: It shows first.
+        step: Number of finished steps.
+        stage: In which it was found, of `num_stages`.
+        num_stages: Of the schedule.
+        checkpoints: Their folder, None without a checkpoint.
+    """
+    kept = (
+        "No checkpoint had been written yet."
+        if checkpoints is None
+        else f"The newest checkpoint is kept in {checkpoints}."
+    )
+    return (
+        f"{what} at step {step}, stage {stage.index + 1} of {num_stages} ({stage.bits:g} bits), first in {where}. {kept} Fix: "
+        "lower train.learning_rate.peak, set train.clip_norm, or train.autocast: none."
+    )
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

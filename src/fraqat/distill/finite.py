@@ -15,6 +15,7 @@ from fraqat.distill.parallel import TrainedModels
 from fraqat.distill.precision import autocast
 from fraqat.distill.spec import TrainSpec
 from fraqat.distill.task import Batch, Prediction
+from fraqat.distill.teacher_outputs import TeacherOutputs
 from fraqat.distill.workers import Workers
 from fraqat.schedules import Stage
 
@@ -27,7 +28,8 @@ class FiniteChecks:
 
     Args:
         models: As they are called.
-        teacher, student: As they are held.
+        outputs: Of the teacher, which may be no longer in memory.
+        student: As it is held.
         spec: Precision and clipping.
         workers: The processes.
         predict: The outputs of one of the two.
@@ -37,14 +39,14 @@ class FiniteChecks:
     def __init__(
         self,
         models: TrainedModels,
-        teacher: nn.Module,
+        outputs: TeacherOutputs,
         student: nn.Module,
         spec: TrainSpec,
         workers: Workers,
         predict: Callable[[nn.Module, Batch], Prediction],
         fail: Fail,
     ):
-        self._models, self._teacher, self._student = models, teacher, student
+        self._models, self._outputs, self._student = models, outputs, student
         self._spec, self._workers, self._predict, self._fail = spec, workers, predict, fail
 
     def check_losses(self, stage: Stage, batch: BatchLosses) -> None:
@@ -76,9 +78,9 @@ class FiniteChecks:
         return next(filter(None, names), None)
 
     def _first_bad_place(self, inputs: Batch) -> str:
-        models = {"teacher": self._teacher, "student": self._student}
+        models = {**self._outputs.teachers, "student": self._student}
         device = next(self._student.parameters()).device
         with autocast(self._spec.autocast, device.type):
             place = first_non_finite_place(models, lambda model: self._predict(model, inputs))
         self._models.let_go_()
-        return place
+        return self._outputs.bad_place or place

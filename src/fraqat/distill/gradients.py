@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from fraqat.distill.parallel import TrainedModels
+from fraqat.distill.parts import part_inputs, to_device
 from fraqat.distill.precision import autocast
 from fraqat.distill.spec import TrainSpec
-from fraqat.distill.task import Batch, DistillTask, SplittableTask
-from fraqat.distill.validation import to_device
+from fraqat.distill.task import Batch, DistillTask, Prediction, SplittableTask
+from fraqat.distill.teacher_outputs import TeacherOutputs
 from fraqat.distill.workers import Workers
 
 
@@ -47,7 +48,8 @@ class BatchGradients:
 
     Args:
         task: Makes inputs and loss.
-        models: Teacher and student as they are called.
+        models: The student as it is called.
+        outputs: Of the teacher.
         spec: Seed, accumulation, losses, precision.
         workers: Share the parts; gradients are averaged over them.
         parts: Numbers of this process' parts.
@@ -58,12 +60,14 @@ class BatchGradients:
         self,
         task: DistillTask,
         models: TrainedModels,
+        outputs: TeacherOutputs,
         spec: TrainSpec,
         workers: Workers,
         parts: Sequence[int],
         device: torch.device,
     ):
         self._task, self._models, self._spec, self._workers = task, models, spec, workers
+        self._outputs = outputs
         self._last_part, self._device = parts[-1], device
 
     def add_(self, parts: Sequence[tuple[int, Batch]], step: int, num_splits: int) -> BatchLosses:
@@ -86,7 +90,7 @@ class BatchGradients:
                     suspect = inputs
                 is_last = part == self._last_part and number == len(pieces) - 1
                 with self._models.part(is_last=is_last):
-                    loss = self._loss(inputs)
+                    loss = self._loss(inputs, self._outputs.of_part(step, part, inputs))
                     (loss * share / num_summed if num_splits > 1 else loss / num_summed).backward()
                 part_loss += share * loss.item()
             losses.append(part_loss)
@@ -120,17 +124,13 @@ class BatchGradients:
 
     def _pieces(self, part: int, batch: Batch, step: int, num_splits: int) -> list[tuple[Batch, float]]:
         """The inputs of a part in pieces, with the share of each. torch's own random numbers begin anew."""
-        seed = (self._spec.seed << 32) + step * self._spec.accumulation + part
-        torch.manual_seed(seed)
-        inputs = self._task.make_inputs(batch, torch.Generator().manual_seed(seed))
+        inputs = part_inputs(self._task, self._spec, step, part, batch)
         if num_splits == 1:
             return [(inputs, 1.0)]
         assert isinstance(self._task, SplittableTask)
         return self._task.split_inputs(inputs, num_splits)
 
-    def _loss(self, inputs: Batch) -> Tensor:
-        with torch.no_grad(), autocast(self._spec.autocast, self._device.type):
-            teacher_output = self._models.teacher(inputs)
+    def _loss(self, inputs: Batch, teacher_output: Prediction) -> Tensor:
         with autocast(self._spec.autocast, self._device.type):
             student_output = self._models.student(inputs)
             return self._task.loss(student_output, teacher_output, inputs, self._spec.losses)

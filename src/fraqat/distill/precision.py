@@ -38,6 +38,16 @@ def precision_name(choice: Autocast, device_type: str) -> str:
     return "the model's own dtype" if dtype is None else str(dtype).removeprefix("torch.")
 
 
+def precision_warning(before: str, now: str) -> str | None:
+    """What is said where a checkpoint was trained in another precision than the one that training goes on in."""
+    if before == now:
+        return None
+    return (
+        f"the checkpoint was trained with matrix products in {before}, this machine goes on in {now}. Set train.autocast to "
+        "keep one precision on all machines."
+    )
+
+
 def _has_bfloat16(device_type: str) -> bool:
     if device_type == "cpu":
         return bool(cast(Any, torch.ops.mkldnn)._is_mkldnn_bf16_supported())

@@ -65,6 +65,13 @@ def shard_teacher_(predictor: nn.Module, teacher: nn.Module, mesh: DeviceMesh) -
     fully_shard(predictor, mesh=mesh)
 
 
+def reshard_(model: nn.Module) -> None:
+    """Leaves in this process its own rows of a sharded model."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def check_shardable(model: nn.Module, role: str) -> None:
     """Refuses parameters without an axis, which cannot be divided.
 
@@ -171,9 +178,7 @@ class ShardedModels(TrainedModels):
         self.let_go_()
 
     def let_go_(self) -> None:
-        for module in self.student.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        reshard_(self.student)
 
     def full_state(self, *, keeps: bool = True) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}

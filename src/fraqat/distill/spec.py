@@ -17,6 +17,7 @@ CompileMode = Literal["none", "default", "cuda_graphs"]
 OptimizerName = Literal["adamw", "adamw_8bit"]
 OptimizerDevice = Literal["same", "host"]
 TeacherDtype = Literal["model", "bfloat16", "int8"]
+TeacherOutputsMode = Literal["computed", "recorded"]
 CheckpointedModules = Literal["none", "blocks"]
 ParallelMode = Literal["none", "ddp", "fsdp2", "hybrid"]
 
@@ -29,14 +30,22 @@ class TeacherSpec:
         dtype: Of the weights of its linear layers and convolutions: `model` leaves them as they were loaded
             (`model.teacher_dtype`); `bfloat16` changes nothing in training under bfloat16 autocast, which rounds them at every
             call; `int8` keeps codes with a scale for each output channel.
+        outputs: `computed` at every step, or `recorded`: those of the whole run are computed before training and kept in the
+            run's folder until it ends, and the teacher leaves memory. The same bits.
+        outputs_limit_gib: Disk that recorded outputs may take; a run that needs more is refused.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_KEYS
 
     dtype: TeacherDtype = "model"
+    outputs: TeacherOutputsMode = "computed"
+    outputs_limit_gib: float = 50.0
 
     def __post_init__(self) -> None:
         _check_choice("train.teacher.dtype", self.dtype, TeacherDtype)
+        _check_choice("train.teacher.outputs", self.outputs, TeacherOutputsMode)
+        limit = self.outputs_limit_gib
+        _check("train.teacher.outputs_limit_gib", limit, 0 < limit < math.inf, "more than 0 GiB")
 
 
 @dataclass(frozen=True)
@@ -195,6 +204,12 @@ class TrainSpec:
         _check_choice("train.optimizer", self.optimizer, OptimizerName)
         _check_choice("train.optimizer_device", self.optimizer_device, OptimizerDevice)
         _check_choice("train.on_out_of_memory", self.on_out_of_memory, OutOfMemory)
+        _check(
+            "train.on_out_of_memory",
+            self.on_out_of_memory,
+            self.on_out_of_memory == "stop" or self.teacher.outputs == "computed",
+            "stop with train.teacher.outputs: recorded, which are those of whole parts",
+        )
         _check_choice("train.activation_checkpointing", self.activation_checkpointing, CheckpointedModules)
         _check("train.losses", self.losses, len(self.losses) > 0, "at least one term")
         _check("train.betas", self.betas, all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")

@@ -81,3 +81,13 @@ class SplittableTask(Protocol):
             Each piece, and its share of the loss: the loss of the whole is the sum of shares times losses.
         """
         ...
+
+
+@runtime_checkable
+class ConstantOutputs(Protocol):
+    """A task whose predictions hold something that does not depend on the batch, such as the weight of a head."""
+
+    @property
+    def constant_outputs(self) -> frozenset[str]:
+        """Names in what `predict` gives."""
+        ...

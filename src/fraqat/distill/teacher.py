@@ -5,10 +5,12 @@ Shape suffixes: O output channels; an ellipsis is every other axis of a weight.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +19,11 @@ from fraqat.distill.identity import keep_identity
 from fraqat.distill.spec import TeacherDtype
 from fraqat.errors import config_error
 from fraqat.nn.quantizers import KeepsBufferDtype
+from fraqat.nn.shards import is_sharded, own
 from fraqat.numerics import BlockLayout, Granularity, Grid, RangeMethod, choose_qparams, quantize
 
 _CODES, _SCALE = "stored_weight", "stored_scale"
+_LET_GO: WeakSet[nn.Module] = WeakSet()
 
 
 class StoredWeight(KeepsBufferDtype):
@@ -80,7 +84,17 @@ def hold_teacher_(teacher: nn.Module, student: nn.Module, dtype: TeacherDtype) -
         teacher: Frozen; changed in place, see `store_weights_`.
         student: Its frozen parameters may use the teacher's memory from now on, see `share_frozen_`.
         dtype: Of the weights that are not shared.
+
+    Raises:
+        ConfigError: The teacher has left memory, or see `store_weights_`.
     """
+    if teacher in _LET_GO:
+        raise config_error(
+            "teacher",
+            "without weights",
+            allowed="a teacher that has not left memory (train.teacher.outputs: recorded) in a run before",
+            fix="load it again",
+        )
     if dtype != "model":
         keep_identity(teacher)
     shared = share_frozen_(teacher, student)
@@ -88,6 +102,21 @@ def hold_teacher_(teacher: nn.Module, student: nn.Module, dtype: TeacherDtype) -
     sizes = {name: p.numel() * p.itemsize for name, p in teacher.named_parameters()}
     buffer_bytes = sum(buffer.numel() * buffer.itemsize for buffer in teacher.buffers())
     return TeacherMemory(sum(sizes.values()) + buffer_bytes, sum(sizes[name] for name in shared), num_stored)
+
+
+@torch.no_grad()
+def let_go_(teacher: nn.Module) -> None:
+    """Lets the weights of a teacher leave memory, but for those that others use, and rows of a sharded one.
+
+    It stays as a model with dtypes, shapes and device, all values NaN: whoever needs it again loads it anew.
+    """
+    keep_identity(teacher)
+    _LET_GO.add(teacher)
+    for tensor in (*teacher.parameters(), *teacher.buffers()):
+        if is_sharded(tensor):
+            own(tensor).untyped_storage().resize_(0)
+        else:
+            tensor.data = tensor.new_full((), math.nan if tensor.is_floating_point() else 0).expand(tensor.shape)
 
 
 @torch.no_grad()

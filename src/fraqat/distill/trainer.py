@@ -15,6 +15,7 @@ from torch import nn
 from fraqat.distill.checkpoint import CheckpointStore, LoadedCheckpoint
 from fraqat.distill.checkpoint_files import DamagedError, loaded
 from fraqat.distill.checkpointing import checkpoint_blocks_
+from fraqat.distill.diagnose import non_finite_message
 from fraqat.distill.ema import ParameterAverage
 from fraqat.distill.finite import FiniteChecks
 from fraqat.distill.gradients import BatchGradients, BatchLosses
@@ -24,7 +25,8 @@ from fraqat.distill.log import RunLog, StepRecord
 from fraqat.distill.micro_batch import MICRO_BATCH_EVENT, SPLIT_FILE, MicroBatch, check_splitting
 from fraqat.distill.models import check_trainable, make_models
 from fraqat.distill.optimizers import make_optimizer
-from fraqat.distill.precision import precision_name
+from fraqat.distill.precision import precision_name, precision_warning
+from fraqat.distill.recording import RunPlace
 from fraqat.distill.recovery import REWIND_EVENT, Recovery
 from fraqat.distill.spec import TrainSpec
 from fraqat.distill.stages import StageChooser
@@ -33,6 +35,7 @@ from fraqat.distill.step_hooks import StepHooks
 from fraqat.distill.step_times import DistillResult, StepTimes
 from fraqat.distill.task import Batch, DistillTask, Prediction
 from fraqat.distill.teacher import hold_teacher_
+from fraqat.distill.teacher_outputs import make_outputs
 from fraqat.distill.validation import batch_loss, validation_loss
 from fraqat.distill.workers import SharedStream, Workers, check_mode, current_workers
 from fraqat.errors import CheckpointError, NonFiniteLossError
@@ -46,7 +49,8 @@ class Distiller:
 
     Args:
         task: Model family and data.
-        teacher: Model in its own dtype; it is frozen, and `spec.teacher` changes how it holds its weights, for good.
+        teacher: Model in its own dtype; it is frozen, and `spec.teacher` changes how it holds its weights, for good, or lets
+            it leave memory.
         student: Model changed by `quantize_`, at its final width. Frozen parameters that equal the teacher's use its memory.
         schedule: Stages of the run.
         spec: Settings.
@@ -107,8 +111,10 @@ class Distiller:
             self.models, student, self.optimizer, order, self.average, spec.optimizer == "adamw_8bit"
         )
         self._parts = parts
-        self._gradients = BatchGradients(task, self.models, spec, self.workers, parts, self.device)
-        self._checks = FiniteChecks(self.models, self.teacher, student, spec, self.workers, self._predict, self._fail)
+        place = RunPlace(folder, self.store.fingerprint, schedule.total_steps, say, on_phase)
+        self.outputs = make_outputs(task, self.models, self.teacher, spec, self.workers, place, schedule)
+        self._gradients = BatchGradients(task, self.models, self.outputs, spec, self.workers, parts, self.device)
+        self._checks = FiniteChecks(self.models, self.outputs, student, spec, self.workers, self._predict, self._fail)
         self.stream = self._new_stream()
         self.precision = precision_name(spec.autocast, self.device.type)
         check_splitting(task, spec.on_out_of_memory, spec.losses)
@@ -170,6 +176,7 @@ class Distiller:
         self.student.train()
         num_named = -1
         try:
+            self._times.train_s += self.outputs.prepare(self.step, log, lambda: guard.signal_number or 0)
             with StepHooks(self.student, self.spec, log) as hooks:
                 if self.recovery.wants_first_checkpoint and self.workers.gather([self.store.is_empty])[0][0]:
                     self._begin_save(log)
@@ -206,6 +213,7 @@ class Distiller:
             signal_number, _ = self.workers.agree(guard.signal_number or 0, False)
             if signal_number:
                 raise interrupted(signal_number, self.step, self.schedule.total_steps, self.store.folder)
+            self.outputs.remove()
             return result
         finally:
             try:
@@ -214,11 +222,6 @@ class Distiller:
             finally:
                 log.close()
                 undo()
-
-    def _name_precision(self, log: RunLog) -> None:
-        log.write_event("precision", self.step, products=self.precision)
-        if self.spec.autocast == "auto":
-            self.say(f"matrix products in {self.precision}")
 
     @property
     def schedule(self) -> Schedule:
@@ -280,8 +283,9 @@ class Distiller:
         return measure()
 
     def _validation_loss(self) -> float:
+        workers, predict, teach = self.workers, self._predict, self.outputs.of_held_out
         loss = validation_loss(
-            self.task, self.teacher, self.student, self.spec, workers=self.workers, predict=self._predict
+            self.task, self.teacher, self.student, self.spec, workers=workers, predict=predict, teach=teach
         )
         self.models.let_go_()
         return loss
@@ -418,21 +422,12 @@ class Distiller:
         self._refresh_codes()
         self._state.load_rest(state)
         self.stream.load_state_dict(loaded(state["stream"]))
-        before = state.get("precision", self.precision)
-        if before != self.precision:
-            self.warn(
-                f"the checkpoint was trained with matrix products in {before}, this machine goes on in {self.precision}. Set "
-                "train.autocast to keep one precision on all machines."
-            )
+        warning = precision_warning(state.get("precision", self.precision), self.precision)
+        if warning:
+            self.warn(warning)
 
     def _fail(self, stage: Stage, where: str, what: str) -> NoReturn:
         if self._log is not None:
             self._finish_save(self._log)
-        kept = f"The newest checkpoint is kept in {self.store.folder}."
-        if self.store.is_empty:
-            kept = "No checkpoint had been written yet."
-        raise NonFiniteLossError(
-            f"{what} at step {self.step}, stage {stage.index + 1} of {len(self.schedule)} ({stage.bits:g} bits), first in "
-            f"{where}. {kept} Fix: lower train.learning_rate.peak, set "
-            "train.clip_norm, or train.autocast: none."
-        )
+        folder = None if self.store.is_empty else self.store.folder
+        raise NonFiniteLossError(non_finite_message(what, where, self.step, stage, len(self.schedule), folder))

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from fraqat.distill.parts import HeldOutInputs
 from fraqat.distill.spec import TrainSpec
 from fraqat.distill.task import Batch, DistillTask, Prediction
 from fraqat.distill.workers import ALONE, Workers
-
-VALIDATION_SEED = 20_251_014
 
 
 @torch.no_grad()
@@ -24,6 +23,7 @@ def validation_loss(
     *,
     workers: Workers = ALONE,
     predict: Callable[[nn.Module, Batch], Prediction] | None = None,
+    teach: Callable[[int, Batch], Prediction] | None = None,
 ) -> float:
     """Mean loss over the task's held-out batches, without autocast, with noise that only task and batch size decide.
 
@@ -34,27 +34,19 @@ def validation_loss(
         batches: Held-out data to use instead of all that the task has.
         workers: Share the batches among them; the result is the same in all, and the same bits as one process has.
         predict: Instead of the task's.
+        teach: Gives the teacher's outputs for a batch by its number, instead of `predict` of the teacher.
     """
     was_training = student.training
     student.eval()
-    device = next(student.parameters()).device
-    generator = torch.Generator().manual_seed(VALIDATION_SEED)
     predict = predict or task.predict
-    own, sizes = [], []
-    last: Batch = {}
-    for number, batch in enumerate(task.validation_batches(spec.batch_size) if batches is None else batches):
-        inputs = task.make_inputs(batch, generator)  # by all: the noise of a batch follows that of the one before
-        sizes.append(len(next(iter(batch.values()))))
-        if number % workers.num == workers.rank:
-            last = to_device(inputs, device)
-            own.append(task.loss(predict(student, last), predict(teacher, last), last, spec.losses).item())
-        elif not last:
-            last = to_device(inputs, device)
-    num_each = -(-len(sizes) // workers.num)
-    while len(own) < num_each:  # a forward pass of sharded models is everybody's
-        own.append(task.loss(predict(student, last), predict(teacher, last), last, spec.losses).item())
+    held_out = HeldOutInputs(task, spec.batch_size, next(student.parameters()).device, workers, batches)
+    own: list[float] = []
+    for number, inputs in held_out:
+        ours = predict(student, inputs)
+        theirs = predict(teacher, inputs) if teach is None else teach(number, inputs)
+        own.append(task.loss(ours, theirs, inputs, spec.losses).item())
     student.train(was_training)
-    shared = workers.gather(own)
+    shared, sizes = workers.gather(own), held_out.sizes
     losses = [shared[number % workers.num][number // workers.num] for number in range(len(sizes))]
     return sum(size * loss for size, loss in zip(sizes, losses, strict=True)) / sum(sizes)
 
@@ -78,8 +70,3 @@ def batch_loss(
     loss = task.loss(predict(student, inputs), predict(teacher, inputs), inputs, spec.losses).item()
     student.train(was_training)
     return loss
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with every tensor on `device`."""
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}

@@ -39,8 +39,6 @@ def memory_advice(
     """
     now = device_memory(trace, device, options).num_bytes
     found = [(device_memory(other.trace, device, options).num_bytes, other.name) for other in alternatives]
-    cached = dataclasses.replace(options, cached_teacher=True)
-    found.append((device_memory(trace, device, cached).num_bytes, "reading the teacher's outputs from a cache"))
     lines = [f"{name} saves {_gib(now - need)}: {_gib(need)} needed" for need, name in sorted(found) if need < now]
     need = device_memory(together, device, options).num_bytes
     return (*lines, f"all settings of train together: {_gib(need)} needed", _sharding_line(trace, device, options))

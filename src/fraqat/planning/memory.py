@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar
@@ -41,14 +41,12 @@ class PlanOptions:
     Args:
         num_devices: Devices that share a batch.
         sharding: How.
-        cached_teacher: The teacher's outputs are read from disk; the teacher is not loaded.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_KEYS
 
     num_devices: int = 1
     sharding: Sharding = Sharding.NONE
-    cached_teacher: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sharding", parse_choice("plan.sharding", self.sharding, Sharding))
@@ -66,7 +64,7 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Memory of one device at the fullest moment of a step.
+    """Memory of one device at the fullest moment of a run.
 
     Args:
         phase: When that is.
@@ -90,28 +88,35 @@ def device_memory(trace: StepTrace, device: Device, options: PlanOptions) -> Mem
     Args:
         trace: A step on one device, nothing sharded.
         device: Gives the reserve.
-        options: Sharding and cached teacher.
+        options: Sharding.
     """
-    constant = _constant_parts(trace, options)
-    phase, changing = max(
-        (_moment_parts(moment, trace, options) for moment in trace.moments), key=lambda parts: sum(parts[1].values())
-    )
-    parts = {**constant, **changing}
+    phase, parts = _fullest(trace.constant, trace.moments, trace, options)
+    if trace.recording is not None:
+        before = _fullest(trace.recording.constant, trace.recording.moments, trace, options)
+        if sum(before[1].values()) > sum(parts.values()):
+            phase, parts = before
     reserved = device.reserved_bytes + round(device.gap_share * sum(parts.values()))
     host_bytes = -(-trace.host_bytes // _num_shards(options))
     return MemoryUse(phase, {**parts, RESERVED: reserved}, host_bytes)
+
+
+def _fullest(
+    constant: Mapping[Category, int], moments: Sequence[Moment], trace: StepTrace, options: PlanOptions
+) -> tuple[Phase, dict[str, int]]:
+    phase, changing = max(
+        (_moment_parts(moment, trace, options) for moment in moments), key=lambda parts: sum(parts[1].values())
+    )
+    return phase, {**_constant_parts(constant, options), **changing}
 
 
 def _num_shards(options: PlanOptions) -> int:
     return options.num_devices if options.sharding is Sharding.FSDP else 1
 
 
-def _constant_parts(trace: StepTrace, options: PlanOptions) -> dict[str, int]:
+def _constant_parts(constant: Mapping[Category, int], options: PlanOptions) -> dict[str, int]:
     num_shards = _num_shards(options)
-    parts = {category.value: -(-trace.constant[category] // num_shards) for category in _SHARDED}
-    if options.cached_teacher:
-        parts[Category.TEACHER.value] = 0
-    return parts | {Category.INPUTS.value: trace.constant[Category.INPUTS]}
+    parts = {category.value: -(-constant[category] // num_shards) for category in _SHARDED}
+    return parts | {Category.INPUTS.value: constant[Category.INPUTS]}
 
 
 def _moment_parts(moment: Moment, trace: StepTrace, options: PlanOptions) -> tuple[Phase, dict[str, int]]:
@@ -129,6 +134,7 @@ def _whole_block_bytes(phase: Phase, trace: StepTrace) -> int:
     if phase is Phase.UPDATE:
         return 0
     block = trace.largest_block_bytes
-    if phase is Phase.TEACHER:
-        block = round(block * trace.constant[Category.TEACHER] / max(1, trace.constant[Category.WEIGHTS]))
+    if phase in (Phase.TEACHER, Phase.RECORDING):
+        constant = trace.constant if trace.recording is None else trace.recording.constant
+        block = round(block * constant[Category.TEACHER] / max(1, constant[Category.WEIGHTS]))
     return block * (_GATHERED_BLOCKS + (1 if phase is Phase.BACKWARD else 0))

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from fraqat.distill import TeacherSpec, TrainSpec, repeated_blocks
+from fraqat.distill import TrainSpec, repeated_blocks
+from fraqat.distill.spec import TeacherDtype
 from fraqat.errors import config_error
 from fraqat.nn import quantized_layers
 from fraqat.planning.advice import Alternative, memory_advice
@@ -18,12 +19,13 @@ from fraqat.planning.memory import MemoryUse, PlanOptions, Sharding, device_memo
 from fraqat.planning.recorder import Category, Phase
 from fraqat.planning.result_size import ResultSize, packed_size
 from fraqat.planning.roofline import phase_times_s
-from fraqat.planning.step import StepTrace, Workload, trace_step, with_constants_of
+from fraqat.planning.step import RecordingTrace, StepTrace, Workload, trace_step, with_constants_of
 from fraqat.table import Table
 
 _GIB = 2**30
 _GRADIENT_BYTES = 4
 _TIME_NOTE = "times are what the roofline allows, without validation, checkpoints and data: real steps take longer"
+_TEACHER_DTYPES: tuple[TeacherDtype, ...] = ("bfloat16", "int8")
 _PART_PHASES = (Phase.TEACHER, Phase.FORWARD, Phase.BACKWARD)
 
 
@@ -41,6 +43,9 @@ class Plan:
         communication_s: Seconds that a step waits for other devices.
         total_steps: Of the schedule.
         result: Size of the exported model.
+        recording_s: Seconds in which the teacher's outputs are recorded before training.
+        recorded_bytes: What they take on disk until the run ends, at most; None without.
+        recorded_limit_bytes: What they may take.
         advice: What would make it fit, the largest saving first; empty if it fits, unless it was asked for.
     """
 
@@ -56,6 +61,9 @@ class Plan:
     communication_s: float
     total_steps: int
     result: ResultSize
+    recording_s: float = 0.0
+    recorded_bytes: int | None = None
+    recorded_limit_bytes: float = 0.0
     advice: tuple[str, ...] = ()
 
     @property
@@ -70,8 +78,8 @@ class Plan:
 
     @property
     def hours(self) -> float:
-        """Of the whole schedule, at least; validation, checkpoints and data are not counted."""
-        return self.step_s * self.total_steps / 3600
+        """Of the whole schedule with what is recorded before it, at least; validation, checkpoints and data are not counted."""
+        return (self.step_s * self.total_steps + self.recording_s) / 3600
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -100,13 +108,23 @@ class Plan:
             *((f"time: {phase.value}", seconds, "s per step") for phase, seconds in self.phase_times_s.items()),
             ("time: waiting for other devices", self.communication_s, "s per step"),
             ("time of a step", self.step_s, "s"),
+            *((("recording before the first step", self.recording_s, "s"),) if self.recorded_bytes is not None else ()),
             ("steps", self.total_steps, ""),
             ("duration", self.hours, "hours"),
             ("device hours", self.hours * self.options.num_devices, "hours"),
             ("size of the result", self.result.num_bytes / _GIB, "GiB"),
             ("bits per quantized weight", self.result.bits_per_weight, "with scales"),
         ]
-        return Table("Plan", ("quantity", "value", "unit"), tuple(rows), (_TIME_NOTE, *self.warnings))
+        if self.recorded_bytes is not None:
+            rows.append(("disk: outputs of the teacher", self.recorded_bytes / _GIB, "GiB until training ends"))
+        notes = (_TIME_NOTE, *self._limit_notes(), *self.warnings)
+        return Table("Plan", ("quantity", "value", "unit"), tuple(rows), notes)
+
+    def _limit_notes(self) -> tuple[str, ...]:
+        if self.recorded_bytes is None or self.recorded_bytes <= self.recorded_limit_bytes:
+            return ()
+        limit, needed = self.recorded_limit_bytes / _GIB, self.recorded_bytes / _GIB
+        return (f"refused: outputs of the teacher take {needed:.1f} GiB; train.teacher.outputs_limit_gib is {limit:g}",)
 
     def _shown_parts(self) -> list[tuple[str, int]]:
         """Parts that are not empty, and those that every plan has."""
@@ -122,6 +140,7 @@ def plan_training(
     options: PlanOptions | None = None,
     *,
     float_dtype: torch.dtype = torch.float32,
+    num_held_out: int = 0,
     always_advise: bool = False,
 ) -> Plan:
     """Plans a run from one step traced on fake tensors. Nothing is downloaded, and no memory of the model's size is needed.
@@ -133,6 +152,7 @@ def plan_training(
         device: See `find_device` and `measure_device`.
         options: Devices and sharding; None is one device.
         float_dtype: Precision of what stays unquantized in the exported file.
+        num_held_out: Samples of the validation, which count where the teacher's outputs are recorded.
         always_advise: Say what would save memory where it fits, too.
 
     Raises:
@@ -166,9 +186,26 @@ def plan_training(
         result=packed_size(workload.student, float_dtype),
     )
     plan = dataclasses.replace(plan, communication_s=_communication_s(trace, plan, train))
+    if trace.recording is not None:
+        plan = _with_recording(plan, trace.recording, train, num_held_out)
     if plan.fits and not always_advise:
         return plan
     return dataclasses.replace(plan, advice=_advice(trace, workload, plan, train))
+
+
+def _with_recording(plan: Plan, recording: RecordingTrace, train: TrainSpec, num_held_out: int) -> Plan:
+    """A plan with time and size of what is recorded before training. The devices share the parts."""
+    part_s = sum(phase_times_s(recording.work, plan.device).values())
+    held_out_batch = max(1, train.batch_size // plan.options.num_devices)
+    num_parts = plan.total_steps * train.accumulation
+    num_bytes = num_parts * plan.options.num_devices * recording.part_bytes
+    num_bytes += round(num_held_out * recording.held_out_bytes / held_out_batch)
+    return dataclasses.replace(
+        plan,
+        recording_s=num_parts * part_s,
+        recorded_bytes=num_bytes,
+        recorded_limit_bytes=train.teacher.outputs_limit_gib * _GIB,
+    )
 
 
 def _advice(trace: StepTrace, workload: Workload, plan: Plan, train: TrainSpec) -> tuple[str, ...]:
@@ -183,13 +220,17 @@ def _advice(trace: StepTrace, workload: Workload, plan: Plan, train: TrainSpec) 
         lean = dataclasses.replace(lean, **changes)
         alternatives.append(Alternative(name, with_constants_of(trace, workload, changed, device.kind)))
 
-    if not options.cached_teacher:
-        for dtype in ("bfloat16", "int8"):
-            consider(f"train.teacher.dtype: {dtype}", teacher=TeacherSpec(dtype))
+    for dtype in _TEACHER_DTYPES:
+        consider(f"train.teacher.dtype: {dtype}", teacher=dataclasses.replace(train.teacher, dtype=dtype))
     if train.optimizer == "adamw":
         consider("train.optimizer: adamw_8bit", optimizer="adamw_8bit")
     if train.optimizer_device == "same" and device.kind is DeviceKind.GPU:
         consider("train.optimizer_device: host", optimizer_device="host")
+    if train.teacher.outputs == "computed" and train.on_out_of_memory == "stop":
+        lean = dataclasses.replace(lean, teacher=dataclasses.replace(lean.teacher, outputs="recorded"))
+        changed = dataclasses.replace(train, teacher=dataclasses.replace(train.teacher, outputs="recorded"))
+        name = "train.teacher.outputs: recorded (not with an automatic schedule)"
+        alternatives.append(Alternative(name, _trace(workload, changed, plan.micro_batch, device, options)))
     if train.activation_checkpointing == "none" and repeated_blocks(workload.student):
         lean = dataclasses.replace(lean, activation_checkpointing="blocks")
         changed = dataclasses.replace(train, activation_checkpointing="blocks")
@@ -216,7 +257,6 @@ def _trace(workload: Workload, train: TrainSpec, micro_batch: int, device: Devic
         micro_batch,
         device.kind,
         validation_batch=train.batch_size // options.num_devices,
-        cached_teacher=options.cached_teacher,
     )
 
 

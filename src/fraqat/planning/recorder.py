@@ -61,6 +61,7 @@ class Phase(StrEnum):
     """Part of a training step."""
 
     SETUP = "setup"
+    RECORDING = "recording the teacher's outputs"
     TEACHER = "teacher forward"
     FORWARD = "forward"
     BACKWARD = "backward"
@@ -68,7 +69,9 @@ class Phase(StrEnum):
     VALIDATION = "validation"
 
 
-_CREATED_IN = {Phase.FORWARD: Category.ACTIVATIONS, Phase.TEACHER: Category.ACTIVATIONS}
+_CREATED_IN: dict[Phase, Category] = dict.fromkeys(
+    (Phase.FORWARD, Phase.TEACHER, Phase.RECORDING), Category.ACTIVATIONS
+)
 
 
 @dataclass(frozen=True)

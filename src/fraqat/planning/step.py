@@ -51,6 +51,7 @@ class Workload:
         loss: Of the student's and the teacher's outputs and the batch.
         teacher: None is the student without quantization.
         teacher_dtype: Precision of the teacher when it is made from the student.
+        constant_outputs: Names of outputs that do not depend on the batch, as of `ConstantOutputs`.
     """
 
     student: nn.Module
@@ -59,6 +60,7 @@ class Workload:
     loss: Callable[[Outputs, Outputs, Any], Tensor] = squared_error
     teacher: nn.Module | None = None
     teacher_dtype: torch.dtype = torch.float32
+    constant_outputs: frozenset[str] = frozenset()
 
     def make_teacher(self) -> nn.Module:
         """The teacher, frozen."""
@@ -68,6 +70,25 @@ class Workload:
             unquantize_(teacher)
             teacher = nn.Module.to(teacher, dtype=self.teacher_dtype)
         return teacher.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class RecordingTrace:
+    """What recording the teacher's outputs allocates and computes, before the first step.
+
+    Args:
+        constant: Bytes that stay meanwhile, by category.
+        moments: Bytes that come and go.
+        work: Operations for one part of a batch.
+        part_bytes: Outputs of one part, on disk.
+        held_out_bytes: Outputs of one held-out batch.
+    """
+
+    constant: Mapping[Category, int]
+    moments: tuple[Moment, ...]
+    work: tuple[Work, ...]
+    part_bytes: int
+    held_out_bytes: int
 
 
 @dataclass(frozen=True)
@@ -81,6 +102,7 @@ class StepTrace:
         num_trained: Parameters that the optimizer changes.
         largest_block_bytes: Parameters of the student's largest repeated block (of the whole model if none repeats).
         host_bytes: What an optimizer on the host keeps there.
+        recording: Ahead of all steps, with `train.teacher.outputs: recorded`; None without.
     """
 
     constant: Mapping[Category, int]
@@ -89,6 +111,7 @@ class StepTrace:
     num_trained: int
     largest_block_bytes: int
     host_bytes: int
+    recording: RecordingTrace | None = None
 
 
 def trace_step(
@@ -98,7 +121,6 @@ def trace_step(
     kind: DeviceKind,
     *,
     validation_batch: int | None = None,
-    cached_teacher: bool = False,
 ) -> StepTrace:
     """Runs one optimizer step of the trainer, and the validation after it, on fake tensors.
 
@@ -108,24 +130,27 @@ def trace_step(
         micro_batch: Samples of one forward pass.
         kind: Decides attention kernels, autocast rules and the layout of weight codes.
         validation_batch: Samples of one forward pass of the validation; None is the batch size of `train`.
-        cached_teacher: The teacher's outputs come with the batch.
     """
-    step = _Step(workload, train, kind, cached_teacher)
+    step = _Step(workload, train, kind)
     inputs = workload.make_inputs(micro_batch)
     held_out = workload.make_inputs(validation_batch or train.batch_size)
-    with step.mode, step.recorder, TraceRules(kind):
-        step.set_up()
-        step.run(fake_batch(inputs, step.mode))
-        step.recorder.phase = Phase.VALIDATION
-        step.validate(fake_batch(held_out, step.mode))
     recorder = step.recorder
+    with step.mode, recorder, TraceRules(kind):
+        step.set_up_models()
+        recording = step.record(inputs, held_out) if step.records else None
+        step.set_up_state()
+        step.run(fake_batch(inputs, step.mode))
+        recorder.phase = Phase.VALIDATION
+        step.validate(fake_batch(held_out, step.mode))
+    moments = [moment for moment in recorder.moments if moment.phase is not Phase.RECORDING]
     return StepTrace(
         constant=step.constant,
-        moments=tuple(recorder.moments if train.accumulation == 1 else _of_later_part(recorder.moments)),
-        work=recorder.work(),
+        moments=tuple(moments if train.accumulation == 1 else _of_later_part(moments)),
+        work=tuple(item for item in recorder.work() if item.phase is not Phase.RECORDING),
         num_trained=sum(parameter.numel() for parameter in step.trained),
         largest_block_bytes=_largest_block_bytes(step.student),
         host_bytes=recorder.totals[Category.HOST],
+        recording=recording,
     )
 
 
@@ -136,14 +161,20 @@ def with_constants_of(trace: StepTrace, workload: Workload, train: TrainSpec, ki
         trace: Of the same workload and batch.
         workload, train, kind: As in `trace_step`.
     """
-    step = _Step(workload, train, kind, cached_teacher=not trace.constant[Category.TEACHER])
+    step = _Step(workload, train, kind)
+    recording = trace.recording
     with step.mode, step.recorder, TraceRules(kind):
-        step.set_up()
-    totals = step.recorder.totals
-    constant = {category: totals[category] for category in _CONSTANT} | {
-        Category.INPUTS: trace.constant[Category.INPUTS]
-    }
-    return dataclasses.replace(trace, constant=constant, host_bytes=totals[Category.HOST])
+        step.set_up_models()
+        if recording is not None:
+            before = step.constants() | {Category.INPUTS: recording.constant[Category.INPUTS]}
+            recording = dataclasses.replace(recording, constant=before)
+            step.let_go_of_teacher()
+        step.set_up_state()
+    constant = step.constants() | {Category.INPUTS: trace.constant[Category.INPUTS]}
+    if recording is not None:  # what is kept of the teacher is known to the trace alone
+        constant[Category.TEACHER] = trace.constant[Category.TEACHER]
+    host_bytes = step.recorder.totals[Category.HOST]
+    return dataclasses.replace(trace, constant=constant, host_bytes=host_bytes, recording=recording)
 
 
 _CONSTANT = (Category.WEIGHTS, Category.TEACHER, Category.OPTIMIZER, Category.AVERAGE, Category.INPUTS)
@@ -152,26 +183,29 @@ _CONSTANT = (Category.WEIGHTS, Category.TEACHER, Category.OPTIMIZER, Category.AV
 class _Step:
     """The trainer's step in parts, with everything labelled."""
 
-    def __init__(self, workload: Workload, train: TrainSpec, kind: DeviceKind, cached_teacher: bool):
+    def __init__(self, workload: Workload, train: TrainSpec, kind: DeviceKind):
         self.workload, self.train, self.kind = workload, train, kind
         self.mode, self.recorder = new_fake_mode(), StepRecorder()
         self.student, self.integers = _fake_student(workload.student, train.engine, self.mode)
         self.student.train()
-        self.teacher = None if cached_teacher else to_fake(workload.make_teacher(), self.mode)
+        self.teacher: nn.Module | None = to_fake(workload.make_teacher(), self.mode)
+        self.records = train.teacher.outputs == "recorded"
         self.trained = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
         self.constant: dict[Category, int] = {}
         self.optimizer = DeviceOptimizer(self.trained, dataclasses.replace(train, compile="none"))
         self._layouts: list[Tensor] = []
+        self._recorded: dict[Phase, dict[str, tuple[torch.Size, torch.dtype]]] = {}
+        self._kept: dict[Phase, dict[str, Tensor]] = {}
         self._watch()
         if train.activation_checkpointing == "blocks":
             checkpoint_blocks_(self.student, lambda: _contexts(kind), keeps_random_state=False)
 
-    def set_up(self) -> None:
-        """Everything that is there before a step: weights and their codes, teacher, optimizer state, average."""
+    def set_up_models(self) -> None:
+        """What is there from the start: weights and their codes, teacher, average."""
         label = self.recorder.label
-        self._hold_teacher()
-        if self.teacher is not None:
-            label(_tensors(self.teacher), Category.TEACHER)
+        assert self.teacher is not None
+        self._hold_teacher(self.teacher)
+        label(_tensors(self.teacher), Category.TEACHER)
         label(_tensors(self.student), Category.WEIGHTS)
         weights = [layer.integer for _, layer in quantized_layers(self.student) if layer.integer is not None]
         if self.kind is DeviceKind.CPU:  # engines of a CPU keep the codes a second time, in their own order
@@ -179,23 +213,54 @@ class _Step:
             self._layouts = [torch.empty_like(buffer) for buffer in codes]
         label((tensor for weight in weights for tensor in weight.buffers()), Category.CODES)
         label(self._layouts, Category.CODES)
-        self._make_state()
         self.averages: list[Tensor] = []
         if self.train.ema_decay is not None:
             self.averages = [torch.empty_like(parameter, dtype=torch.float32) for parameter in self.trained]
             label(self.averages, Category.AVERAGE)
 
-    def _hold_teacher(self) -> None:
+    def constants(self) -> dict[Category, int]:
+        """Bytes that stay, as they are now."""
+        return {category: self.recorder.totals[category] for category in _CONSTANT}
+
+    def record(self, inputs: Mapping[str, Any], held_out: Mapping[str, Any]) -> RecordingTrace:
+        """The teacher's outputs for a part and for a held-out batch, after which it leaves memory."""
+        recorder, batch = self.recorder, fake_batch(inputs, self.mode)
+        recorder.label(_values(batch), Category.INPUTS)
+        constant = self.constants()
+        recorder.phase = Phase.RECORDING
+        with self._autocast():
+            part_bytes = self._record(Phase.FORWARD, batch)
+        work = recorder.work()
+        held_out_bytes = self._record(Phase.VALIDATION, fake_batch(held_out, self.mode))
+        moments = tuple(recorder.moments)
+        recorder.phase = Phase.SETUP
+        self.let_go_of_teacher()
+        return RecordingTrace(constant, moments, work, part_bytes, held_out_bytes)
+
+    def let_go_of_teacher(self) -> None:
+        """The teacher leaves memory, but for what is kept of it."""
+        self.teacher = None
+
+    @torch.no_grad()
+    def _record(self, phase: Phase, inputs: dict[str, Any]) -> int:
+        """Bytes of the outputs that are recorded; keeps those that are the same for all batches."""
+        assert self.teacher is not None
+        constant = self.workload.constant_outputs
+        outputs = self._predict(self.teacher, inputs)
+        self._kept[phase] = {name: value for name, value in outputs.items() if name in constant}
+        recorded = {name: value for name, value in outputs.items() if name not in constant}
+        self._recorded[phase] = {name: (value.shape, value.dtype) for name, value in recorded.items()}
+        return sum(value.numel() * value.itemsize for value in recorded.values())
+
+    def _hold_teacher(self, teacher: nn.Module) -> None:
         """As `hold_teacher_`, where a teacher that is the student without quantization has equal values."""
-        if self.teacher is None:
-            return
         shared: tuple[str, ...] = ()
         if self.workload.teacher is None:
-            shared = share_frozen_(self.teacher, self.student, compares=False)
-        store_weights_(self.teacher, self.train.teacher.dtype, keep=shared)
+            shared = share_frozen_(teacher, self.student, compares=False)
+        store_weights_(teacher, self.train.teacher.dtype, keep=shared)
 
-    def _make_state(self) -> None:
-        """Takes a first step, which makes the state."""
+    def set_up_state(self) -> None:
+        """Takes a first step, which makes the optimizer's state."""
         is_on_host = self.train.optimizer_device == "host"
         for parameter in self.trained:
             parameter.grad = torch.empty_like(parameter)
@@ -207,10 +272,9 @@ class _Step:
 
     def run(self, inputs: dict[str, Any]) -> None:
         """A step with one part; see `_of_later_part` for more."""
-        self.recorder.label((value for value in inputs.values() if isinstance(value, Tensor)), Category.INPUTS)
-        cached = self._cached_outputs(inputs) if self.teacher is None else None
-        self.constant = {category: self.recorder.totals[category] for category in _CONSTANT}
-        self._forward_and_backward(inputs, cached)
+        self.recorder.label(_values(inputs), Category.INPUTS)
+        self.constant = self.constants()
+        self._forward_and_backward(inputs)
         self.recorder.phase = Phase.UPDATE
         if self.integers is not None:
             self.integers.finish_gradients_()
@@ -230,7 +294,7 @@ class _Step:
         self.student.eval()
         with torch.no_grad():
             kept = [parameter.clone() for parameter in self.trained] if self.averages else []
-            outputs = self._cached_outputs(inputs) if self.teacher is None else self._predict(self.teacher, inputs)
+            outputs = self._teach(Phase.VALIDATION, inputs)
             self.workload.loss(self._predict(self.student, inputs), outputs, inputs)
             del kept
 
@@ -242,11 +306,10 @@ class _Step:
             layer.weight_quantizer.register_forward_pre_hook(lambda *_: self._set_in_quantizer(True))
             layer.weight_quantizer.register_forward_hook(lambda *_: self._set_in_quantizer(False))
 
-    def _forward_and_backward(self, inputs: dict[str, Any], cached: Outputs | None) -> None:
+    def _forward_and_backward(self, inputs: dict[str, Any]) -> None:
         self.recorder.phase = Phase.TEACHER
         with torch.no_grad(), self._autocast():
-            teacher_output = cached if self.teacher is None else self._predict(self.teacher, inputs)
-        assert teacher_output is not None
+            teacher_output = self._teach(Phase.FORWARD, inputs)
         self.recorder.phase = Phase.FORWARD
         with self._autocast():
             student_output = self._predict(self.student, inputs)
@@ -258,14 +321,15 @@ class _Step:
     def _predict(self, model: nn.Module, inputs: dict[str, Any]) -> Outputs:
         return self.workload.predict(model, inputs)
 
-    def _cached_outputs(self, inputs: dict[str, Any]) -> Outputs:
-        """Tensors like the teacher's outputs, as part of the batch; nothing of their making is counted."""
-        phase, self.recorder.phase = self.recorder.phase, Phase.SETUP
-        with torch.no_grad():
-            outputs = {name: torch.empty_like(value) for name, value in self._predict(self.student, inputs).items()}
-        self.recorder.label(outputs.values(), Category.INPUTS)
-        self.recorder.phase = phase
-        return outputs
+    def _teach(self, phase: Phase, inputs: dict[str, Any]) -> Outputs:
+        """The teacher's outputs, computed, or in memory of their own as they are read from disk."""
+        if self.teacher is not None:
+            return self._predict(self.teacher, inputs)
+        outputs = {
+            name: torch.empty(shape, dtype=dtype, device=TRACE_DEVICE)
+            for name, (shape, dtype) in self._recorded[phase].items()
+        }
+        return {**outputs, **self._kept[phase]}
 
     def _autocast(self) -> AbstractContextManager[Any]:
         dtype = autocast_dtype(self.train.autocast, "cpu" if self.kind is DeviceKind.CPU else "cuda")
@@ -314,6 +378,10 @@ def _largest_block_bytes(model: nn.Module) -> int:
 
 def _parameter_bytes(module: nn.Module) -> int:
     return sum(parameter.numel() * parameter.itemsize for parameter in module.parameters())
+
+
+def _values(batch: Mapping[str, Any]) -> Iterator[Tensor]:
+    return (value for value in batch.values() if isinstance(value, Tensor))
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:

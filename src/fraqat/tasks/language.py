@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fraqat.distill import LANGUAGE_LOSSES, Batch, LossSpec, Prediction
 from fraqat.distill.micro_batch import shares_of, split_batch
-from fraqat.distill.next_token import logit_chunks, next_token_kl, token_rows
+from fraqat.distill.next_token import HEAD, HEAD_BIAS, LOGIT_SCALE, SOFTCAP, logit_chunks, next_token_kl, token_rows
 from fraqat.errors import ModelError, config_error
 from fraqat.tasks.language_layers import decoder_layers, head_parts
 from fraqat.tasks.language_spec import LanguageSpec
@@ -55,6 +55,11 @@ class LanguageTask(RowTask):
                 fix="leave the others out",
             )
         check_head(teacher)
+
+    @property
+    def constant_outputs(self) -> frozenset[str]:
+        """What makes logits of hidden states: the head's weight and bias, and the numbers after it."""
+        return frozenset((HEAD, HEAD_BIAS, LOGIT_SCALE, SOFTCAP))
 
     def make_inputs(self, batch: Batch, generator: torch.Generator) -> Batch:
         """The token rows as they are; nothing is random."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fraqat.baselines import CalibrationLoss, search_step_sizes_, train_peer
 from fraqat.config import ORIGINAL, Method, Recipe, load_recipe, merged, method_named, plain
 from fraqat.distill import (
+    OUTPUTS_FOLDER,
     Batch,
     DistillResult,
     DistillTask,
@@ -115,6 +116,7 @@ def compare(
     rates = options.rates or _rates_around(recipe.train.learning_rate.peak)
     for method in methods:
         _recipe_of(recipe, method, rates[0], 1)  # what is impossible is said before anything is trained
+        _check_recordable(recipe, method)
     _claim_folder(folder, recipe)
     runner = _Runner(recipe, folder, progress, session or open_session(recipe), options)
     with folder_lock(folder):
@@ -185,7 +187,8 @@ class _Runner:
             quality = self._measure(f"{method.name}, seed {seed}", student, run.samples_path)
             record = dataclasses.replace(record, quality=quality, measured_with=self._measured_with)
         write_json_atomic(path, dataclasses.asdict(record))
-        shutil.rmtree(run.path / _CHECKPOINTS, ignore_errors=True)
+        for name in (_CHECKPOINTS, OUTPUTS_FOLDER):
+            shutil.rmtree(run.path / name, ignore_errors=True)
         self.progress.say(f"{method.name}, rate {rate}, seed {seed}: test loss {record.test_loss}")
         return record
 
@@ -225,6 +228,8 @@ class _Runner:
 
     def _half_loss(self, student: nn.Module, recipe: Recipe, half: int) -> float | None:
         task = self.session.task
+        if recipe.train.teacher.outputs == "recorded":  # the teacher was loaded anew
+            hold_teacher_(self.session.teacher, student, recipe.train.teacher.dtype)
         batches = held_out_half(task, recipe.train.batch_size, half)
         loss = validation_loss(task, self.session.teacher, student, recipe.train, batches)
         return loss if math.isfinite(loss) else None
@@ -294,6 +299,16 @@ def _recipe_of(recipe: Recipe, method: Method, rate: float | None, seed: int) ->
     if rate is not None:
         train["learning_rate"] = {"peak": rate}
     return recipe.with_method(method.name, merged(plain(method.changes), {"train": train}))
+
+
+def _check_recordable(recipe: Recipe, method: Method) -> None:
+    if recipe.train.teacher.outputs == "recorded" and method.peer and method.is_trained:
+        raise config_error(
+            "train.teacher.outputs",
+            "recorded",
+            allowed=f"computed for method {method.name}, which is trained by other code that asks the teacher at every step",
+            fix=f"set train.teacher.outputs: computed, or leave {method.name} out",
+        )
 
 
 def _claim_folder(folder: Path, recipe: Recipe) -> None:

@@ -20,7 +20,7 @@ _LEAST_INTERVAL_S = 1.0
 _LEAST_SILENCE_S = 60.0
 _STEPS_OF_SILENCE = 20
 _PHASE_SILENCE_S = 3600.0
-"""Preparing, validating and saving tell nothing until they are done."""
+"""Preparing, validating and saving tell nothing until they are done; recording tells at every file."""
 
 
 class Heartbeat:

@@ -78,7 +78,9 @@ def plan(recipe: Recipe, device: str, options: PlanOptions | None = None) -> Pla
         ModelError: The model's configuration cannot be had.
     """
     found, total_steps = find_device(device), _total_steps(recipe)
-    return plan_training(_workload(recipe), recipe.train, total_steps, found, options)
+    return plan_training(
+        _workload(recipe), recipe.train, total_steps, found, options, num_held_out=recipe.num_validation
+    )
 
 
 def plan_tables(
@@ -99,7 +101,8 @@ def plan_tables(
     pilots = [_read_pilot(recipe, path) for path in questions.pilots]
     law = fit_pilot(pilots) if pilots else None
     workload = _workload(recipe)
-    tables = [plan_training(workload, recipe.train, total_steps, found, options).to_table()]
+    made = plan_training(workload, recipe.train, total_steps, found, options, num_held_out=recipe.num_validation)
+    tables = [made.to_table()]
     if questions.asks_for_the_law:
         budget = questions.memory_budget_gib
         tables.append(

@@ -7,6 +7,7 @@ RUN/
   layers.json           report of quantize_, and SQNR per layer after training
   log.jsonl             one event per line       tensorboard/   the same for TensorBoard
   checkpoints/          newest training states
+  teacher_outputs/      recorded outputs of the teacher, until training ends
   student.safetensors   master weights and quantizer state of the finished student
   result.json           steps, seconds, stages, held-out loss by width; its presence says that training is finished
   evaluation.json       quality of the original, the baselines and the student    samples/  images, texts or sounds of each

@@ -184,7 +184,11 @@ def train_student(
         say=progress.say,
         warn=progress.warn,
     )
-    result = distiller.run()
+    try:
+        result = distiller.run()
+    finally:
+        if recipe.train.teacher.outputs == "recorded":
+            session.forget_teacher()  # it has left memory, and whoever comes next wants it back
     is_whole = not distiller.models.is_sharded or distiller.workers.is_first
     if distiller.models.is_sharded:
         student = _whole_student(session, recipe, distiller)

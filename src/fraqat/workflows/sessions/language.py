@@ -92,6 +92,7 @@ class LanguageSession(Session[LanguageRecipe]):
             lambda num: {"input_ids": torch.zeros(num, length, dtype=torch.int64, device="meta")},
             loss=lambda ours, theirs, inputs: task.loss(ours, theirs, inputs, recipe.train.losses),
             teacher_dtype=recipe.model.dtype,
+            constant_outputs=task.constant_outputs,
         )
 
     def evaluator(self, num_samples: int | None) -> LanguageEvaluator:
