@@ -223,6 +223,11 @@ class Distiller:
                 log.close()
                 undo()
 
+    def _name_precision(self, log: RunLog) -> None:
+        log.write_event("precision", self.step, products=self.precision)
+        if self.spec.autocast == "auto":
+            self.say(f"matrix products in {self.precision}")
+
     @property
     def schedule(self) -> Schedule:
         """The stages of the run, of an automatic schedule as far as they are chosen."""
