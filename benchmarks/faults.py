@@ -22,9 +22,12 @@ from typing import Any
 
 import torch
 
-from fault_trials import BROKEN, EQUAL, FAULTS, STOPPED, Lab, Outcome
+from fault_lab import BROKEN, EQUAL, STOPPED, Lab, Outcome
+from fault_trials import FAULTS
 from fraqat import __version__
+from fraqat.distill.checkpoint import FORMAT_VERSION
 from fraqat.table import Table
+from machine import commit
 
 
 def run_fault(lab: Lab, name: str, trials: int, say: Callable[[str], None] = lambda text: None) -> list[Outcome]:
@@ -53,6 +56,8 @@ def to_record(name: str, outcomes: list[Outcome], seconds: float, seed: int) -> 
         "date": time.strftime("%Y-%m-%d"),
         "version": __version__,
         "torch": torch.__version__,
+        "commit": commit(),
+        "checkpoint_format": FORMAT_VERSION,
         "machine": platform.machine(),
     }
 
@@ -75,7 +80,8 @@ def to_markdown(records: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         "# Faults",
         "",
-        "Written by `benchmarks/faults.py`, which says what is counted; every record is in `faults.jsonl`.",
+        "Written by `benchmarks/faults.py`, which says what is counted; every record is in `faults.jsonl`. Each trial is a",
+        "training run of a small network through all nine widths, disturbed and started again.",
         "",
     ]
     lines += ["| " + " | ".join(table.columns) + " |", "| --- " * len(table.columns) + "|"]
@@ -87,6 +93,14 @@ def to_markdown(records: Sequence[Mapping[str, Any]]) -> str:
         if name in newest and newest[name]["notes"]:
             notes = ", ".join(f"{text} {count} times" for text, count in newest[name]["notes"].items())
             lines.append(f"- {name}: {notes}")
+    origins = {
+        (record["commit"], record["checkpoint_format"], record["torch"], record["date"]) for record in newest.values()
+    }
+    lines += [""]
+    lines += [
+        f"Commit {commit}, checkpoint format {version}, torch {torch_version}, {date}."
+        for commit, version, torch_version, date in sorted(origins)
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -9,7 +9,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from fault_trials import BROKEN, EQUAL, FAULTS, Lab
+from fault_lab import BROKEN, EQUAL, Lab
+from fault_trials import FAULTS
 from faults import run_fault
 
 SHORT = (
@@ -17,7 +18,7 @@ SHORT = (
     "kill -9 during a save",
     "SIGTERM",
     "newest checkpoint damaged",
-    "NaN once, on_non_finite: rewind",
+    "not finite once, on_non_finite: rewind",
 )
 
 
