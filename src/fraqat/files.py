@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Generator, Mapping
@@ -22,6 +23,7 @@ from fraqat.errors import OutputError
 
 _TEMPORARY_SUFFIX = ".part"
 _OLD_SUFFIX = ".old"
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 @contextmanager
@@ -101,15 +103,17 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
     """Writes a safetensors file from tensors on any device, tied or not contiguous too.
 
     Raises:
-        OSError: The disk is full, in the words of the operating system, for `explain_os_errors`.
+        OSError: What the operating system said, for `explain_os_errors`.
     """
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     try:
         save_file(plain, path, metadata=metadata)
     except SafetensorError as error:
-        if any(text in str(error) for text in ("No space left", "Disk quota exceeded")):
-            raise OSError(errno.ENOSPC, "No space left on device") from error
-        raise
+        found = _OS_ERROR.search(str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number)) from error
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)  # safetensors makes files that only their owner can read

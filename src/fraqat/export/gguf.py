@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -102,10 +103,17 @@ class GgufTarget(Target):
             add_vocabulary(writer, job.origin, description.config)
         for entry in entries:
             _add_tensor(writer, entry, layers, tensors, FLOAT_DTYPES[job.float_dtype])
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        except (ValueError, TypeError, AttributeError, struct.error) as error:
+            raise ModelError(
+                f"a name or a setting of {description.base_pipeline} cannot be written to {FILE}: {error}. Fix: compare its "
+                "config.json and its tokenizer's files with those that were published."
+            ) from error
+        finally:
+            writer.close()
         job.say(f"{FILE}: {len(layers)} layers as Q4_0, {len(entries)} tensors")
 
     def open(self, folder: Path, student: nn.Module) -> OpenedExport:
