@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fault_child import ROWS_PER_SHARD, WIDTH, Settings
+from fault_data_workers import worker_dies, worker_hangs, worker_hangs_forever
 from fault_lab import (
     BROKEN,
     EQUAL,
@@ -30,7 +31,6 @@ from fault_lab import (
     wait,
 )
 from fault_numbers import blown_up, blown_up_and_killed, nan_always, nan_once, nan_once_stop
-from fault_workers import worker_dies, worker_hangs, worker_hangs_forever
 from fraqat.distill import read_log
 
 _CLONE_NEWNS = 0x20000

@@ -46,13 +46,44 @@ def gguf_writer(rng: random.Random, folder: Path) -> str:
         quantize_for_(rng, student, target)
         check_grid(student, target, accept_loss=False)
         with contextlib.redirect_stderr(io.StringIO()), _silent():
-            target.write(
-                ExportJob(student, lambda: (), description, origin, folder / "out", float_dtype, say=lambda text: None)
-            )
+            target.write(ExportJob(student, lambda: (), description, origin, folder / "out", float_dtype, say=_quiet))
     except FraqatError as error:
         str(error).encode("utf-8", "surrogatepass")
         return REFUSED
     _check_file(student, description, folder / "out" / FILE, float_dtype)
+    return ACCEPTED
+
+
+@cache
+def _files(class_name: str) -> tuple[nn.Module, bytes]:
+    """A student and the file that was written of it."""
+    rng = random.Random(class_name)
+    while True:
+        with tempfile.TemporaryDirectory() as name:
+            folder, student = Path(name), _transformer(rng, class_name)
+            job = ExportJob(
+                student, lambda: (), ModelDescription(class_name, {}, "x"), None, folder, "bfloat16", _quiet
+            )
+            with contextlib.suppress(FraqatError):
+                quantize_for_(rng, student, target_named("gguf"))
+                target_named("gguf").write(job)
+                return student, (folder / FILE).read_bytes()
+
+
+def _quiet(text: str) -> None:
+    return None
+
+
+def gguf_reader(rng: random.Random, folder: Path) -> str:
+    """A file with damaged bytes: refused, or read as tensors that fit the model."""
+    student, data = _files(rng.choice(tuple(NAME_TABLES)))
+    (folder / FILE).write_bytes(damaged_bytes(rng, data))
+    try:
+        opened = target_named("gguf").open(folder, student)
+    except FraqatError:
+        return REFUSED
+    expected = layer_codes(student)
+    assert all(codes.shape == expected[name].codes.shape for name, codes in opened.codes().items())
     return ACCEPTED
 
 

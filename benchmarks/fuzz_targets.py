@@ -33,7 +33,7 @@ from fraqat.report import LossCurve, ReportData, render_report
 from fraqat.table import Table
 from fraqat.workflows import RunFolder, status
 from fuzz_exports import onnx_writer
-from fuzz_gguf import gguf_writer
+from fuzz_gguf import gguf_reader, gguf_writer
 from fuzz_inputs import ACCEPTED, HOSTILE, REFUSED, damaged_bytes, damaged_values
 
 
@@ -307,6 +307,7 @@ TARGETS: Mapping[str, Callable[[random.Random, Path], str]] = {
     "report page": report_page,
     "onnx writer": onnx_writer,
     "gguf writer": gguf_writer,
+    "gguf reader": gguf_reader,
     "gguf blocks": gguf_blocks,
 }
 """Name -> the target."""
