@@ -189,3 +189,20 @@ def test_a_large_store_whose_shard_goes_away_says_what_to_do(tmp_path: Path, mon
     path.unlink()
     with pytest.raises(DataError, match=r"shard-00001.*No such file.*run the same command again"):
         rows[4]
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_what_was_read_does_not_hang_on_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_memory: bool
+) -> None:
+    monkeypatch.setattr(encoded, "_MAX_IN_MEMORY_BYTES", 2**31 if in_memory else 0)
+    rows = EncodedStore(tmp_path, KEY).build(Producer())
+    constants = rows.constants
+    before = {name: value.clone() for name, value in constants.items()}
+    for path in rows._shards[0]._path.parent.glob("shard-*"):
+        with path.open("r+b") as stream:
+            stream.write(bytes(path.stat().st_size))
+    assert all(torch.equal(constants[name], value) for name, value in before.items())
+    assert rows._shards[0]._index.tolist() == [0, 1, 0]
+    if in_memory:
+        assert [float(rows[i]["latents"]) for i in range(6)] == [0, 1, 2, 3, 4, 5]

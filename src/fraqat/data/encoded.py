@@ -113,8 +113,8 @@ class _ShardReader:
             self._check()
         with safe_open(path, framework="pt") as stream:
             self._names = list(stream.keys())
-            self._index: Tensor = stream.get_tensor(_INDEX)
-            self._held = {name: stream.get_tensor(name) for name in self._names} if in_memory else {}
+            self._index: Tensor = stream.get_tensor(_INDEX).clone()  # what the library gives is the mapped file itself
+            self._held = {name: stream.get_tensor(name).clone() for name in self._names} if in_memory else {}
         self._places = {} if in_memory else row_places(path)
 
     def __len__(self) -> int:
@@ -151,7 +151,7 @@ class _ShardReader:
     def constants(self) -> dict[str, Tensor]:
         with safe_open(self._path, framework="pt") as stream:
             names = [name for name in self._names if name.startswith(_CONSTANT)]
-            return {name.removeprefix(_CONSTANT): stream.get_tensor(name) for name in names}
+            return {name.removeprefix(_CONSTANT): stream.get_tensor(name).clone() for name in names}
 
 
 class EncodedStore:
