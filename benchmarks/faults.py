@@ -23,11 +23,14 @@ from typing import Any
 import torch
 
 from fault_lab import BROKEN, EQUAL, STOPPED, Lab, Outcome
-from fault_trials import FAULTS
+from fault_trials import FAULTS as ONE_PROCESS_FAULTS
+from fault_workers import WORKER_FAULTS
 from fraqat import __version__
 from fraqat.distill.checkpoint import FORMAT_VERSION
 from fraqat.table import Table
 from machine import commit
+
+FAULTS = {**ONE_PROCESS_FAULTS, **WORKER_FAULTS}
 
 
 def run_fault(lab: Lab, name: str, trials: int, say: Callable[[str], None] = lambda text: None) -> list[Outcome]:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -102,10 +103,20 @@ def write_json_atomic(path: Path, value: Any) -> None:
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Writes a safetensors file from tensors on any device, tied or not contiguous too.
 
+    Tensors on the host that share no memory are written as they lie there, without a copy.
+
     Raises:
         OSError: What the operating system said, for `explain_os_errors`.
     """
-    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    plain: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        if value.untyped_storage().data_ptr() in places:  # the format has no tied tensors
+            value = value.clone()
+        places.add(value.untyped_storage().data_ptr())
+        plain[name] = value
+    mode = _mode_of_new_file(path)
     try:
         save_file(plain, path, metadata=metadata)
     except SafetensorError as error:
@@ -114,9 +125,18 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
             raise
         number = int(found[1])
         raise OSError(number, os.strerror(number)) from error
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)  # safetensors makes files that only their owner can read
+    path.chmod(mode)  # safetensors makes files that only their owner can read
+
+
+def _mode_of_new_file(path: Path) -> int:
+    """The permissions that a file gets where `path` is, as the system gives them: the umask cannot be read in a thread."""
+    probe = _temporary_path(path)
+    descriptor = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(descriptor).st_mode)
+    finally:
+        os.close(descriptor)
+        probe.unlink()
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,23 @@ sys.path.insert(0, str(Path(__file__).parent))
 from toy import ToyTask, toy_spec
 
 from fraqat import ScheduleSpec, quantize_
-from fraqat.distill import Distiller, ParallelSpec, StepRecord, joined, read_log
-from fraqat.errors import InterruptedRunError
+from fraqat.distill import (
+    Batch,
+    CheckpointStore,
+    Distiller,
+    ParallelSpec,
+    Prediction,
+    StepRecord,
+    Workers,
+    joined,
+    read_log,
+)
+from fraqat.distill.micro_batch import shares_of, split_batch
+from fraqat.distill.workers import current_workers
+from fraqat.errors import ConfigError, FraqatError, InterruptedRunError
 from fraqat.kernels import EngineName
-from fraqat.nn import EngineSpec, QuantSpec, WeightSpec
+from fraqat.nn import EngineSpec, QuantSpec, WeightSpec, serve_widths_
+from fraqat.schedules import AutomaticSpec
 
 NUM_PARTS = 2
 STEPS = 9
@@ -31,6 +45,9 @@ EIGHT_BIT_HIDDEN = 128
 """128 x 128 weights in 4 shards are the fewest whose state torchao keeps in 8 bits."""
 
 REFERENCE = EngineSpec(EngineName.REFERENCE)
+AUTOMATIC = ScheduleSpec("automatic", automatic=AutomaticSpec(ramp_share=0.8, rise=1.02, window_share=0.02, gain=0.9))
+"""Measures often, and has several stages in nine steps."""
+SEVERAL = ScheduleSpec("several", widths=(8, 6, 4))
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "averaged": {"ema_decay": 0.9, "weight_decay": 0.1, "weight": WeightSpec(range_method="mse")},
@@ -40,6 +57,11 @@ CASES: dict[str, dict[str, Any]] = {
     "final-grid": {"grid": "final"},
     "reference": {"engine": REFERENCE, "weight": WeightSpec(granularity="group", group_size=8, range_method="mse")},
     "per-tensor": {"weight": WeightSpec(granularity="tensor")},
+    "automatic": {"schedule": AUTOMATIC, "ema_decay": 0.9},
+    "automatic-learned": {"schedule": AUTOMATIC, "weight": WeightSpec(range_method="learned")},
+    "several": {"schedule": SEVERAL, "weight": WeightSpec(range_method="learned")},
+    "several-reference": {"schedule": SEVERAL, "weight": WeightSpec(range_method="learned"), "engine": REFERENCE},
+    "several-mse": {"schedule": SEVERAL, "weight": WeightSpec(range_method="mse"), "ema_decay": 0.9},
 }
 """Options of `train_case` by name."""
 
@@ -57,6 +79,38 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[N, hidden] to [N, hidden]."""
         return x + self.outer(self.dropout(nn.functional.silu(self.inner(self.norm(x)))))
+
+
+class SmallDevices(ToyTask):
+    """Processes that hold so many samples of a forward or a backward pass.
+
+    Args:
+        limit: Of this process.
+        where: `forward` or `backward` pass.
+    """
+
+    def __init__(self, limit: int, where: str = "forward"):
+        super().__init__(num_rows=20)
+        self._limit, self._where = limit, where
+
+    def split_inputs(self, inputs: Batch, num_parts: int) -> list[tuple[Batch, float]]:
+        """Pieces with their shares."""
+        parts = split_batch(inputs, num_parts)
+        return list(zip(parts, shares_of([len(part["x"]) for part in parts]), strict=True))
+
+    def predict(self, model: nn.Module, inputs: Batch) -> Prediction:
+        """Fails where there are more samples than the device holds."""
+        is_too_large = torch.is_grad_enabled() and len(inputs["x"]) > self._limit
+        found = super().predict(model, inputs)
+        if is_too_large and self._where == "forward":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        if is_too_large:
+            found["output"].register_hook(_no_memory)
+        return found
+
+
+def _no_memory(gradient: Tensor) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
 class Blocks(nn.Module):
@@ -84,7 +138,10 @@ def make_case(
     weight: WeightSpec | None = None,
     train: str = "All",
     grid: str = "own",
+    schedule: ScheduleSpec | None = None,
     steps: int = STEPS,
+    memory_for: Sequence[int] = (),
+    where: str = "forward",
     **changes: Any,
 ) -> Distiller:
     """The trainer of a case. Clipping is loose, so that the norm's order of sums does not show in the weights."""
@@ -95,7 +152,9 @@ def make_case(
     if train != "All":
         for name, parameter in student.named_parameters():
             parameter.requires_grad_(name.startswith(train))
-    schedule = ScheduleSpec("fractional", grid=grid).resolve(4.0, steps)
+    stages = (schedule or ScheduleSpec("fractional", grid=grid)).resolve(4.0, steps)
+    if stages.widths:
+        serve_widths_(student, stages.widths)
     values = {
         "batch_size": 8,
         "accumulation": NUM_PARTS,
@@ -105,7 +164,10 @@ def make_case(
         **changes,
     }
     spec = toy_spec(parallel=parallel, **values)
-    return Distiller(ToyTask(num_rows=20), teacher, student, schedule, spec, folder, fingerprint={"case": 1})
+    task = ToyTask(num_rows=20)
+    if memory_for:
+        task = SmallDevices(memory_for[current_workers().rank % len(memory_for)], where)
+    return Distiller(task, teacher, student, stages, spec, folder, fingerprint={"case": 1})
 
 
 def train_case(
@@ -140,7 +202,9 @@ def train_case(
 
 def job_folder(name: str, values: dict[str, Any], changes: dict[str, Any]) -> str:
     """Where a job leaves its run: the same place for one that stops and one that goes on."""
-    return "-".join((name, *(str(value) for value in (*values.values(), *_without_stop(changes).values()))))
+    return "-".join((name, *(str(value) for value in (*values.values(), *_without_stop(changes).values())))).replace(
+        " ", ""
+    )
 
 
 def _without_stop(changes: dict[str, Any]) -> dict[str, Any]:
@@ -152,11 +216,48 @@ def losses(folder: Path) -> list[float]:
     return [event["loss"] for event in read_log(folder) if event["event"] == "step"]
 
 
+FAILURES: dict[str, BaseException] = {
+    "value-error": ValueError("no such thing"),
+    "config-error": ConfigError("no such setting"),
+    "interrupt": KeyboardInterrupt(),
+    "exit": SystemExit(3),
+}
+"""What the first process raises while the others wait for it."""
+
+
+def failure_as_seen(name: str, workers: Workers) -> list[Any]:
+    """Class, text and exit code of the error that this process raises where the first one fails."""
+
+    def fail() -> None:
+        raise FAILURES[name]
+
+    try:
+        workers.first(fail)
+    except BaseException as error:  # noqa: BLE001 - whatever it is
+        return [type(error).__name__, str(error), getattr(error, "exit_code", None)]
+    return []
+
+
+def newest_as_seen(folder: Path, workers: Workers) -> list[Any]:
+    """Step and a value of the checkpoint that is taken, and what is said of others, where each process sees its own folder."""
+    said: list[str] = []
+    found = CheckpointStore(folder, {"a": 1}, 5, said.append, workers).load_latest()
+    return [found and found.step, found and found.whole()["x"].tolist(), said]
+
+
 def main(out: Path, jobs: list[list[Any]]) -> None:
     """Runs jobs, [case, values of `ParallelSpec`, changes of the case], as one process of several."""
     torch.set_num_threads(1)
     with joined(ParallelSpec("ddp", timeout_s=120), torch.device("cpu")) as workers:
         for name, values, changes in jobs:
+            if name == "views":
+                found = newest_as_seen(out / changes["case"] / f"view{workers.rank}", workers)
+                (out / changes["case"] / f"rank{workers.rank}.json").write_text(json.dumps(found))
+                continue
+            if name in FAILURES:
+                seen = failure_as_seen(name, workers)
+                (out / f"{name}-rank{workers.rank}.json").write_text(json.dumps([seen, workers.tell(lambda: [1, "a"])]))
+                continue
             folder = out / job_folder(name, values, changes)
             found = train_case(name, folder, ParallelSpec(**values), **changes)
             if found:
@@ -164,4 +265,8 @@ def main(out: Path, jobs: list[list[Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    try:
+        main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    except FraqatError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.exit_code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from parallel_cases import CASES, job_folder, losses, train_case
-from safetensors.torch import load_file
+from parallel_cases import CASES, FAILURES, job_folder, losses, train_case
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed import TCPStore
 
-from fraqat.distill import ParallelSpec, Workers, read_log
+from fraqat.distill import CheckpointStore, ParallelSpec, Workers, read_log
 from fraqat.errors import ConfigError
 
 Job = tuple[str, dict[str, Any], dict[str, Any]]
@@ -26,8 +28,8 @@ PLAIN = ParallelSpec()
 pytestmark = pytest.mark.xdist_group("parallel")  # one worker, which starts the processes once
 
 
-def spawn(num: int, out: Path, jobs: list[Job]) -> None:
-    """Runs jobs in so many processes over gloo, as `torchrun` would start them."""
+def run_processes(num: int, out: Path, jobs: list[Job], **environment: str) -> list[tuple[int, str]]:
+    """Runs jobs in so many processes over gloo, as `torchrun` would start them: exit code and output of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -36,6 +38,7 @@ def spawn(num: int, out: Path, jobs: list[Job]) -> None:
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(num),
         "LOCAL_WORLD_SIZE": str(num),
+        **environment,
     }
     command = [sys.executable, "-W", "error::UserWarning:fraqat", str(WORKER), str(out), json.dumps(jobs)]
     processes = [
@@ -48,22 +51,38 @@ def spawn(num: int, out: Path, jobs: list[Job]) -> None:
         )
         for rank in range(num)
     ]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-4000:]
+    outputs = [process.communicate(timeout=900)[0] for process in processes]
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def spawn(num: int, out: Path, jobs: list[Job]) -> None:
+    """Runs jobs in so many processes, none of which may fail."""
+    for code, output in run_processes(num, out, jobs):
+        assert code == 0, output[-4000:]
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What one process gives, by case."""
-    made: dict[str, tuple[dict[str, Tensor], list[float]]] = {}
+def alone_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The run folder of one process, by case, with its student."""
+    made: dict[str, Path] = {}
 
-    def get(name: str, **changes: Any) -> tuple[dict[str, Tensor], list[float]]:
+    def get(name: str, **changes: Any) -> Path:
         key = job_folder(name, {}, changes)
         if key not in made:
-            folder = tmp_path_factory.mktemp(key)
-            made[key] = train_case(name, folder, PLAIN, **changes), losses(folder)
+            made[key] = tmp_path_factory.mktemp(key)
+            save_file(train_case(name, made[key], PLAIN, **changes), made[key] / "alone.safetensors")
         return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def alone(alone_folder: Any) -> Any:
+    """What one process gives, by case: the student, and the loss of every step."""
+
+    def get(name: str, **changes: Any) -> tuple[dict[str, Tensor], list[float]]:
+        folder = alone_folder(name, **changes)
+        return load_file(folder / "alone.safetensors"), losses(folder)
 
     return get
 
@@ -73,16 +92,29 @@ MORE_PARTS = {"accumulation": 4}
 SHARDED = {"mode": "fsdp2", "teacher": "shard"}
 CODES = {"mode": "fsdp2", "gather": "codes"}
 NOT_AS_CODES = ("final-grid", "reference")
+WIDTHS_CHANGE: list[Job] = [
+    *((name, DDP, {}) for name in ("automatic-learned", "several-reference")),
+    *((name, SHARDED, {}) for name in ("automatic", "several", "several-reference")),
+    *((name, CODES, {}) for name in ("automatic-learned", "several", "several-mse")),
+]
+"""Widths take turns or are chosen while training."""
+SAME_WIDTHS = [name for name in CASES if not name.startswith(("automatic", "several"))]
 UNEVEN = {"hidden": 33}
 """Rows that two processes cannot share equally."""
 TWO_PROCESSES: list[Job] = [
     *((name, DDP, {}) for name in ("plain", "averaged", "eight-bit")),
-    *((name, SHARDED, {}) for name in CASES),
-    *((name, CODES, {}) for name in CASES if name not in NOT_AS_CODES),
+    *((name, SHARDED, {}) for name in SAME_WIDTHS),
+    *((name, CODES, {}) for name in SAME_WIDTHS if name not in NOT_AS_CODES),
+    *WIDTHS_CHANGE,
     ("plain", SHARDED, UNEVEN),
     ("per-tensor", CODES, UNEVEN),
     ("plain", {"mode": "hybrid", "shards": 1}, {}),
     ("plain", {**CODES, "reduce": "part"}, MORE_PARTS),
+]
+SPLIT = {"on_out_of_memory": "split"}
+TWO_PROCESSES += [(name, DDP, {**SPLIT, "memory_for": [99]}) for name in ("plain", "learned")]
+OUT_OF_MEMORY: list[Job] = [
+    ("plain", DDP, {**SPLIT, "memory_for": [99, 2], "where": where}) for where in ("forward", "backward")
 ]
 FOUR_PROCESSES: list[Job] = [
     ("averaged", DDP, MORE_PARTS),
@@ -94,7 +126,7 @@ FOUR_PROCESSES: list[Job] = [
 ]
 OTHER_RUN = {"validate_every": 4}
 STOP = {"stop_after": 5}
-MOVED = ("averaged", "eight-bit")
+MOVED = ("averaged", "eight-bit", "several")
 """Cases that one process begins and two go on with, and the other way round; the second folder has its own name."""
 REORDERED = 1e-4
 """Bound of a weight's difference where gradients are added in another order, or the optimizer's vectors end elsewhere (unequal
@@ -111,13 +143,22 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train_case(name, out / job_folder(name, CODES, OTHER_RUN), PLAIN, **STOP)
     begun: list[Job] = [(name, SHARDED, {**OTHER_RUN, **STOP}) for name in MOVED]
     gone_on: list[Job] = [(name, CODES, OTHER_RUN) for name in MOVED]
-    spawn(2, out, [*TWO_PROCESSES, *begun, *gone_on])
+    failing: list[Job] = [(name, {}, {}) for name in FAILURES]
+    for case, (missing, _, _) in VIEWS.items():
+        make_views(out / case, missing)
+    failing += [("views", {}, {"case": case}) for case in VIEWS]
+    spawn(2, out, [*failing, *TWO_PROCESSES, *OUT_OF_MEMORY, *begun, *gone_on])
     return out
 
 
 def results(out: Path, job: Job, num: int) -> list[dict[str, Tensor]]:
     """The student of every process."""
     return [load_file(out / job_folder(*job) / f"rank{rank}.safetensors") for rank in range(num)]
+
+
+def stages(folder: Path) -> list[tuple[float, int]]:
+    """Width and first step of every stage in the log of a run."""
+    return [(event["bits"], event["step"]) for event in read_log(folder) if event["event"] == "stage"]
 
 
 def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], bound: float) -> None:
@@ -133,9 +174,17 @@ def test_two_processes_train_what_one_trains(job: Job, two: Path, alone: Any) ->
     wanted, wanted_losses = alone(name, **changes)
     first, second = results(two, job, 2)
     assert_close(second, first, 0.0)
-    is_reordered = bool(changes)
+    is_reordered = bool(changes.keys() - {"on_out_of_memory", "memory_for"})
     assert_close(first, wanted, REORDERED if is_reordered else 0.0)
     assert losses(two / job_folder(*job)) == pytest.approx(wanted_losses, rel=1e-3 if is_reordered else 0.0)
+
+
+@pytest.mark.parametrize(
+    "job", [job for job in WIDTHS_CHANGE if "automatic" in job[0]], ids=lambda job: job_folder(*job)
+)
+def test_two_processes_choose_the_stages_of_one(job: Job, two: Path, alone_folder: Any) -> None:
+    chosen = stages(two / job_folder(*job))
+    assert chosen == stages(alone_folder(job[0])) and len(chosen) > 2
 
 
 @pytest.mark.four_processes
@@ -150,6 +199,38 @@ def test_four_processes_train_what_one_trains(tmp_path: Path, alone: Any) -> Non
         bound = EIGHT_BIT_REORDERED if name == "eight-bit" else REORDERED
         assert_close(first, wanted, bound)
         assert losses(tmp_path / job_folder(*job)) == pytest.approx(wanted_losses, rel=10 * bound)
+
+
+@pytest.mark.parametrize("job", OUT_OF_MEMORY, ids=lambda job: str(job[2]["where"]))
+def test_one_process_without_memory_lets_all_split(job: Job, two: Path, alone: Any) -> None:
+    name, _, changes = job
+    wanted, wanted_losses = alone(name, **{**changes, "memory_for": [2]})
+    first, second = results(two, job, 2)
+    assert_close(second, first, 0.0)
+    assert_close(first, wanted, REORDERED)
+    assert losses(two / job_folder(*job)) == pytest.approx(wanted_losses, rel=1e-3)
+    found = [
+        (event["step"], event["samples"])
+        for event in read_log(two / job_folder(*job))
+        if event["event"] == "micro_batch"
+    ]
+    assert found == [(0, 2)]
+
+
+def test_sharded_processes_split_at_the_next_start(tmp_path: Path, alone: Any) -> None:
+    """One breaks off inside a pass: nobody waits for ever, and the run goes on in pieces from its checkpoint."""
+    job: Job = ("plain", SHARDED, {**SPLIT, "memory_for": [99, 2], "where": "backward", "checkpoint_every": 1})
+    folder = tmp_path / job_folder(*job)
+    (other, other_output), (code, output) = run_processes(2, tmp_path, [job])
+    assert other == 1 and code == 8, output
+    assert "error: another process of this run has ended" in other_output
+    assert "The next start computes at most 2 at a time. Fix: run the same command again" in output
+    spawn(2, tmp_path, [job])
+    wanted, _ = alone("plain", **{**job[2], "memory_for": [2]})
+    first, second = results(tmp_path, job, 2)
+    assert_close(second, first, 0.0)
+    assert_close(first, wanted, REORDERED)
+    assert [event["samples"] for event in read_log(folder) if event["event"] == "micro_batch"] == [2]
 
 
 @pytest.mark.parametrize("name", MOVED)
@@ -168,6 +249,81 @@ def test_one_process_goes_on_with_the_run_of_two(name: str, two: Path, alone: An
     assert len(list((folder / "checkpoints" / "step-00000005").glob("part-*"))) == 2
     assert_close(train_case(name, folder, PLAIN, **OTHER_RUN), wanted, 0.0)
     assert losses(folder) == wanted_losses
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "other"),
+    [
+        (
+            "value-error",
+            ["ValueError", "no such thing", None],
+            ["process 0: ValueError: no such thing. Fix: look at", 1],
+        ),
+        ("config-error", ["ConfigError", "no such setting", 2], ["process 0: no such setting", 2]),
+        ("interrupt", ["KeyboardInterrupt", "", None], ["process 0: KeyboardInterrupt", 1]),
+        ("exit", ["SystemExit", "3", None], ["process 0: SystemExit: 3", 1]),
+    ],
+)
+def test_every_error_of_the_first_process_reaches_the_others(name: str, first: Any, other: Any, two: Path) -> None:
+    found = [json.loads((two / f"{name}-rank{rank}.json").read_text()) for rank in range(2)]
+    kind, text, exit_code = found[1][0]
+    assert found[0][0] == first
+    assert (kind, exit_code) == ("FraqatError", other[1]) and text.startswith(other[0])
+    assert [answer for _, answer in found] == [[1, "a"]] * 2  # and they go on together
+
+
+def test_processes_that_are_started_again_meet_where_others_have_met(tmp_path: Path) -> None:
+    """torchrun gives both starts the same store, in which the addresses of the first ones still are."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for number in ("0", "1"):
+        ended = run_processes(
+            2,
+            tmp_path,
+            [("exit", {}, {})],
+            MASTER_PORT=str(store.port),
+            TORCHELASTIC_USE_AGENT_STORE="True",
+            TORCHELASTIC_RESTART_COUNT=number,
+        )
+        assert [code for code, _ in ended] == [0, 0], ended
+
+
+VIEWS: dict[str, tuple[str, int, str]] = {
+    "all-there": ("", 3, ""),
+    "manifest-missing": ("step-00000003/manifest.json", 3, ""),
+    "state-missing": ("step-00000003/state.json", 3, ""),
+    "part-missing": ("step-00000003/part-00000-of-00001.safetensors", 2, "No such file or directory"),
+    "part-cut": ("step-00000003/part-00000-of-00001.safetensors:9", 2, "has another size than its manifest says"),
+    "folder-missing": ("step-00000003", 2, "No such file or directory"),
+}
+"""What the second process does not see, the step that all take, and why not the newest."""
+
+
+def make_views(out: Path, missing: str) -> None:
+    """A folder of checkpoints for each process, of which the second one lacks something."""
+    store = CheckpointStore(out / "view0", {"a": 1}, 5)
+    for step in (1, 2, 3):
+        store.save(step, {"x": torch.full((2,), float(step))})
+    shutil.copytree(out / "view0", out / "view1")
+    name, _, size = missing.partition(":")
+    lost = out / "view1" / name
+    if size:
+        os.truncate(lost, int(size))
+    elif name and lost.is_dir():
+        shutil.rmtree(lost)
+    elif name:
+        lost.unlink()
+
+
+@pytest.mark.parametrize("case", VIEWS)
+def test_all_processes_take_the_same_checkpoint(case: str, two: Path) -> None:
+    _, step, reason = VIEWS[case]
+    found = [json.loads((two / case / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert [(taken, values) for taken, values, _ in found] == [(step, [step, step])] * 2
+    for _, _, said in found:
+        assert len(said) == (1 if reason else 0)
+        assert all(
+            "step-00000003 is damaged" in text and reason in text and "as process 1 sees it" in text for text in said
+        )
 
 
 def test_a_process_computes_its_own_parts() -> None:

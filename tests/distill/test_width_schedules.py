@@ -9,7 +9,7 @@ import pytest
 import torch
 from toy import ToyTask, toy_spec, toy_teacher
 
-from fraqat.distill import Distiller, StepRecord, read_log
+from fraqat.distill import Distiller, StepRecord, Workers, read_log
 from fraqat.distill.stages import StageChooser
 from fraqat.nn import (
     EngineSpec,
@@ -155,6 +155,47 @@ def test_choosing_leaves_the_student_bitwise_as_it_was(tmp_path: Path) -> None:
     assert len(chosen.stages) == 3
     same = make(tmp_path / "b", ScheduleSpec("custom", chosen.stages, "steps").resolve(4, None)).run()
     assert same.validation_loss == chosen.validation_loss
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_widths_are_chosen_by_the_loss_of_the_whole_batch(tmp_path: Path, accumulation: int) -> None:
+    class Counting(ToyTask):
+        num_rows: int | None = None
+
+        def predict(self, model, inputs):
+            if self.num_rows is not None:
+                self.num_rows += len(inputs["x"])
+            return super().predict(model, inputs)
+
+    distiller = make(tmp_path, automatic(24), accumulation=accumulation)
+    task = distiller.task = distiller._gradients._task = Counting()
+    for predictor in (distiller.models.teacher, distiller.models.student):
+        predictor._task = task
+    measured, found = distiller._losses_of, []
+
+    def counted(parts):
+        task.num_rows = 0
+        losses = measured(parts)
+        found.append((task.num_rows, len(losses)))
+        task.num_rows = None
+        return losses
+
+    distiller._losses_of = counted
+    distiller.run()
+    assert found and found == [(2 * num_widths * distiller.spec.batch_size, num_widths) for _, num_widths in found]
+
+
+def test_the_first_of_several_processes_chooses() -> None:
+    class Told(Workers):
+        def gather(self, values):
+            return [[told.pop(0)], list(values)]
+
+    chooser = StageChooser(automatic(100), Told(1, 2))
+    told = [0.0, 1.0, 5.5]
+    assert not chooser.wants_losses(1, 1.0)  # alone it would: the first stage has one step
+    assert chooser.wants_losses(2, 1.0)
+    chooser.choose(2, dict.fromkeys(chooser.candidates, 1.0))  # alone it would go to 4 bits
+    assert chooser.schedule.stages[-1].bits == 5.5
 
 
 def test_the_learning_rate_decays_only_where_the_target_is_reached() -> None:

@@ -10,8 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from fault_lab import BROKEN, EQUAL, STOPPED, Lab
-from fault_trials import FAULTS
-from faults import run_fault
+from faults import FAULTS, run_fault
 
 SHORT = (
     "kill -9 at a random moment",

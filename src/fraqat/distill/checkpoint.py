@@ -22,6 +22,7 @@ FORMAT_VERSION = 3
 _STATE_FILE = "state.json"
 _MANIFEST_FILE = "manifest.json"
 _SEAL = "manifest_sha256"
+_DAMAGED, _REWOUND = "damaged", "rewound"
 _UNSEALED = (1, 2)
 """Older formats, refused as such: a manifest of theirs may have no checksum."""
 _VERSIONS = ("fraqat", "torch")
@@ -182,8 +183,11 @@ class CheckpointStore:
         self.workers.first(lambda: self._make_final(writing, [entry for entry in entries if entry]))
         return writing.step
 
-    def load_latest(self) -> LoadedCheckpoint | None:
+    def load_latest(self, before: int | None = None) -> LoadedCheckpoint | None:
         """The newest checkpoint that is whole; damaged ones are named and passed over.
+
+        Args:
+            before: Only those of earlier steps than this. Later ones are set aside, until a new one takes their place.
 
         Returns:
             None if the run has no checkpoint yet.
@@ -192,7 +196,7 @@ class CheckpointStore:
             CheckpointError: Checkpoints exist but none is sound, or the newest belongs to other settings.
         """
         self.workers.first(lambda: remove_leftovers(self.folder))
-        names = json.loads(self.workers.gather_text(json.dumps([path.name for path in self._folders()]))[0])
+        names = self.workers.tell(lambda: [path.name for path in self._folders(before)])
         damaged: list[Path] = []
         for name in reversed(names):
             folder = self.folder / name
@@ -203,7 +207,9 @@ class CheckpointStore:
                 damaged.append(folder)
                 continue
             for path in damaged:
-                self.workers.first(lambda p=path: _set_aside(p))
+                self.workers.first(lambda p=path: _set_aside(p, _DAMAGED))
+            if before is not None:
+                self.workers.first(lambda: self._set_aside_from(before))
             return found
         if names:
             raise CheckpointError(
@@ -211,6 +217,15 @@ class CheckpointStore:
                 "folder to start from the beginning."
             )
         return None
+
+    def steps(self) -> list[int]:
+        """Steps of all checkpoints, rising, sound or not; the same in every process."""
+        return self.workers.tell(lambda: [_step_of(path) for path in self._folders()])
+
+    def _set_aside_from(self, step: int) -> None:
+        for path in self._folders():
+            if _step_of(path) >= step:
+                _set_aside(path, _REWOUND)
 
     @property
     def is_empty(self) -> bool:
@@ -259,11 +274,43 @@ class CheckpointStore:
             for old in self._folders()[: -self.num_kept]:
                 if old != best:
                     shutil.rmtree(old)
+            for old in self.folder.glob(f"{_REWOUND}-step-*"):
+                if _step_of(old) <= writing.step:
+                    shutil.rmtree(old)
 
     def _load(self, folder: Path) -> LoadedCheckpoint:
+        manifest, tree, problem = self.workers.tell(lambda: self._read(folder))
+        if not problem:
+            problems = self.workers.gather_text(self._find_damage(folder, manifest))
+            rank = next((rank for rank, text in enumerate(problems) if text), 0)
+            problem = problems[rank]
+            if rank:
+                problem = f"{problem}, as process {rank} sees it"
+        if problem:
+            raise DamagedError(problem)
+        try:
+            state = restore(tree, {folder / entry["name"]: entry for entry in manifest["files"]})
+        except _UNREADABLE as error:
+            raise DamagedError(f"its state cannot be read: {error!r}") from error
+        if not isinstance(state, dict):
+            raise DamagedError("it holds no state")
+        return LoadedCheckpoint(int(manifest["step"]), state)
+
+    def _read(self, folder: Path) -> tuple[dict[str, Any], Any, str]:
+        """Manifest and plain state as the first process reads them for all, and what is wrong with them; empty if nothing is.
+
+        Raises:
+            CheckpointError: It is sound, and of another run or program.
+        """
+        try:
+            return *self._read_sound(folder), ""
+        except DamagedError as error:
+            return {}, None, str(error)
+
+    def _read_sound(self, folder: Path) -> tuple[dict[str, Any], Any]:
         try:
             manifest = json.loads((folder / _MANIFEST_FILE).read_text(encoding="utf-8"))
-            step, version = int(manifest["step"]), manifest["format_version"]
+            _, version = int(manifest["step"]), manifest["format_version"]
         except _UNREADABLE as error:
             raise DamagedError(f"its manifest cannot be read: {error}") from error
         if manifest != sealed(manifest) and (version not in _UNSEALED or _SEAL in manifest):  # format 1 had no seal
@@ -284,38 +331,45 @@ class CheckpointStore:
                 f"{folder} belongs to other settings: {describe_difference(manifest.get('fingerprint'), self.fingerprint)}. "
                 "Fix: train in a new folder, or use the recipe that made this one."
             )
-        problems = self.workers.gather_text(self._find_damage(folder, manifest))
-        if any(problems):
-            raise DamagedError(next(problem for problem in problems if problem))
         try:
-            tree = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
-            state = restore(tree, {folder / entry["name"]: entry for entry in manifest["files"]})
+            text = (folder / _STATE_FILE).read_bytes()
+            if hashlib.sha256(text).hexdigest() != manifest["state_sha256"]:
+                raise DamagedError(f"the checksum of {_STATE_FILE} does not match")
+            return manifest, json.loads(text)
         except _UNREADABLE as error:
             raise DamagedError(f"its state cannot be read: {error!r}") from error
-        if not isinstance(state, dict):
-            raise DamagedError("it holds no state")
-        return LoadedCheckpoint(step, state)
 
     def _find_damage(self, folder: Path, manifest: dict[str, Any]) -> str:
-        """What is wrong with this process' share of the files; empty if nothing is."""
+        """What is wrong with the files as this process sees them; empty if nothing is.
+
+        All must be there in full, since it may have to read rows of any of them; it reads its share to check the sums.
+        """
         try:
-            sums = {entry["name"]: entry["sha256"] for entry in manifest["files"]}
-            sums[_STATE_FILE] = manifest["state_sha256"]
-            for name in sorted(sums)[self.workers.rank :: self.workers.num]:
+            files = {entry["name"]: entry for entry in manifest["files"]}
+            for number, name in enumerate(sorted(files)):
                 if Path(name).name != name:
                     return f"{name} lies outside of it"
-                if sha256_of(folder / name) != sums[name]:
+                if number % self.workers.num != self.workers.rank:
+                    if (folder / name).stat().st_size != files[name]["num_bytes"]:
+                        return f"{name} has another size than its manifest says"
+                elif sha256_of(folder / name) != files[name]["sha256"]:
                     return f"the checksum of {name} does not match"
         except _UNREADABLE as error:
             return repr(error)
         return ""
 
-    def _folders(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*")) if self.folder.is_dir() else []
+    def _folders(self, before: int | None = None) -> list[Path]:
+        found = sorted(self.folder.glob("step-*")) if self.folder.is_dir() else []
+        return [path for path in found if before is None or _step_of(path) < before]
 
 
 def _name(step: int) -> str:
     return f"step-{step:08d}"
+
+
+def _step_of(folder: Path) -> int:
+    number = folder.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1  # a name that is not ours; its manifest will not be either
 
 
 def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -342,9 +396,9 @@ def _loss_of(folder: Path) -> float | None:
         return None
 
 
-def _set_aside(folder: Path) -> None:
-    """Renames a damaged checkpoint, so that it is never counted among the good ones and nothing of it is lost."""
-    target = folder.with_name(f"damaged-{folder.name}")
+def _set_aside(folder: Path, why: str) -> None:
+    """Renames a checkpoint, so that it is never counted among the good ones and nothing of it is lost."""
+    target = folder.with_name(f"{why}-{folder.name}")
     if target.exists():
         shutil.rmtree(target)
     folder.rename(target)

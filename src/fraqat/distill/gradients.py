@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,13 +22,11 @@ class BatchLosses:
     """What a batch gave.
 
     Args:
-        losses: Of every part, in the order of the processes.
-        inputs: Of the last piece of this process.
+        losses: Of every part: first of those of this process, and by `share_` of those of all, in the order of the processes.
         suspect: Inputs of the first piece of this process whose loss is not finite; where all are, of the last.
     """
 
     losses: tuple[float, ...]
-    inputs: Batch
     suspect: Batch
 
     @property
@@ -69,7 +67,7 @@ class BatchGradients:
         self._last_part, self._device = parts[-1], device
 
     def add_(self, parts: Sequence[tuple[int, Batch]], step: int, num_splits: int) -> BatchLosses:
-        """Adds the gradient of the whole batch to what the parameters have.
+        """Adds the gradient of this process' parts of a batch to what the parameters have; see `share_`.
 
         Args:
             parts: Number and samples of each part of this process.
@@ -78,12 +76,9 @@ class BatchGradients:
         """
         losses: list[float] = []
         suspect: Batch = {}
-        inputs: Batch = {}
         num_summed = self._spec.accumulation // self._workers.num
         for part, batch in parts:
-            seed = (self._spec.seed << 32) + step * self._spec.accumulation + part
-            torch.manual_seed(seed)
-            pieces = self._pieces(self._task.make_inputs(batch, torch.Generator().manual_seed(seed)), num_splits)
+            pieces = self._pieces(part, batch, step, num_splits)
             part_loss = 0.0
             for number, (piece, share) in enumerate(pieces):
                 inputs = to_device(piece, self._device)
@@ -95,10 +90,39 @@ class BatchGradients:
                     (loss * share / num_summed if num_splits > 1 else loss / num_summed).backward()
                 part_loss += share * loss.item()
             losses.append(part_loss)
-        told = tuple(value for row in self._workers.gather(losses) for value in row)
-        return BatchLosses(told, inputs, suspect)
+        return BatchLosses(tuple(losses), suspect)
 
-    def _pieces(self, inputs: Batch, num_splits: int) -> list[tuple[Batch, float]]:
+    def share_(self, batch: BatchLosses) -> BatchLosses:
+        """Lets every process have gradient and losses of the whole batch, once each has computed its parts."""
+        self._models.average_gradients_()
+        return BatchLosses(self._told(batch.losses), batch.suspect)
+
+    def measure(
+        self, parts: Sequence[tuple[int, Batch]], step: int, num_splits: int, loss: Callable[[Batch], float]
+    ) -> float:
+        """The loss of the whole batch by another measure, with the inputs that `add_` made of it; gradients stay.
+
+        Args:
+            parts, step, num_splits: See `add_`.
+            loss: Of the inputs of one piece.
+        """
+        losses = [
+            sum(
+                share * loss(to_device(piece, self._device))
+                for piece, share in self._pieces(part, batch, step, num_splits)
+            )
+            for part, batch in parts
+        ]
+        return BatchLosses(self._told(losses), {}).mean
+
+    def _told(self, losses: Sequence[float]) -> tuple[float, ...]:
+        return tuple(value for row in self._workers.gather(losses) for value in row)
+
+    def _pieces(self, part: int, batch: Batch, step: int, num_splits: int) -> list[tuple[Batch, float]]:
+        """The inputs of a part in pieces, with the share of each. torch's own random numbers begin anew."""
+        seed = (self._spec.seed << 32) + step * self._spec.accumulation + part
+        torch.manual_seed(seed)
+        inputs = self._task.make_inputs(batch, torch.Generator().manual_seed(seed))
         if num_splits == 1:
             return [(inputs, 1.0)]
         assert isinstance(self._task, SplittableTask)

@@ -1,9 +1,11 @@
-"""A step that does not fit in memory: computed again in smaller parts of the same batch."""
+"""A step that does not fit in memory: computed again in smaller parts of the same batch, by all processes alike."""
 
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -12,10 +14,13 @@ from torch import Tensor
 from fraqat.distill.losses import LossSpec
 from fraqat.distill.task import Batch, DistillTask, SplittableTask
 from fraqat.distill.watch_spec import OutOfMemory
-from fraqat.errors import DeviceMemoryError, config_error
+from fraqat.distill.workers import ALONE, Workers
+from fraqat.errors import CheckpointError, DeviceMemoryError, config_error
+from fraqat.files import write_json_atomic
 
 _T = TypeVar("_T")
 MICRO_BATCH_EVENT = "micro_batch"
+SPLIT_FILE = "micro_batch.json"
 _CPU_TEXTS = ("can't allocate memory", "not enough memory", "std::bad_alloc")
 
 
@@ -32,14 +37,28 @@ class MicroBatch:
     Attributes:
         num_splits: Pieces of a part; 1 is the part itself.
 
+    Several processes agree after every try: where one has too little memory, all begin anew with smaller pieces. They cannot
+    agree where they meet inside the passes, which one that breaks off leaves the others waiting in: it stops, and writes down
+    that the next start takes smaller pieces.
+
     Args:
         action: `stop` or `split`.
         part_size: Samples of a part: `batch_size / accumulation`.
         say: Told about every halving.
+        workers: Split alike.
+        record: File in which a process that cannot agree with the others leaves the number of pieces; None where it can.
     """
 
-    def __init__(self, action: OutOfMemory, part_size: int, say: Callable[[str], None]):
+    def __init__(
+        self,
+        action: OutOfMemory,
+        part_size: int,
+        say: Callable[[str], None],
+        workers: Workers = ALONE,
+        record: Path | None = None,
+    ):
         self._action, self._part_size, self._say = action, part_size, say
+        self._workers, self._record = workers, record
         self.num_splits = 1
 
     @property
@@ -61,19 +80,48 @@ class MicroBatch:
         """
         before = _random_state()
         while True:
+            found: list[_T] = []
+            reason = ""
             try:
-                return compute(self.num_splits)
+                found.append(compute(self.num_splits))
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                reason = str(error).split("\n")[0]
+                reason = str(error).split("\n")[0] or type(error).__name__
+            reason = self._told(reason)
+            if not reason:
+                return found[0]
             # Outside of the handler, whose traceback holds the tensors of the failed try.
+            found.clear()
             _release_memory()
             if self._action == "stop" or self.size == 1:
+                raise DeviceMemoryError(self._message(step, reason))
+            if self._record is not None:
+                write_json_atomic(self._record, {"num_splits": 2 * self.num_splits})
                 raise DeviceMemoryError(self._message(step, reason))
             self.num_splits *= 2
             self._say(f"out of memory at step {step}: going on with {self.size} samples at a time instead of more")
             _set_random_state(before)
+
+    def _told(self, reason: str) -> str:
+        """Why a process has failed, this one or another; empty if none has."""
+        if self._workers.num == 1 or self._action == "stop" or self._record is not None:
+            return reason
+        has_failed = any(row[0] for row in self._workers.gather([bool(reason)]))
+        return next(filter(None, self._workers.gather_text(reason))) if has_failed else ""
+
+    def load_record(self) -> bool:
+        """Takes up what a process that ran out of memory has left for this start; whether more pieces follow from it.
+
+        Raises:
+            CheckpointError: It cannot be read.
+        """
+        path = self._record
+        if path is None:
+            return False
+        before = self.num_splits
+        self.num_splits = max(before, self._workers.tell(lambda: _read_record(path)))
+        return self.num_splits > before
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Takes up the number of pieces of a checkpoint, unless more are needed already."""
@@ -84,27 +132,35 @@ class MicroBatch:
         return {"num_splits": self.num_splits}
 
     def _message(self, step: int, reason: str) -> str:
-        fix = (
-            "A single sample does not fit."
-            if self.size == 1
-            else "Fix: set train.on_out_of_memory: split, or raise train.accumulation."
-        )
+        fix = "Fix: set train.on_out_of_memory: split, or raise train.accumulation."
+        if self.size == 1:
+            fix = "A single sample does not fit."
+        elif self._record is not None and self._action == "split":
+            fix = (
+                f"The next start computes at most {-(-self._part_size // (2 * self.num_splits))} at a time. Fix: run the same "
+                "command again, or let torchrun do so (--max-restarts)."
+            )
         return f"out of memory at step {step} with {self.size} samples at a time ({reason[:200]}). {fix}"
 
 
-def check_splitting(task: DistillTask, action: OutOfMemory, losses: Sequence[LossSpec], num_processes: int) -> None:
+def _read_record(path: Path) -> int:
+    if not path.exists():
+        return 1
+    try:
+        return max(1, int(json.loads(path.read_text(encoding="utf-8"))["num_splits"]))
+    except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error!r}. Fix: remove it.") from error
+
+
+def check_splitting(task: DistillTask, action: OutOfMemory, losses: Sequence[LossSpec]) -> None:
     """Refuses to compute parts in pieces where that cannot be.
 
     Raises:
-        ConfigError: The task has no `split_inputs`, a loss is no mean over samples, or several processes would have to split
-            alike.
+        ConfigError: The task has no `split_inputs`, or a loss is no mean over samples.
     """
     if action != "split":
         return
     field = "train.on_out_of_memory"
-    if num_processes > 1:
-        allowed = "stop in several processes, which would have to split alike"
-        raise config_error(field, "split", allowed=allowed, fix="raise train.accumulation")
     if not isinstance(task, SplittableTask):
         raise config_error(field, "split", allowed="stop for a task without split_inputs", fix="add the method")
     if any(

@@ -45,22 +45,6 @@ def make_models(
     return ShardedModels(task, teacher, student, spec, workers, integers, schedule)
 
 
-def check_schedule(schedule: Schedule, num_processes: int) -> None:
-    """Refuses schedules that several processes do not follow together yet.
-
-    Raises:
-        ConfigError: `automatic` chooses from losses of one process; scales of `several` widths take turns, which no engine for
-            several processes knows.
-    """
-    if num_processes > 1 and (schedule.automatic is not None or schedule.widths):
-        raise config_error(
-            "schedule.kind",
-            "automatic" if schedule.automatic is not None else "several",
-            allowed=f"fractional, integer, simple, constant or custom in {num_processes} processes",
-            fix="train in one process, or with one of these",
-        )
-
-
 def check_trainable(student: nn.Module, spec: TrainSpec) -> None:
     """Refuses what could not be trained, or not averaged.
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
@@ -15,6 +17,9 @@ from fraqat.distill.spec import CompileMode, TrainSpec
 from fraqat.distill.task import Batch, DistillTask, Prediction
 from fraqat.distill.workers import Workers
 from fraqat.errors import ConfigError
+
+_BUCKET_BYTES = 25 * 2**20
+"""As DDP's."""
 
 
 class Predictor(nn.Module):
@@ -52,6 +57,8 @@ class TrainedModels:
     """Whether the student, as it was given, is whole in no process any more."""
     is_copy = False
     """Whether another process holds the same rows."""
+    meets_in_passes = False
+    """Whether forward and backward passes exchange tensors, so that no process can break one off alone."""
 
     def __init__(self, task: DistillTask, teacher: nn.Module, student: nn.Module, spec: TrainSpec):
         self._model = student
@@ -74,6 +81,9 @@ class TrainedModels:
 
     def zero_grad_(self) -> None:
         """Lets gradients leave memory that are not those of `trained_parameters`."""
+
+    def average_gradients_(self) -> None:
+        """Lets all processes have the mean of their gradients, where the backward passes have not done so."""
 
     def collect_gradients_(self) -> None:
         """Gives `trained_parameters` their gradients, after the last backward pass of a batch."""
@@ -100,6 +110,9 @@ class TrainedModels:
 class ReplicatedModels(TrainedModels):
     """Every process has both models whole; `DistributedDataParallel` averages the gradients over the processes.
 
+    With `train.on_out_of_memory: split` gradients are averaged after the backward passes instead of inside the last one, so
+    that a process may fail in any of them without leaving the others waiting there.
+
     Args:
         task, teacher, student, spec: See `TrainedModels`.
         workers: The processes.
@@ -111,6 +124,12 @@ class ReplicatedModels(TrainedModels):
             from fraqat.distill.sharded import make_mesh, shard_teacher_  # FSDP2 is slow to import
 
             shard_teacher_(self.teacher, teacher, make_mesh(spec.parallel, workers, next(teacher.parameters()).device))
+        is_apart = spec.on_out_of_memory == "split" and spec.parallel.teacher != "shard"
+        self.meets_in_passes = not is_apart
+        self._num = workers.num
+        self._ddp: DistributedDataParallel | None = None
+        if is_apart:
+            return
         # Learned scales of integer layers have no gradient from autograd, and not every model uses all that it has. PyTorch
         # must look for such parameters, and complains where there are none.
         self.student.register_parameter(
@@ -118,11 +137,28 @@ class ReplicatedModels(TrainedModels):
         )
         buffers = "forward_sync_buffers" if "forward_sync_buffers" in _ddp_arguments() else "broadcast_buffers"
         options: dict[str, Any] = {buffers: False, "init_sync": False, "find_unused_parameters": True}
-        self._student = DistributedDataParallel(self.student, gradient_as_bucket_view=True, **options)
-        self.student = self._student
+        self._ddp = DistributedDataParallel(self.student, gradient_as_bucket_view=True, **options)
+        self.student = self._ddp
 
     def part(self, *, is_last: bool) -> AbstractContextManager[Any]:
-        return nullcontext() if is_last else self._student.no_sync()
+        return nullcontext() if is_last or self._ddp is None else self._ddp.no_sync()
+
+    def average_gradients_(self) -> None:
+        if self._ddp is not None:
+            return
+        parameters = list(self._trained.values())
+        is_used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
+        dist.all_reduce(is_used, op=dist.ReduceOp.MAX)  # a model may use in one process what it does not in another
+        gradients: list[Tensor] = []
+        for parameter in (p for p, used in zip(parameters, is_used.tolist(), strict=True) if used):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad.div_(self._num))
+        for bucket in _buckets(gradients):
+            flat = torch.cat([gradient.flatten() for gradient in bucket])
+            dist.all_reduce(flat)
+            for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                gradient.copy_(part.view_as(gradient))
 
 
 @torch.no_grad()
@@ -139,6 +175,19 @@ def check_same_start(student: nn.Module, workers: Workers) -> None:
             "the processes have begun with different students. Fix: let all of them read the same model and the same "
             "calibration data, with the same versions of fraqat and torch on the same kind of machine."
         )
+
+
+def _buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Gradients of one dtype each, that travel together."""
+    bucket: list[Tensor] = []
+    for gradient in gradients:
+        num_bytes = sum(g.nbytes for g in bucket) + gradient.nbytes
+        if bucket and (bucket[0].dtype != gradient.dtype or num_bytes > _BUCKET_BYTES):
+            yield bucket
+            bucket = []
+        bucket.append(gradient)
+    if bucket:
+        yield bucket
 
 
 def _sum(tensor: Tensor) -> float:

@@ -95,6 +95,7 @@ class ShardedModels(TrainedModels):
     """
 
     is_sharded = True
+    meets_in_passes = True
 
     def __init__(
         self,
@@ -130,6 +131,7 @@ class ShardedModels(TrainedModels):
             for _, layer in quantized_layers(student)
             if layer.weight_quantizer.layout.granularity is Granularity.TENSOR
         ]
+        self._serves_widths = bool(schedule.widths)
         if integers is not None:
             integers.is_sharded = True
         self.num_as_codes = travel_as_codes_(integers) if self._as_codes and integers is not None else 0
@@ -163,6 +165,8 @@ class ShardedModels(TrainedModels):
         return total.sqrt().float()
 
     def weights_changed_(self) -> None:
+        if self._serves_widths:
+            self._follow_scales_()
         self._share_maxima_()
         self.let_go_()
 
@@ -178,6 +182,23 @@ class ShardedModels(TrainedModels):
             if keeps:
                 state[name] = full.cpu().clone()
         return state
+
+    def _follow_scales_(self) -> None:
+        """Tells FSDP where each learned scale is now: those of several widths change their places with the width.
+
+        FSDP2 has no call for that; it keeps module and name of every parameter, to exchange rows and whole there.
+        """
+        places = {
+            id(parameter): (module, name)
+            for module in self.student.modules()
+            for name, parameter in module.named_parameters(recurse=False)
+        }
+        sharded: list[Any] = [module for module in self.student.modules() if isinstance(module, FSDPModule)]
+        for module in sharded:
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                for held in group.fsdp_params:
+                    info = held._module_info  # of a parameter in rows: the width changes between batches
+                    info.module, info.param_name = places[id(held.sharded_param)]
 
     @torch.no_grad()
     def _share_maxima_(self) -> None:
@@ -212,7 +233,7 @@ def _check_settings(student: nn.Module, spec: TrainSpec, integers: IntegerLayers
             )
     if parallel.gather != "codes":
         return
-    widest = max(stage.bits for stage in schedule)
+    widest = max(*schedule.choices, *schedule.widths, *(stage.bits for stage in schedule), 0.0)
     reason = (
         "weights where train.engine.name is reference"
         if integers is None

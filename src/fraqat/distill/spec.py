@@ -137,7 +137,7 @@ class TrainSpec:
         log_code_flips: Every `validate_every` steps, log which share of the weight codes has changed; needs a byte a weight.
         on_non_finite: What is done when the loss or a gradient is NaN or infinite.
         on_out_of_memory: `stop`; `split` computes every part of a batch in halves, quarters, ... until a step fits, with the
-            same batches, noise and global batch size.
+            same batches, noise and global batch size; in several processes all do, with sharded models at the next start.
         profile: Steps of which a torch.profiler trace is written to `profile/`; null: none.
         wandb: Log to Weights & Biases too; null: no.
         calibration_samples: Samples for static activation ranges (the paper: 100).

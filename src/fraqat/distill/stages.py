@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from fraqat.distill.workers import ALONE, Workers
 from fraqat.schedules import AutomaticSpec, Schedule, Stage
 
 
@@ -14,14 +15,16 @@ class StageChooser:
     """The stages of a run, of which an automatic schedule chooses each when the one before ends.
 
     Everything follows from the training losses and from losses over widths, which are the same in a run that was interrupted,
-    so that its stages are too.
+    so that its stages are too. In several processes the first one decides, and the others are told.
 
     Args:
         schedule: As `ScheduleSpec.resolve` gives it; one that is not automatic stays as it is.
+        workers: Call every method together.
     """
 
-    def __init__(self, schedule: Schedule):
+    def __init__(self, schedule: Schedule, workers: Workers = ALONE):
         self.schedule = schedule
+        self._workers = workers
         self._losses: list[float] = []
 
     @property
@@ -41,8 +44,10 @@ class StageChooser:
         if spec is None or self.schedule.is_decided or num_steps >= self.schedule.total_steps:
             return False
         self._losses.append(loss)
-        if stage.index == 0 or self._is_ramp_spent(spec, num_steps):
-            return True
+        is_over = stage.index == 0 or self._is_ramp_spent(spec, num_steps) or self._is_flat(spec)
+        return bool(self._workers.gather([is_over])[0][0])
+
+    def _is_flat(self, spec: AutomaticSpec) -> bool:
         window = max(2, round(spec.window_share * self.schedule.total_steps))
         if len(self._losses) < 2 * window:
             return False
@@ -57,7 +62,7 @@ class StageChooser:
 
         Args:
             num_steps: Steps that are finished.
-            losses: Of the same batch at each of `candidates`.
+            losses: Of the same batch, all its parts, at each of `candidates`.
         """
         spec, (present, *narrower) = self.schedule.automatic, self.candidates
         assert spec is not None and narrower
@@ -66,6 +71,7 @@ class StageChooser:
         else:
             near = [bits for bits in narrower if losses[bits] <= spec.rise * losses[present]]
             bits = min(near, default=narrower[0])
+        bits = self._workers.gather([bits])[0][0]
         self.schedule = self.schedule.narrowed(num_steps, bits)
         self._losses = []
         tried = ", ".join(f"{width:g} bits {loss:.3g}" for width, loss in losses.items())

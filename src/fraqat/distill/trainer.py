@@ -11,21 +11,20 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from torch.nn.utils import clip_grads_with_norm_
 
 from fraqat.distill.checkpoint import CheckpointStore, LoadedCheckpoint
 from fraqat.distill.checkpoint_files import DamagedError, loaded
 from fraqat.distill.checkpointing import checkpoint_blocks_
-from fraqat.distill.diagnose import first_non_finite_parameter, first_non_finite_place
 from fraqat.distill.ema import ParameterAverage
+from fraqat.distill.finite import FiniteChecks
 from fraqat.distill.gradients import BatchGradients, BatchLosses
 from fraqat.distill.identity import identity
 from fraqat.distill.interrupt import InterruptGuard, interrupted
 from fraqat.distill.log import RunLog, StepRecord
-from fraqat.distill.micro_batch import MICRO_BATCH_EVENT, MicroBatch, check_splitting
-from fraqat.distill.models import check_schedule, check_trainable, make_models
+from fraqat.distill.micro_batch import MICRO_BATCH_EVENT, SPLIT_FILE, MicroBatch, check_splitting
+from fraqat.distill.models import check_trainable, make_models
 from fraqat.distill.optimizers import make_optimizer
-from fraqat.distill.precision import autocast, precision_name
+from fraqat.distill.precision import precision_name
 from fraqat.distill.recovery import REWIND_EVENT, Recovery
 from fraqat.distill.spec import TrainSpec
 from fraqat.distill.stages import StageChooser
@@ -79,9 +78,8 @@ class Distiller:
     ):
         self.workers = workers or current_workers()
         check_mode(spec.parallel, self.workers.num)
-        check_schedule(schedule, self.workers.num)
         parts = self.workers.parts(spec.accumulation)
-        self.task, self.stages, self.spec, self.folder = task, StageChooser(schedule), spec, folder
+        self.task, self.stages, self.spec, self.folder = task, StageChooser(schedule, self.workers), spec, folder
         self.teacher = teacher.eval().requires_grad_(False)
         self.student = student
         self.on_step, self.on_phase, self.say, self.warn = on_step, on_phase, say, warn
@@ -110,11 +108,18 @@ class Distiller:
         )
         self._parts = parts
         self._gradients = BatchGradients(task, self.models, spec, self.workers, parts, self.device)
+        self._checks = FiniteChecks(self.models, self.teacher, student, spec, self.workers, self._predict, self._fail)
         self.stream = self._new_stream()
         self.precision = precision_name(spec.autocast, self.device.type)
-        check_splitting(task, spec.on_out_of_memory, spec.losses, self.workers.num)
+        check_splitting(task, spec.on_out_of_memory, spec.losses)
         self.recovery = Recovery(spec.on_non_finite)
-        self.micro_batch = MicroBatch(spec.on_out_of_memory, spec.batch_size // spec.accumulation, warn)
+        self.micro_batch = MicroBatch(
+            spec.on_out_of_memory,
+            spec.batch_size // spec.accumulation,
+            warn,
+            self.workers,
+            folder / SPLIT_FILE if self.models.meets_in_passes else None,
+        )
         self.step = 0
         self.bits: float | None = None
         self._log: RunLog | None = None
@@ -135,8 +140,8 @@ class Distiller:
                 try:
                     return self._run_from_newest(guard)
                 except NonFiniteLossError as error:
-                    self.recovery.after_failure(error, self.step)
-                    self.warn(f"{error} Going back to the newest checkpoint (train.on_non_finite).")
+                    self.recovery.after_failure(error, self.step, self.store.steps())
+                    self.warn(f"{error} {self.recovery.describe()}")
                     self.stream = self._new_stream()
 
     def _run_from_newest(self, guard: InterruptGuard) -> DistillResult:
@@ -160,6 +165,8 @@ class Distiller:
             log.write_event("resume", self.step)
             self.say(f"going on from the checkpoint after step {self.step}")
         self._name_precision(log)
+        if self.micro_batch.load_record():
+            log.write_event(MICRO_BATCH_EVENT, self.step, samples=self.micro_batch.size)
         self.student.train()
         num_named = -1
         try:
@@ -250,16 +257,20 @@ class Distiller:
         log.write_widths(self.step, losses)
         return losses
 
-    def _losses_of(self, inputs: Batch) -> dict[float, float]:
-        """The loss of a batch at the widths that an automatic schedule chooses from; the student stays as it is."""
-        bits = self.schedule.stages[-1].bits
-        with kept_widths(self.student):
-            losses = {
-                width: self._at_width(
-                    width, lambda: batch_loss(self.task, self.teacher, self.student, self.spec, inputs)
-                )
-                for width in self.stages.candidates
-            }
+    def _losses_of(self, parts: list[tuple[int, Batch]]) -> dict[float, float]:
+        """The loss of the last batch at the widths that an automatic schedule chooses from; the student stays as it is."""
+        bits, predict, num_splits = self.schedule.stages[-1].bits, self._predict, self.micro_batch.num_splits
+
+        def piece_loss(inputs: Batch) -> float:
+            return batch_loss(self.task, self.teacher, self.student, self.spec, inputs, predict=predict)
+
+        def measure() -> float:
+            loss = self._gradients.measure(parts, self.step - 1, num_splits, piece_loss)
+            self.models.let_go_()
+            return loss
+
+        with torch.no_grad(), kept_widths(self.student):
+            losses = {width: self._at_width(width, measure) for width in self.stages.candidates}
         self.bits = bits
         self._refresh_codes()
         return losses
@@ -303,13 +314,14 @@ class Distiller:
         learning_rate = self.recovery.rate_factor * self.spec.learning_rate.at(self.step, self.schedule)
         self.optimizer.set_learning_rate_(learning_rate)
         parts = list(self.stream.next_parts())
-        batch = self.micro_batch.run(lambda num_splits: self._gradients_from_none(parts, num_splits), self.step)
+        own = self.micro_batch.run(lambda num_splits: self._gradients_from_none(parts, num_splits), self.step)
+        batch = self._gradients.share_(own)
         loss = batch.mean
-        self._check_losses(stage, batch)
+        self._checks.check_losses(stage, batch)
         if self.integers is not None:
             self.integers.finish_gradients_()
         self.models.collect_gradients_()
-        gradient_norm = self._clip_gradient(stage)
+        gradient_norm = self._checks.clip_gradient_(stage, list(self.trained.values()))
         self.optimizer.step()
         self.optimizer.zero_grad()  # before new codes and validation, which would hold them too
         self.models.zero_grad_()
@@ -318,7 +330,7 @@ class Distiller:
             self.average.update()
         self.step += 1
         if self.stages.wants_losses(self.step, loss):
-            self.say(self.stages.choose(self.step, self._losses_of(batch.inputs)))
+            self.say(self.stages.choose(self.step, self._losses_of(parts)))
         step_ms = 1000 * (time.perf_counter() - start)
         return self._times.record(self.step - 1, self.schedule, stage, loss, learning_rate, gradient_norm, step_ms)
 
@@ -330,31 +342,6 @@ class Distiller:
         self.optimizer.zero_grad()
         self.models.zero_grad_()
         return self._gradients.add_(parts, self.step, num_splits)
-
-    def _check_losses(self, stage: Stage, batch: BatchLosses) -> None:
-        """Stops all processes at a loss that is not finite."""
-        bad = batch.first_bad
-        if bad is not None:
-            places = self.workers.gather_text(self._first_bad_place(batch.suspect))
-            first = bad // (len(batch.losses) // self.workers.num)
-            self._fail(stage, places[first], f"the loss is {batch.losses[bad]}")
-
-    def _first_bad_place(self, inputs: Batch) -> str:
-        models = {"teacher": self.teacher, "student": self.student}
-        with autocast(self.spec.autocast, self.device.type):
-            place = first_non_finite_place(models, lambda model: self._predict(model, inputs))
-        self.models.let_go_()
-        return place
-
-    def _clip_gradient(self, stage: Stage) -> float:
-        parameters = [p for p in self.trained.values() if p.grad is not None]
-        norm = self.models.total_norm([p.grad for p in parameters if p.grad is not None])
-        if not bool(torch.isfinite(norm)):
-            names = self.workers.gather_text(first_non_finite_parameter(self.student) or "")
-            self._fail(stage, f"the gradient of {next(filter(None, names), None)}", "the gradient is not finite")
-        if self.spec.clip_norm is not None:
-            clip_grads_with_norm_(parameters, self.spec.clip_norm, norm)
-        return norm.item()
 
     def _finite(self, stage: Stage, validation: float) -> float:
         if not math.isfinite(validation):
@@ -385,9 +372,7 @@ class Distiller:
         self.on_phase("saving")
         self._finish_save(log)
         if stage is not None:
-            names = [name for name in self.workers.gather_text(first_non_finite_parameter(self.student) or "") if name]
-            if names:
-                self._fail(stage, f"the parameter {names[0]}", "a weight is not finite after the update")
+            self._checks.check_weights(stage)
         state = {
             "recovery": self.recovery.state_dict(),
             "micro_batch": self.micro_batch.state_dict(),
@@ -409,7 +394,8 @@ class Distiller:
 
     def _resume(self) -> None:
         self.on_phase("resuming")
-        checkpoint = self.store.load_latest()
+        checkpoint = self.store.load_latest(self.recovery.before)
+        self.recovery.before = None
         if checkpoint is None:
             return
         try:

@@ -60,11 +60,22 @@ def validation_loss(
 
 
 @torch.no_grad()
-def batch_loss(task: DistillTask, teacher: nn.Module, student: nn.Module, spec: TrainSpec, inputs: Batch) -> float:
-    """The loss of one batch of made inputs, in evaluation and without autocast; the student's training flag is put back."""
-    was_training = student.training
+def batch_loss(
+    task: DistillTask,
+    teacher: nn.Module,
+    student: nn.Module,
+    spec: TrainSpec,
+    inputs: Batch,
+    *,
+    predict: Callable[[nn.Module, Batch], Prediction] | None = None,
+) -> float:
+    """The loss of one batch of made inputs, in evaluation and without autocast; the student's training flag is put back.
+
+    `predict` as in `validation_loss`.
+    """
+    was_training, predict = student.training, predict or task.predict
     student.eval()
-    loss = task.loss(task.predict(student, inputs), task.predict(teacher, inputs), inputs, spec.losses).item()
+    loss = task.loss(predict(student, inputs), predict(teacher, inputs), inputs, spec.losses).item()
     student.train(was_training)
     return loss
 

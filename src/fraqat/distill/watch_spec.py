@@ -19,8 +19,9 @@ class NonFiniteSpec:
 
     Args:
         action: `stop` with a message; `rewind` to the newest checkpoint and compute the same steps again, for a fault of the
-            machine that passes, and stop if it comes again at the same step; `lower_rate` rewinds and multiplies the learning
-            rate by `rate_factor` from there on.
+            machine that passes, go one checkpoint further back if it comes again by the same step, and stop where there is no
+            older one; `lower_rate` rewinds and multiplies the learning rate by `rate_factor` from there on, and goes further
+            back where two lower rates have not helped.
         rate_factor: In (0, 1).
         max_rewinds: Of one run; then it stops.
     """

@@ -16,6 +16,8 @@ from fraqat.distill.task import Batch, BatchStream
 from fraqat.errors import ConfigError, FraqatError, config_error
 
 _T = TypeVar("_T")
+_LOST_TEXTS = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting")
+"""Of gloo, which has no error class of its own for it."""
 
 
 class Workers:
@@ -80,27 +82,37 @@ class Workers:
             What `run` gives, None in the other processes.
 
         Raises:
-            FraqatError: What `run` raised. The others raise the same words with the same exit code.
+            Exception: What `run` raised, whatever it is, in the first process. The others raise a `FraqatError` with the same
+                words, and with the same exit code if it is an error of ours.
         """
-        if self.num == 1:
-            return run()
+        return run() if self.num == 1 else self._first(run, is_told=False)
+
+    def tell(self, run: Callable[[], _T]) -> _T:
+        """`first`, and everybody gets what `run` gives.
+
+        Args:
+            run: Gives plain values, as JSON has them.
+        """
+        return run() if self.num == 1 else cast(_T, self._first(run, is_told=True))
+
+    def _first(self, run: Callable[[], _T], *, is_told: bool) -> _T | None:
         result: _T | None = None
-        failure: FraqatError | None = None
+        failure: BaseException | None = None
         if self.is_first:
             try:
                 result = run()
-            except FraqatError as error:
+            except BaseException as error:  # noqa: BLE001 - raised again, once the others know that they need not wait
                 failure = error
-        told = [None if failure is None else (str(failure), failure.exit_code)]
-        dist.broadcast_object_list(cast("list[Any]", told), src=0)
+        told: list[Any] = [None if failure is None else _in_words(failure), result if is_told else None]
+        dist.broadcast_object_list(told, src=0)
         if failure is not None:
             raise failure
         if told[0] is not None:
             text, exit_code = told[0]
-            failure = FraqatError(f"process 0: {text}")
-            failure.exit_code = exit_code
-            raise failure
-        return result
+            other = FraqatError(f"process 0: {text}")
+            other.exit_code = exit_code
+            raise other
+        return told[1] if is_told else result
 
 
 ALONE = Workers()
@@ -164,6 +176,7 @@ def joined(spec: ParallelSpec, device: torch.device) -> Generator[Workers]:
 
     Raises:
         ConfigError: There are several processes and the recipe is for one, or more processes than GPUs.
+        FraqatError: Another process has ended, or has not answered in time.
     """
     if dist.is_initialized():
         yield current_workers()
@@ -175,11 +188,49 @@ def joined(spec: ParallelSpec, device: torch.device) -> Generator[Workers]:
         return
     _take_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=spec.timeout_s))
+    timeout = timedelta(seconds=spec.timeout_s)
+    store = _store_of_this_start(timeout)
+    if store is None:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=int(os.environ["RANK"]), world_size=num)
     try:
         yield current_workers()
+    except RuntimeError as error:
+        if not _is_lost_connection(error):
+            raise
+        raise FraqatError(
+            f"another process of this run has ended or does not answer ({str(error).splitlines()[0][:200]}): its own message "
+            "says why. Fix: mend that, then run the same command again; it goes on from the newest checkpoint."
+        ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _store_of_this_start(timeout: timedelta) -> dist.Store | None:
+    """Where the processes leave their addresses, apart from those of earlier starts; None: torch's own place.
+
+    `torchrun` gives processes that it starts again the store of those before, whose addresses are still there: gloo then waits
+    for a process that is gone, until its timeout. The starts of one machine have numbers, the same in all of its processes.
+    Several machines number them apart; there `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1` lets torchrun make a store for each start.
+    """
+    number = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    if number is None or os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
+        return None
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    return dist.PrefixStore(f"start-{number}", store)
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or any(text in str(error) for text in _LOST_TEXTS)
+
+
+def _in_words(error: BaseException) -> tuple[str, int]:
+    """Text and exit code for processes that cannot see the error itself, and whose own is one of ours."""
+    if isinstance(error, FraqatError):
+        return str(error), error.exit_code
+    kind = type(error).__name__
+    return f"{kind}: {error}. Fix: look at the message of that process." if str(error) else kind, FraqatError.exit_code
 
 
 def check_mode(spec: ParallelSpec, num: int) -> None:

@@ -75,7 +75,7 @@ def kept_widths(model: nn.Module) -> Generator[None]:
         for layer, (bits, on_final_grid, clip_ratio, scale) in states:
             quantizer = layer.weight_quantizer
             if not quantizer.is_at(bits, on_final_grid=on_final_grid):
-                quantizer.set_bits_(bits, layer.master_weight(), on_final_grid=on_final_grid)
+                quantizer.set_bits_(bits, layer.whole_weight(), on_final_grid=on_final_grid)
             with torch.no_grad():
                 if quantizer.clip_ratio is not None and clip_ratio is not None:
                     quantizer.clip_ratio.copy_(clip_ratio)
