@@ -72,8 +72,8 @@ def to_table(records: Sequence[Mapping[str, Any]]) -> Table:
     for name in FAULTS:
         if name in newest:
             counts = [newest[name][kind] for kind in (EQUAL, STOPPED, BROKEN)]
-            rows.append((name, sum(counts), *counts))
-    columns = ("fault", "trials", "ended equal", "stopped with a message, then equal", "broken")
+            rows.append((name, sum(counts), *counts, newest[name]["commit"]))
+    columns = ("fault", "trials", "ended equal", "stopped with a message, then equal", "broken", "commit")
     return Table("Faults", columns, tuple(rows))
 
 
