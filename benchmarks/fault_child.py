@@ -42,6 +42,7 @@ from fraqat.numerics import RangeMethod
 from fraqat.schedules import LearningRateSpec, ScheduleKind
 
 WIDTH, HIDDEN, NUM_ROWS, ROWS_PER_SHARD = 16, 256, 96, 24
+POISONS = ("NaN in a gradient", "infinite loss")
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ class Settings:
         num_workers, worker_timeout_s: 0 takes the rows from encoded shards, more reads them in worker processes.
         hangs_at: Reading this row never ends.
         from_disk: Read encoded shards while training instead of holding them.
-        nan_at, nan_times: Before this step's update, this often, a gradient becomes NaN.
-        blow_up_over: A learning rate above this makes the loss infinite from step `nan_at` on.
+        nan_at, nan_times: At this step, this often, a number is not finite.
+        poison: Which one, of `POISONS`.
+        blow_up_over: It is so from step `nan_at` on, as long as the peak of the learning rate is above this.
         memory_for: A forward pass with more samples than this raises torch's error for a full device.
         file_limit: Largest file that the process may write, bytes.
         step_s: Seconds that a step waits, so that there is time for a fault.
@@ -73,6 +75,7 @@ class Settings:
     from_disk: bool = False
     nan_at: int | None = None
     nan_times: int = 1
+    poison: str = POISONS[0]
     blow_up_over: float | None = None
     memory_for: int | None = None
     file_limit: int | None = None
@@ -113,6 +116,7 @@ class FaultTask:
 
     def __init__(self, settings: Settings):
         self.settings = settings
+        self.poison: _Poison | None = None
         if settings.from_disk:
             encoded._MAX_IN_MEMORY_BYTES = 0  # pyright: ignore[reportPrivateUsage]
         self._validation = torch.randn(12, WIDTH, generator=torch.Generator().manual_seed(10_000))
@@ -157,7 +161,9 @@ class FaultTask:
 
     def loss(self, student: Prediction, teacher: Prediction, inputs: Batch, terms: Sequence[LossSpec]) -> Tensor:
         """Distance of the outputs."""
-        return distillation_loss(student["output"], teacher["output"], terms)
+        loss = distillation_loss(student["output"], teacher["output"], terms)
+        is_infinite = torch.is_grad_enabled() and self.poison is not None and self.poison.strikes("infinite loss")
+        return loss * float("inf") if is_infinite else loss
 
 
 def build() -> nn.Module:
@@ -187,7 +193,7 @@ def train(settings: Settings) -> None:
     if "on_non_finite" in values:
         values["on_non_finite"] = NonFiniteSpec(**values["on_non_finite"])
     schedule = ScheduleSpec(ScheduleKind.FRACTIONAL).resolve(4.0, settings.steps)
-    fault = _Poison(settings, student)
+    fault = task.poison = _Poison(settings, student)
 
     def on_step(record: StepRecord) -> None:
         time.sleep(settings.step_s)
@@ -204,26 +210,29 @@ def train(settings: Settings) -> None:
 
 
 class _Poison:
-    """Makes a gradient NaN at a step: a bit that flipped, or a rate that is too high."""
+    """Makes a gradient NaN or the loss infinite at a step: a bit that flipped, or a rate that is too high."""
 
     def __init__(self, settings: Settings, student: nn.Module):
         self._settings, self._num_left = settings, settings.nan_times
         self.distiller: Distiller | None = None
-        weight = next(student.parameters())
         if settings.nan_at is not None:
-            weight.register_hook(self._poisoned)
+            next(student.parameters()).register_hook(self._poisoned)
 
-    def _poisoned(self, gradient: Tensor) -> Tensor:
-        assert self.distiller is not None
+    def strikes(self, poison: str) -> bool:
+        """Whether this number is not finite now."""
         settings = self._settings
-        is_here = self.distiller.step == settings.nan_at and self._num_left > 0
+        if settings.nan_at is None or settings.poison != poison:
+            return False
+        assert self.distiller is not None
         if settings.blow_up_over is not None:
             rate = self.distiller.recovery.rate_factor * self.distiller.spec.learning_rate.peak
-            is_here = self.distiller.step >= (settings.nan_at or 0) and rate > settings.blow_up_over
-        if not is_here:
-            return gradient
-        self._num_left -= 1
-        return torch.full_like(gradient, float("nan"))
+            return self.distiller.step >= settings.nan_at and rate > settings.blow_up_over
+        is_here = self.distiller.step == settings.nan_at and self._num_left > 0
+        self._num_left -= is_here
+        return is_here
+
+    def _poisoned(self, gradient: Tensor) -> Tensor:
+        return torch.full_like(gradient, float("nan")) if self.strikes("NaN in a gradient") else gradient
 
 
 def _warn(text: str) -> None:

@@ -4,156 +4,36 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import hashlib
 import json
 import os
-import random
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fault_child import ROWS_PER_SHARD, WIDTH, Settings, run_in_fork
-from fraqat.distill import CheckpointStore, read_log
+from fault_child import ROWS_PER_SHARD, WIDTH, Settings
+from fault_data_workers import worker_dies, worker_hangs, worker_hangs_forever
+from fault_lab import (
+    BROKEN,
+    EQUAL,
+    STOPPED,
+    Lab,
+    Outcome,
+    checkpoints,
+    digest,
+    kill,
+    messages,
+    newest_sound,
+    newest_step,
+    until,
+    wait,
+)
+from fault_numbers import blown_up, blown_up_and_killed, nan_always, nan_once, nan_once_stop
+from fraqat.distill import read_log
 
-TIMEOUT_S = 300
-EQUAL, STOPPED, BROKEN = "equal", "stopped", "broken"
 _CLONE_NEWNS = 0x20000
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What became of one trial: `equal`, `stopped` or `broken`, and the message or the reason."""
-
-    kind: str
-    text: str = ""
-
-
-class Lab:
-    """A folder for all trials, and the undisturbed runs that they are compared with.
-
-    Args:
-        root: Work folder.
-        seed: Decides when and where faults happen.
-    """
-
-    def __init__(self, root: Path, seed: int = 0):
-        self.root = root
-        self.random = random.Random(seed)
-        self._references: dict[Any, str] = {}
-        self._spans: dict[Any, float] = {}
-        self._number = 0
-
-    def new_folder(self) -> Path:
-        """A run folder that does not exist yet; encoded data lie beside it."""
-        self._number += 1
-        return self.root / f"{self._number:04d}" / "run"
-
-    def settings(self, folder: Path, **changes: Any) -> Settings:
-        """Of a trial."""
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        return Settings(folder=str(folder), **changes)
-
-    def start(self, settings: Settings) -> int:
-        """A training process."""
-        return run_in_fork(settings, Path(settings.folder).parent / "errors.txt")
-
-    def finish(self, settings: Settings) -> int:
-        """Runs a process to its end, and gives its exit code."""
-        return wait(self.start(settings))
-
-    def reference(self, **changes: Any) -> tuple[str, float]:
-        """Digest of the undisturbed run's weights and its seconds; computed once."""
-        key = json.dumps(changes, sort_keys=True)
-        if key not in self._references:
-            settings = self.settings(self.new_folder(), **changes)
-            start = time.monotonic()
-            code = self.finish(settings)
-            assert code == 0, messages(settings)
-            self._references[key] = digest(settings)
-            self._spans[key] = time.monotonic() - start
-        return self._references[key], self._spans[key]
-
-    def judge(self, settings: Settings, stopped_with: str = "", **changes: Any) -> Outcome:
-        """Runs without the fault until it ends, and compares with the undisturbed run."""
-        code = self.finish(settings)
-        if code != 0:
-            return Outcome(BROKEN, f"exit code {code}: {messages(settings)[-300:]}")
-        if digest(settings) != self.reference(**changes)[0]:
-            return Outcome(BROKEN, "the weights differ")
-        steps = [event["step"] for event in read_log(Path(settings.folder)) if event["event"] == "step"]
-        if steps != list(range(settings.steps)):
-            return Outcome(BROKEN, f"the log has {len(steps)} steps")
-        return Outcome(STOPPED, stopped_with) if stopped_with else Outcome(EQUAL)
-
-    def expect_stop(self, settings: Settings, code: int, words: str) -> str | Outcome:
-        """Runs with the fault; the message if it stopped as it should."""
-        found = self.finish(settings)
-        text = messages(settings)
-        last = text.split("error: ")[-1]
-        if found != code or words not in last or "Traceback" in text:
-            return Outcome(BROKEN, f"exit code {found} instead of {code}: {text[-300:]}")
-        return last.strip()
-
-
-def wait(pid: int) -> int:
-    """Exit code of a process; 128 + the signal's number if one ended it."""
-    deadline = time.monotonic() + TIMEOUT_S
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            code = os.waitstatus_to_exitcode(status)
-            return code if code >= 0 else 128 - code
-        time.sleep(0.005)
-    os.killpg(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return 124
-
-
-def kill(pid: int, *, group: bool = False) -> None:
-    """kill -9, of the process alone or with its workers."""
-    (os.killpg if group else os.kill)(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-
-
-def digest(settings: Settings) -> str:
-    """SHA-256 of the weights that a run left."""
-    return hashlib.sha256((Path(settings.folder) / "student.safetensors").read_bytes()).hexdigest()
-
-
-def messages(settings: Settings) -> str:
-    """Everything that the processes of a trial said."""
-    path = Path(settings.folder).parent / "errors.txt"
-    return path.read_text() if path.exists() else ""
-
-
-def checkpoints(settings: Settings) -> list[Path]:
-    """Folders of the checkpoints, oldest first."""
-    return sorted((Path(settings.folder) / "checkpoints").glob("step-*"))
-
-
-def _newest_step(settings: Settings) -> int:
-    return max((int(path.name.removeprefix("step-")) for path in checkpoints(settings)), default=0)
-
-
-def _fingerprint(settings: Settings) -> dict[str, Any]:
-    """What the checkpoints of a trial share, of one whose manifest can be read."""
-    for folder in checkpoints(settings):
-        try:
-            return json.loads((folder / "manifest.json").read_text())["fingerprint"]
-        except (OSError, ValueError, LookupError, TypeError):
-            continue
-    return {}
-
-
-def newest_sound(settings: Settings) -> int:
-    """Steps of the newest sound checkpoint, 0 without one; only while no process is at work there."""
-    store = CheckpointStore(Path(settings.folder) / "checkpoints", _fingerprint(settings), warn=lambda text: None)
-    loaded = store.load_latest()
-    return 0 if loaded is None else loaded.step
 
 
 def kill_at_random(lab: Lab, *, group: bool = False, **changes: Any) -> Outcome:
@@ -178,10 +58,10 @@ def kill_in_save(lab: Lab) -> Outcome:
     place = Path(settings.folder) / "checkpoints"
     for number in range(lab.random.randrange(1, 12)):
         if number:
-            _until(lambda: not list(place.glob(".*.part")))
-        _until(lambda: list(place.glob(".*.part")) or os.waitid(os.P_PID, pid, os.WNOHANG | os.WEXITED | os.WNOWAIT))
+            until(lambda: not list(place.glob(".*.part")))
+        until(lambda: list(place.glob(".*.part")) or os.waitid(os.P_PID, pid, os.WNOHANG | os.WEXITED | os.WNOWAIT))
     time.sleep(lab.random.uniform(0.0, 0.01))
-    before = _newest_step(settings)
+    before = newest_step(settings)
     kill(pid)
     was_in_save = bool(list(place.glob(".*.part")))
     sound = newest_sound(settings)
@@ -191,18 +71,12 @@ def kill_in_save(lab: Lab) -> Outcome:
     return dataclasses.replace(found, text="killed inside a save" if was_in_save else "killed beside a save")
 
 
-def _until(is_so: Callable[[], object]) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not is_so() and time.monotonic() < deadline:
-        time.sleep(0.0005)
-
-
 def preempted(lab: Lab) -> Outcome:
     """SIGTERM, as schedulers send: a checkpoint of that very step, exit code 143."""
     _, span = lab.reference()
     settings = lab.settings(lab.new_folder())
     pid = lab.start(settings)
-    _until(lambda: (Path(settings.folder) / "log.jsonl").exists() and len(read_log(Path(settings.folder))) > 2)
+    until(lambda: (Path(settings.folder) / "log.jsonl").exists() and len(read_log(Path(settings.folder))) > 2)
     time.sleep(lab.random.uniform(0.0, 0.5 * span))
     os.kill(pid, signal.SIGTERM)
     code = wait(pid)
@@ -216,7 +90,7 @@ def file_too_large(lab: Lab) -> Outcome:
     """A limit on the size of files (RLIMIT_FSIZE) that the next checkpoint breaks."""
     settings = lab.settings(lab.new_folder(), step_s=0.02)
     pid = lab.start(settings)
-    _until(lambda: len(checkpoints(settings)) >= lab.random.randrange(1, 3))
+    until(lambda: len(checkpoints(settings)) >= lab.random.randrange(1, 3))
     kill(pid)
     before = newest_sound(settings)
     limited = dataclasses.replace(settings, step_s=0.0, file_limit=lab.random.randrange(100_000, 400_000))
@@ -257,11 +131,11 @@ def _on_small_disk(lab: Lab, settings: Settings, left: int) -> Outcome:
     if libc.mount(b"none", str(folder).encode(), b"tmpfs", 0, size):
         return Outcome(STOPPED, "not possible here: mounting needs rights")
     pid = lab.start(settings)
-    _until(lambda: len(checkpoints(settings)) >= 2)
+    until(lambda: len(checkpoints(settings)) >= 2)
     os.kill(pid, signal.SIGSTOP)
     filler = folder / "filler"
     filler.write_bytes(bytes(max(0, shutil.disk_usage(folder).free - left)))
-    before = _newest_step(settings)
+    before = newest_step(settings)
     os.kill(pid, signal.SIGCONT)
     code, text = wait(pid), messages(settings)
     if code == 0:
@@ -280,7 +154,7 @@ def _half_run(lab: Lab, **changes: Any) -> Settings:
     if not source.exists():
         settings = lab.settings(source / "run", step_s=0.01)
         pid = lab.start(settings)
-        _until(lambda: len(checkpoints(settings)) >= 2 and _newest_step(settings) >= settings.steps // 3)
+        until(lambda: len(checkpoints(settings)) >= 2 and newest_step(settings) >= settings.steps // 3)
         kill(pid)
         newest_sound(settings)  # removes what the kill left half-written
     folder = lab.new_folder()
@@ -316,7 +190,7 @@ def all_checkpoints_damaged(lab: Lab) -> Outcome:
     """The same in every checkpoint: a message; without them the run begins anew."""
     settings = _half_run(lab)
     for folder in checkpoints(settings):
-        next(folder.glob("part-*.safetensors")).write_bytes(b"x")
+        next(folder.glob("*.safetensors")).write_bytes(b"x")
     said = lab.expect_stop(settings, 4, "Fix:")
     if isinstance(said, Outcome):
         return said
@@ -348,88 +222,46 @@ def shard_damaged_on_disk(lab: Lab) -> Outcome:
     return said if isinstance(said, Outcome) else lab.judge(settings, said)
 
 
-def _workers_of(pid: int) -> list[int]:
-    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False).stdout
-    return [int(number) for number in found.split()]
-
-
-def _signal_a_worker(lab: Lab, number: int) -> Outcome:
-    lab.reference(num_workers=2)
-    settings = lab.settings(lab.new_folder(), num_workers=2, step_s=0.02)
+def shard_lost_while_training(lab: Lab) -> Outcome:
+    """A shard cut or removed under a run that reads it: it stops; the next start encodes it again."""
+    settings = lab.settings(lab.new_folder(), from_disk=True, step_s=0.02)
     pid = lab.start(settings)
-    _until(lambda: len(checkpoints(settings)) >= 1)
-    os.kill(lab.random.choice(_workers_of(pid)), number)
-    code = wait(pid)
-    if code != 0 or "starting them again" not in messages(settings):
-        return Outcome(BROKEN, f"exit code {code}: {messages(settings)[-300:]}")
-    is_equal = digest(settings) == lab.reference(num_workers=2)[0]
-    return Outcome(EQUAL) if is_equal else Outcome(BROKEN, "the weights differ")
-
-
-def worker_hangs(lab: Lab) -> Outcome:
-    """A data worker is stopped (SIGSTOP): it is ended and another one goes on."""
-    return _signal_a_worker(lab, signal.SIGSTOP)
-
-
-def worker_dies(lab: Lab) -> Outcome:
-    """kill -9 of a data worker."""
-    return _signal_a_worker(lab, signal.SIGKILL)
-
-
-def worker_hangs_forever(lab: Lab) -> Outcome:
-    """A row that is never read, whoever tries."""
-    settings = lab.settings(lab.new_folder(), num_workers=2, worker_timeout_s=2.0, hangs_at=lab.random.randrange(96))
-    said = lab.expect_stop(settings, 3, "Fix: look at the storage")
-    usual = lab.settings(Path(settings.folder), num_workers=2)
-    return said if isinstance(said, Outcome) else lab.judge(usual, said, num_workers=2)
-
-
-def nan_once(lab: Lab) -> Outcome:
-    """A NaN that does not come again, `rewind`: back to the newest checkpoint, in the same process."""
-    train = {"on_non_finite": {"action": "rewind"}}
-    settings = lab.settings(lab.new_folder(), nan_at=lab.random.randrange(60), train=train)
-    return lab.judge(settings)
-
-
-def nan_once_stop(lab: Lab) -> Outcome:
-    """The same with `stop`."""
-    settings = lab.settings(lab.new_folder(), nan_at=lab.random.randrange(1, 60))
-    said = lab.expect_stop(settings, 5, "Fix:")
-    return said if isinstance(said, Outcome) else lab.judge(dataclasses.replace(settings, nan_at=None), said)
-
-
-def nan_always(lab: Lab) -> Outcome:
-    """A NaN that comes again at the same step, `rewind`: it stops, and nothing is lost."""
-    train = {"on_non_finite": {"action": "rewind"}}
-    settings = lab.settings(lab.new_folder(), nan_at=lab.random.randrange(60), nan_times=99, train=train)
-    said = lab.expect_stop(settings, 5, "came again at the same step")
-    return said if isinstance(said, Outcome) else lab.judge(dataclasses.replace(settings, nan_at=None), said)
-
-
-def rate_too_high(lab: Lab) -> Outcome:
-    """NaN as long as the rate is above half of its peak, `lower_rate`: it ends at the lower one, the same in a second run."""
-    train = {"on_non_finite": {"action": "lower_rate", "rate_factor": 0.6}}
-    changes: dict[str, Any] = {"nan_at": lab.random.randrange(60), "blow_up_over": 2e-3, "train": train}
-    return lab.judge(lab.settings(lab.new_folder(), **changes), **changes)
+    first = lab.random.randrange(1, 10)
+    until(lambda: len(checkpoints(settings)) >= min(first, 2) and newest_step(settings) >= 4 * first)
+    shard = lab.random.choice(sorted((Path(settings.folder).parent / "data").glob("*/shard-*")))
+    if lab.random.random() < 0.5:
+        shard.unlink()
+    else:
+        os.truncate(shard, lab.random.randrange(shard.stat().st_size))
+    code, text = wait(pid), messages(settings)
+    last = text.split("error: ")[-1].strip()
+    if code == 0:
+        is_equal = digest(settings) == lab.reference()[0]
+        return Outcome(EQUAL, "it was not read any more") if is_equal else Outcome(BROKEN, "the weights differ")
+    if code != 3 or "Fix: run the same command again" not in last or "Traceback" in text:
+        return Outcome(BROKEN, f"exit code {code}: {text[-300:]}")
+    return lab.judge(dataclasses.replace(settings, step_s=0.0), last)
 
 
 FAULTS: Mapping[str, tuple[Callable[[Lab], Outcome], float]] = {
     "kill -9 at a random moment": (kill_at_random, 1.0),
     "kill -9 during a save": (kill_in_save, 1.0),
-    "kill -9 of the process and its data workers": (kill_all_at_random, 0.25),
-    "SIGTERM": (preempted, 0.25),
-    "disk full (tmpfs)": (disk_full, 0.25),
+    "kill -9 of the process and its data workers": (kill_all_at_random, 1.0),
+    "SIGTERM": (preempted, 1.0),
+    "disk full (tmpfs)": (disk_full, 0.5),
     "file larger than allowed (RLIMIT_FSIZE)": (file_too_large, 0.25),
     "newest checkpoint damaged": (newest_checkpoint_damaged, 1.0),
-    "all checkpoints damaged": (all_checkpoints_damaged, 0.1),
+    "all checkpoints damaged": (all_checkpoints_damaged, 0.25),
     "encoded shard damaged before a start": (shard_damaged, 0.5),
     "encoded shard damaged, read while training": (shard_damaged_on_disk, 0.25),
-    "data worker stopped": (worker_hangs, 0.15),
-    "data worker killed": (worker_dies, 0.15),
-    "data worker hangs at the same row for ever": (worker_hangs_forever, 0.1),
-    "NaN once, on_non_finite: rewind": (nan_once, 0.5),
-    "NaN once, on_non_finite: stop": (nan_once_stop, 0.25),
-    "NaN at the same step again, rewind": (nan_always, 0.25),
-    "rate too high, lower_rate": (rate_too_high, 0.25),
+    "encoded shard cut or removed while training": (shard_lost_while_training, 0.5),
+    "data workers killed (SIGKILL)": (worker_dies, 1.0),
+    "data workers hung (SIGSTOP)": (worker_hangs, 1.0),
+    "data worker hangs at the same row for ever": (worker_hangs_forever, 0.25),
+    "not finite once, on_non_finite: rewind": (nan_once, 1.0),
+    "not finite once, on_non_finite: stop": (nan_once_stop, 0.5),
+    "not finite at the same step again, rewind": (nan_always, 0.5),
+    "not finite above a rate, lower_rate": (blown_up, 0.5),
+    "not finite above a rate, lower_rate, and kill -9": (blown_up_and_killed, 0.5),
 }
 """Name -> the trial, and how often it is made for one of `--trials`."""

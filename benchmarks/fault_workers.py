@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from fault_child import FaultTask, Settings, build
-from fault_trials import BROKEN, EQUAL, TIMEOUT_S, Lab, Outcome, digest, messages, wait
+from fault_lab import BROKEN, EQUAL, TIMEOUT_S, Lab, Outcome, digest, messages, wait
 from fraqat import QuantSpec, ScheduleSpec, WeightSpec, quantize_
 from fraqat.distill import Distiller, ParallelSpec, StepRecord, TrainSpec, joined, read_log
 from fraqat.errors import FraqatError

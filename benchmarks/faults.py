@@ -22,11 +22,13 @@ from typing import Any
 
 import torch
 
-from fault_trials import BROKEN, EQUAL, STOPPED, Lab, Outcome
+from fault_lab import BROKEN, EQUAL, STOPPED, Lab, Outcome
 from fault_trials import FAULTS as ONE_PROCESS_FAULTS
 from fault_workers import WORKER_FAULTS
 from fraqat import __version__
+from fraqat.distill.checkpoint import FORMAT_VERSION
 from fraqat.table import Table
+from machine import commit
 
 FAULTS = {**ONE_PROCESS_FAULTS, **WORKER_FAULTS}
 
@@ -57,6 +59,8 @@ def to_record(name: str, outcomes: list[Outcome], seconds: float, seed: int) -> 
         "date": time.strftime("%Y-%m-%d"),
         "version": __version__,
         "torch": torch.__version__,
+        "commit": commit(),
+        "checkpoint_format": FORMAT_VERSION,
         "machine": platform.machine(),
     }
 
@@ -68,8 +72,8 @@ def to_table(records: Sequence[Mapping[str, Any]]) -> Table:
     for name in FAULTS:
         if name in newest:
             counts = [newest[name][kind] for kind in (EQUAL, STOPPED, BROKEN)]
-            rows.append((name, sum(counts), *counts))
-    columns = ("fault", "trials", "ended equal", "stopped with a message, then equal", "broken")
+            rows.append((name, sum(counts), *counts, newest[name]["commit"]))
+    columns = ("fault", "trials", "ended equal", "stopped with a message, then equal", "broken", "commit")
     return Table("Faults", columns, tuple(rows))
 
 
@@ -79,7 +83,8 @@ def to_markdown(records: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         "# Faults",
         "",
-        "Written by `benchmarks/faults.py`, which says what is counted; every record is in `faults.jsonl`.",
+        "Written by `benchmarks/faults.py`, which says what is counted; every record is in `faults.jsonl`. Each trial is a",
+        "training run of a small network through all nine widths, disturbed and started again.",
         "",
     ]
     lines += ["| " + " | ".join(table.columns) + " |", "| --- " * len(table.columns) + "|"]
@@ -91,6 +96,14 @@ def to_markdown(records: Sequence[Mapping[str, Any]]) -> str:
         if name in newest and newest[name]["notes"]:
             notes = ", ".join(f"{text} {count} times" for text, count in newest[name]["notes"].items())
             lines.append(f"- {name}: {notes}")
+    origins = {
+        (record["commit"], record["checkpoint_format"], record["torch"], record["date"]) for record in newest.values()
+    }
+    lines += [""]
+    lines += [
+        f"Commit {commit}, checkpoint format {version}, torch {torch_version}, {date}."
+        for commit, version, torch_version, date in sorted(origins)
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -3,26 +3,30 @@
     python benchmarks/fuzz.py --minutes 5                       # each target
     python benchmarks/fuzz.py --target checkpoint --seed 123/45   # one input again, with its traceback
 
-Writes counts, and the seed and the error of every finding, to `--out`.
+Adds counts, and the seed and the error of every finding, to `--out`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import sys
 import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fraqat import __version__
 from fraqat.errors import FraqatError
 from fuzz_targets import TARGETS, run_once
+from machine import commit
 
 
 @dataclass
@@ -76,22 +80,48 @@ def _note(found: Fuzzed, seed: str, error: Exception) -> None:
     found.findings[known] = (first, count + 1)
 
 
-def to_markdown(found: dict[str, Fuzzed], command: str) -> str:
-    """A table of counts, and the findings."""
+def to_record(name: str, one: Fuzzed, seed: int) -> dict[str, Any]:
+    """One line of `fuzzing.jsonl`."""
+    total = sum(one.counts.values()) + sum(count for _, count in one.findings.values())
+    return {
+        "benchmark": "fuzz",
+        "target": name,
+        "seed": seed,
+        "seconds": round(one.seconds),
+        "inputs": total,
+        "accepted": one.counts["accepted"],
+        "refused": one.counts["refused"],
+        "findings": [{"seed": first, "times": count, "text": text} for text, (first, count) in one.findings.items()],
+        "date": time.strftime("%Y-%m-%d"),
+        "version": __version__,
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "commit": commit(),
+    }
+
+
+def to_markdown(records: Sequence[Mapping[str, Any]]) -> str:
+    """A table of the newest counts of every target, and the findings of each of its runs."""
+    newest = {record["target"]: record for record in records}
     lines = [
         "# Fuzzing",
         "",
-        command,
+        "Written by `benchmarks/fuzz.py`, whose targets say what is fed and must hold; every record is in `fuzzing.jsonl`.",
         "",
-        "| target | seconds | inputs | accepted | refused | findings |",
-        "| --- " * 6 + "|",
+        "| target | seconds | inputs | accepted | refused | findings | commit |",
+        "| --- " * 7 + "|",
     ]
-    for name, one in found.items():
-        total = sum(one.counts.values()) + sum(count for _, count in one.findings.values())
-        counts = (round(one.seconds), total, one.counts["accepted"], one.counts["refused"], len(one.findings))
-        lines.append(f"| {name} | " + " | ".join(f"{count:,}" for count in counts) + " |")
-    for name, one in found.items():
-        lines += [f"\n{name}, seed {seed}, {count} times: `{text}`" for text, (seed, count) in one.findings.items()]
+    for name in TARGETS:
+        if name in newest:
+            one = newest[name]
+            counts = (one["seconds"], one["inputs"], one["accepted"], one["refused"], len(one["findings"]))
+            lines.append(f"| {name} | " + " | ".join(f"{count:,}" for count in counts) + f" | {one['commit']} |")
+    found = [(record, finding) for record in records for finding in record["findings"]]
+    if found:
+        lines += ["", "Findings of these and earlier runs:", ""]
+    for record, finding in found:
+        where = f"{record['target']}, commit {record['commit']}, seed {finding['seed']}, {finding['times']} times"
+        lines.append(f"- {where}: `{finding['text']}`")
     return "\n".join(lines) + "\n"
 
 
@@ -101,7 +131,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--target", choices=sorted(TARGETS))
     parser.add_argument("--seed", default="0", help="a number, or SEED/NUMBER of a finding to see it again")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--out", type=Path, help="a .jsonl file to which records are added; the table lies beside it as .md"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     names = [arguments.target] if arguments.target else list(TARGETS)
@@ -109,16 +141,17 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             print(run_once(names[0], arguments.seed, Path(folder) / "run"))
         return
-    found: dict[str, Fuzzed] = {}
+    records: list[dict[str, Any]] = []
     for name in names:
-        found[name] = fuzz(name, int(arguments.seed), seconds=60 * arguments.minutes)
-        versions = f"fraqat {__version__}, torch {torch.__version__}, {platform.machine()}, {time.strftime('%Y-%m-%d')}"
-        command = f"`python benchmarks/fuzz.py --minutes {arguments.minutes:g} --seed {arguments.seed}`, {versions}."
-        text = to_markdown(found, command)
+        one = fuzz(name, int(arguments.seed), seconds=60 * arguments.minutes)
+        records.append(to_record(name, one, int(arguments.seed)))
+        print(json.dumps(records[-1]), flush=True)
         if arguments.out is not None:
-            arguments.out.write_text(text)
-        print(text.splitlines()[5 + len(found)], *text.splitlines()[6 + len(found) :], sep="\n", flush=True)
-    sys.exit(any(one.findings for one in found.values()))
+            with arguments.out.open("a") as stream:
+                stream.write(json.dumps(records[-1]) + "\n")
+            known = [json.loads(line) for line in arguments.out.read_text().splitlines()]
+            arguments.out.with_suffix(".md").write_text(to_markdown(known))
+    sys.exit(any(record["findings"] for record in records))
 
 
 if __name__ == "__main__":

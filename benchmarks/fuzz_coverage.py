@@ -1,6 +1,6 @@
 """The targets of `fuzz.py` guided by coverage, where atheris (libFuzzer for Python) is installed.
 
-    python benchmarks/fuzz_coverage.py checkpoint -max_total_time=300 -rss_limit_mb=0
+    python benchmarks/fuzz_coverage.py checkpoint -max_total_time=300 -rss_limit_mb=0 -len_control=0 -max_len=512
 
 libFuzzer's bytes decide what the target's random generator would: inputs that reach new lines of fraqat are kept and changed
 further. Ends at the first exception that is no error of ours; its bytes are in a file `crash-...`.

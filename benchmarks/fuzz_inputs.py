@@ -8,6 +8,9 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+ACCEPTED, REFUSED = "accepted", "refused"
+"""What became of an input."""
+
 HOSTILE = (
     "<script>alert(1)</script>",
     "</textarea><img src=x onerror=alert(1)>",

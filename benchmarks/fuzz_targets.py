@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import html.parser
-import io
 import json
 import random
 import shutil
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fraqat.config import load_recipe, recipe_names
 from fraqat.config.reading import load_values
@@ -26,17 +25,16 @@ from fraqat.distill import CheckpointStore, read_log
 from fraqat.distill.checkpoint import sealed
 from fraqat.distill.checkpoint_files import DamagedError
 from fraqat.errors import DataError, FraqatError
-from fraqat.export import ExportJob, ModelDescription, Part, load_packed_, read_packed, target_named, write_packed
+from fraqat.export import ModelDescription, load_packed_, read_packed, write_packed
 from fraqat.export.gguf_blocks import pack_q4_0, unpack_q4_0
 from fraqat.files import sha256_of
-from fraqat.nn import ActivationSpec, QuantSpec, WeightSpec, calibrate_, quantize_
-from fraqat.numerics import Granularity
+from fraqat.nn import quantize_
 from fraqat.report import LossCurve, ReportData, render_report
 from fraqat.table import Table
 from fraqat.workflows import RunFolder, status
-from fuzz_inputs import HOSTILE, damaged_bytes, damaged_values
-
-ACCEPTED, REFUSED = "accepted", "refused"
+from fuzz_exports import onnx_writer
+from fuzz_gguf import gguf_reader, gguf_writer
+from fuzz_inputs import ACCEPTED, HOSTILE, REFUSED, damaged_bytes, damaged_values
 
 
 @cache
@@ -277,74 +275,6 @@ def _plain_page() -> tuple[str, ...]:
     return tuple(parser.tags)
 
 
-def random_spec(rng: random.Random, width: int) -> QuantSpec:
-    """Any specification that the library accepts, or raises its error."""
-    granularity = rng.choice(tuple(Granularity)[:3])
-    group = rng.choice((4, 8, 16, 32, width, 7)) if granularity is Granularity.GROUP else None
-    group_size: dict[str, Any] = {"group_size": group} if group else {}
-    range_method: Any = rng.choice(("max_abs", "mse", "min_max", "three_sigma", "learned"))
-    weight = WeightSpec(
-        bits=rng.choice((1.5, 2, 3, 4, 4.5, 5, 8, 8.5, 12, 16, 17, 32)),
-        granularity=granularity,
-        **group_size,
-        symmetric=rng.random() < 0.8,
-        narrow=rng.random() < 0.2,
-        range_method=range_method,
-        scale_dtype=rng.choice(("float32", "bfloat16", "float16")),
-    )
-    is_static = rng.random() < 0.3
-    kind: Any = "tensor" if is_static else rng.choice(("token", "tensor", "sample"))
-    activation = ActivationSpec(
-        bits=rng.choice((2, 4, 6, 8, 8.5, 16)), granularity=kind, static=is_static, symmetric=rng.random() < 0.7
-    )
-    return QuantSpec(weight, None if rng.random() < 0.15 else activation)
-
-
-class _Net(nn.Module):
-    def __init__(self, rng: random.Random):
-        super().__init__()
-        width = rng.choice((1, 8, 24, 32, 33, 64))
-        self.width, self.spec = width, QuantSpec()
-        self.first = nn.Linear(width, rng.choice((1, 8, 16)), bias=rng.random() < 0.5)
-        self.second = nn.Linear(self.first.out_features, 4)
-        scale = rng.choice((0.0, 1e-30, 1e-6, 1.0, 1e6, 1e30))
-        with torch.no_grad():
-            self.first.weight.mul_(scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.nn.functional.silu(self.first(x)))
-
-
-def onnx_writer(rng: random.Random, folder: Path, target: str = "onnx") -> str:
-    """A small network of random sizes, weights and grids, written and checked by the `onnx` package."""
-    import onnx
-
-    torch.manual_seed(rng.randrange(2**31))
-    model = _Net(rng)
-    example = {"x": torch.randn(2, 3, model.width)}
-    try:
-        model.spec = random_spec(rng, model.width)
-        quantize_(model, model.spec)
-        model.eval().requires_grad_(False)
-        if model.spec.activation is not None and model.spec.activation.static:
-            calibrate_(model, lambda batch: model(batch), [example["x"]])
-        part = Part("model", model, ("y",), lambda: [example], {"x": {0: "batch"}})
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            job = ExportJob(model, lambda: (part,), ModelDescription("Toy", {}, "zoo:none"), None, folder, say=_quiet)
-            target_named(target).write(job)
-    except FraqatError:
-        return REFUSED
-    files = list(folder.rglob("*.onnx"))
-    assert files
-    for path in files:
-        onnx.checker.check_model(str(path), full_check=True)
-    return ACCEPTED
-
-
-def _quiet(text: str) -> None:
-    return None
-
-
 def gguf_blocks(rng: random.Random, folder: Path) -> str:
     """Codes and scales of any range and size as Q4_0 blocks: refused, or back bit for bit."""
     torch.manual_seed(rng.randrange(2**31))
@@ -376,6 +306,8 @@ TARGETS: Mapping[str, Callable[[random.Random, Path], str]] = {
     "log, heartbeat": run_files,
     "report page": report_page,
     "onnx writer": onnx_writer,
+    "gguf writer": gguf_writer,
+    "gguf reader": gguf_reader,
     "gguf blocks": gguf_blocks,
 }
 """Name -> the target."""

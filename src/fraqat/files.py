@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import uuid
@@ -23,6 +24,7 @@ from fraqat.errors import OutputError
 
 _TEMPORARY_SUFFIX = ".part"
 _OLD_SUFFIX = ".old"
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 @contextmanager
@@ -104,7 +106,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
     Tensors on the host that share no memory are written as they lie there, without a copy.
 
     Raises:
-        OSError: The disk is full, in the words of the operating system, for `explain_os_errors`.
+        OSError: What the operating system said, for `explain_os_errors`.
     """
     plain: dict[str, Tensor] = {}
     places: set[int] = set()
@@ -118,9 +120,11 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
     try:
         save_file(plain, path, metadata=metadata)
     except SafetensorError as error:
-        if any(text in str(error) for text in ("No space left", "Disk quota exceeded")):
-            raise OSError(errno.ENOSPC, "No space left on device") from error
-        raise
+        found = _OS_ERROR.search(str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number)) from error
     path.chmod(mode)  # safetensors makes files that only their owner can read
 
 

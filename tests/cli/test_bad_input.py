@@ -54,6 +54,8 @@ from fraqat.zoo import zoo_path
         ("sampler.guidance_scale=.inf", "sampler.guidance_scale = inf"),
         ("evaluation.seed=-1", "evaluation.seed = -1 .* 0 to 2"),
         ("baselines.dynamic.train.stepz=0", "baselines.dynamic: train.stepz: unknown key"),
+        ("baselines.dynamic.train=text", r"baselines\.dynamic: train"),
+        ("baselines.dynamic.schedule=[kind]", r"baselines\.dynamic: schedule"),
         ("baselines.original={}", "baselines = 'original' .* not original or fraqat"),
         ("baselines.fraqat={}", "baselines = 'fraqat' .* not original or fraqat"),
         ("baselines.dynamic.train.losses=[{name: l1}]", "baselines.dynamic.train.losses"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import torch
 from fraqat.data import encoded
 from fraqat.data.encoded import EncodedShard, EncodedStore
 from fraqat.data.loader import ShuffledBatches
+from fraqat.data.shard_rows import row_places
 from fraqat.errors import DataError
+from fraqat.files import save_tensors
 
 KEY = {"model": "a", "prompts": 6, "size": [8, 8], "dtype": "float32"}
 
@@ -146,3 +149,60 @@ def test_names_in_a_manifest_cannot_leave_the_store(tmp_path: Path) -> None:
     rows = store.open()
     assert rows is not None
     assert {shard._path.parent for shard in rows._shards} == {store.folder}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool])
+def test_rows_are_read_as_they_were_stored(tmp_path: Path, dtype: torch.dtype) -> None:
+    values = (torch.arange(24).reshape(4, 2, 3) % 7 - 2).to(dtype)
+    save_tensors({"row.a": values, "row.empty": torch.zeros(4, 0), "row.flat": torch.arange(4)}, tmp_path / "x")
+    places = row_places(tmp_path / "x")
+    with (tmp_path / "x").open("rb", buffering=0) as stream:
+        rows = [places["row.a"].read(stream, i) for i in (3, 0, 2, 1)]
+        assert places["row.empty"].read(stream, 2).shape == (0,)
+        assert [int(places["row.flat"].read(stream, i)) for i in range(4)] == [0, 1, 2, 3]
+    assert torch.equal(torch.stack(rows), values[[3, 0, 2, 1]])
+    assert rows[0].dtype is dtype
+
+
+def test_a_shard_that_is_cut_while_it_is_open_ends_in_an_error(tmp_path: Path) -> None:
+    save_tensors({"row.a": torch.ones(4, 256)}, tmp_path / "x")
+    place = row_places(tmp_path / "x")["row.a"]
+    with (tmp_path / "x").open("rb", buffering=0) as stream:
+        assert place.read(stream, 3).sum() == 256
+        os.truncate(tmp_path / "x", place.offset + 3 * 1024 + 5)
+        assert place.read(stream, 2).sum() == 256
+        with pytest.raises(OSError, match="it ends too early"):
+            place.read(stream, 3)
+
+
+def test_a_large_store_whose_shard_goes_away_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoded, "_MAX_IN_MEMORY_BYTES", 0)
+    store = EncodedStore(tmp_path, KEY)
+    store.build(Producer())
+    rows = store.open()
+    assert rows is not None
+    assert float(rows[4]["latents"]) == 4
+    path = store.folder / "shard-00001.safetensors"
+    os.truncate(path, path.stat().st_size - 8)
+    with pytest.raises(DataError, match=r"shard-00001.*it ends too early.*run the same command again"):
+        [rows[i] for i in (3, 4, 5)]
+    path.unlink()
+    with pytest.raises(DataError, match=r"shard-00001.*No such file.*run the same command again"):
+        rows[4]
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_what_was_read_does_not_hang_on_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_memory: bool
+) -> None:
+    monkeypatch.setattr(encoded, "_MAX_IN_MEMORY_BYTES", 2**31 if in_memory else 0)
+    rows = EncodedStore(tmp_path, KEY).build(Producer())
+    constants = rows.constants
+    before = {name: value.clone() for name, value in constants.items()}
+    for path in rows._shards[0]._path.parent.glob("shard-*"):
+        with path.open("r+b") as stream:
+            stream.write(bytes(path.stat().st_size))
+    assert all(torch.equal(constants[name], value) for name, value in before.items())
+    assert rows._shards[0]._index.tolist() == [0, 1, 0]
+    if in_memory:
+        assert [float(rows[i]["latents"]) for i in range(6)] == [0, 1, 2, 3, 4, 5]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fraqat import ActivationSpec, LayerRule, QuantSpec, WeightSpec, quantize_
-from fraqat.errors import ConfigError, ModelError
+from fraqat.errors import ConfigError, FraqatError, ModelError
 from fraqat.export.codes import layer_codes
 from fraqat.export.gguf import FILE, GgufTarget, file_tensors
 from fraqat.export.gguf_blocks import dequantize_q4_0, pack_q4_0, round_to_q8_0, unpack_q4_0
@@ -379,6 +379,47 @@ def test_a_missing_or_foreign_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "o" / "tokenizer.json").write_text('{"model": {"type": "WordLevel"}}', encoding="utf-8")
     with pytest.raises(ConfigError, match=r"tokenizer = 'WordLevel after None' .* SentencePiece"):
         exported(gemma(), tmp_path / "c", rules=HEAD, origin=tmp_path / "o")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sliding_window": None}, r"config\.sliding_window = None .* whole numbers from 1 to 2\^32 - 1"),
+        ({"max_position_embeddings": 2**32}, r"config\.max_position_embeddings = 4294967296 "),
+        ({"rms_norm_eps": "x"}, r"config\.rms_norm_eps = 'x' .* numbers that float32 holds"),
+        ({"final_logit_softcapping": float("nan")}, r"config\.final_logit_softcapping = nan "),
+        ({"rope_parameters": ["x"]}, r"config\.rope_parameters = \['x'\] .* a mapping"),
+        ({"layer_types": ["sliding_attention"]}, r"config\.layer_types = "),
+        ({"bos_token_id": -1}, r"a name or a setting of zoo:tiny cannot be written to model\.gguf"),
+    ],
+)
+def test_a_configuration_that_a_file_cannot_hold_is_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    origin = tmp_path / "o"
+    origin.mkdir()
+    (origin / "tokenizer.json").write_text((ORIGIN / "tokenizer.json").read_text(encoding="utf-8"), encoding="utf-8")
+    with pytest.raises(FraqatError, match=message):
+        exported(gemma(), tmp_path / "g", rules=HEAD, origin=origin, config=changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", "[]"),
+        ("tokenizer.json", '{"model": {"type": "BPE"}, "pre_tokenizer": {"type": "ByteLevel"}}'),
+        ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {"a": 4000}}, "pre_tokenizer": {"type": "ByteLevel"}}'),
+        ("tokenizer_config.json", "{x"),
+        ("tokenizer.model", "x"),
+    ],
+)
+def test_damaged_files_of_a_tokenizer_are_named(tmp_path: Path, name: str, content: str) -> None:
+    origin = tmp_path / "o"
+    origin.mkdir()
+    (origin / "tokenizer.json").write_text((ORIGIN / "tokenizer.json").read_text(encoding="utf-8"), encoding="utf-8")
+    (origin / name).write_text(content, encoding="utf-8")
+    with pytest.raises(ModelError, match=r"the tokenizer in .*/o cannot be read .* whole folder"):
+        exported(gemma(), tmp_path / "g", rules=HEAD, origin=origin)
 
 
 def test_sentencepiece_keeps_pieces_scores_and_kinds(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fraqat.errors import ModelError
+from fraqat.errors import ConfigError, ModelError
 from fraqat.export import ExportJob, LayerPlace, ModelDescription, Part, layer_codes, run_module
 from fraqat.nn import ActivationSpec, LayerRule, QuantSpec, WeightSpec, calibrate_, quantize_
 
@@ -53,6 +53,9 @@ FLOAT = {
     "sixteen_bit_inputs": QuantSpec(activation=dynamic(16)),
     "static_sixteen_bits": QuantSpec(activation=static(16, symmetric=False)),
     "float_inputs": QuantSpec(activation=None),
+    "sixteen_bit_weights": QuantSpec(WeightSpec(16)),
+    "eight_and_a_half_bit_weights": QuantSpec(WeightSpec(8.5, symmetric=False)),
+    "twenty_bit_weights": QuantSpec(WeightSpec(20), None),
 }
 LINEAR = {**INTEGER, **FLOAT}
 CONVOLUTIONS = {
@@ -61,6 +64,8 @@ CONVOLUTIONS = {
     "conv_static": (QuantSpec(activation=static(symmetric=False)), (1, 1)),
     "conv_strided": (QuantSpec(), (2, 1)),
     "conv_float_strided": (QuantSpec(activation=dynamic(16)), (1, 2)),
+    "conv_per_sample_strided": (QuantSpec(activation=dynamic(granularity="sample")), (2, 2)),
+    "conv_float_per_sample": (QuantSpec(activation=dynamic(16, granularity="sample")), (1, 1)),
 }
 
 
@@ -140,6 +145,9 @@ def test_four_bit_codes_take_four_bits_and_products_are_integers(opened: Any, mo
     assert kinds["linear.per_token.codes"] == onnx.TensorProto.INT4
     assert kinds["linear.eight_bit_weights.codes"] == onnx.TensorProto.INT8
     assert kinds["linear.offset_weights.codes"] == onnx.TensorProto.UINT4
+    assert kinds["linear.sixteen_bit_weights.codes"] == onnx.TensorProto.INT16
+    assert kinds["linear.eight_and_a_half_bit_weights.codes"] == onnx.TensorProto.UINT16
+    assert kinds["linear.twenty_bit_weights.codes"] == onnx.TensorProto.INT32
     products = [node for node in graph.node if node.op_type == "MatMulIntegerToFloat"]
     num_integer = len(INTEGER) + sum("float" not in name for name in CONVOLUTIONS)
     assert len(products) == num_integer
@@ -163,6 +171,18 @@ def test_layers_show_their_inputs(part: Part, opened: Any, model: nn.Module) -> 
 
 def test_tracing_leaves_the_model_as_it_was(model: nn.Module, opened: Any) -> None:
     assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ['a"+b', "a'", "a\nb", "a\\", "\u202ea"])
+def test_a_name_that_would_end_the_text_of_a_program_is_refused(name: str) -> None:
+    from fraqat.export.onnx.graph import trace
+
+    model = nn.Sequential()
+    model.add_module(name, nn.Linear(4, 4))
+    quantize_(model)
+    part = Part("model", model, ("y",), lambda: [{"input": torch.ones(2, 4)}], {})
+    with pytest.raises(ConfigError, match=r"module name = .* but for quotes and backslashes.* rename it"):
+        trace(part, model)
 
 
 def test_a_model_that_cannot_be_traced_is_refused(tmp_path: Path) -> None:

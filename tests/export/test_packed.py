@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,20 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     packed = read_packed(tmp_path / "p")
     with pytest.raises(ModelError, match="does not fit Linear"):
         load_packed_(nn.Linear(3, 3), packed)
+
+
+@pytest.mark.parametrize("name", ["0.weight.scale", "0.weight.offset"])
+def test_scales_of_another_shape_are_refused(tmp_path: Path, name: str) -> None:
+    student = build()
+    quantize_(student, QuantSpec(WeightSpec(symmetric=False)))
+    write_packed(student, DESCRIPTION, tmp_path / "p")
+    packed = read_packed(tmp_path / "p")
+    shape = list(packed.tensors[name].shape)
+    packed.tensors[name] = packed.tensors[name][1:]
+    with pytest.raises(
+        ModelError, match=rf"{re.escape(name)} has the shape .* instead of {re.escape(str(shape))}.*Fix"
+    ):
+        load_packed_(build(), packed)
 
 
 def test_an_export_is_never_overwritten_unless_told(tmp_path: Path) -> None:

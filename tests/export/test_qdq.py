@@ -92,6 +92,16 @@ def test_layers_equal_the_student_and_the_bias_is_a_whole_number_of_steps(tmp_pa
     assert min(layers.values()) > 100
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_blocks_of_inputs_keep_their_scales_in_the_runtime(tmp_path: Path, bits: float) -> None:
+    inputs = ActivationSpec(static=True, granularity="tensor")
+    model, part = student_and_part(QuantSpec(WeightSpec(bits, granularity="group", group_size=8), inputs))
+    write(model, part, tmp_path)
+    wrong, layers, _ = compare(model, part, tmp_path)
+    assert wrong == 0
+    assert min(layers.values()) > target_named("onnx-qdq").bound.layer_sqnr_db
+
+
 def test_every_number_that_a_compiler_needs_is_in_the_file(tmp_path: Path) -> None:
     model, part = student_and_part()
     write(model, part, tmp_path)

@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from fault_trials import BROKEN, EQUAL, Lab
+from fault_lab import BROKEN, EQUAL, STOPPED, Lab
 from faults import FAULTS, run_fault
 
 SHORT = (
@@ -17,7 +17,7 @@ SHORT = (
     "kill -9 during a save",
     "SIGTERM",
     "newest checkpoint damaged",
-    "NaN once, on_non_finite: rewind",
+    "not finite once, on_non_finite: rewind",
 )
 
 
@@ -30,6 +30,12 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 def test_a_disturbed_run_ends_with_the_same_weights(lab: Lab, name: str) -> None:
     outcomes = run_fault(lab, name, 1)
     assert [outcome.kind for outcome in outcomes] == [EQUAL], outcomes
+
+
+def test_a_file_that_grows_too_large_stops_a_run_with_a_message(lab: Lab) -> None:
+    (found,) = run_fault(lab, "file larger than allowed (RLIMIT_FSIZE)", 1)
+    assert found.kind == STOPPED, found
+    assert "files saved earlier are untouched. Fix: raise the limit" in found.text
 
 
 @pytest.mark.faults

@@ -21,7 +21,7 @@ from fuzz import fuzz
 from fuzz_inputs import HOSTILE
 from fuzz_targets import TARGETS
 
-NUM_INPUTS = {"onnx writer": 1, "report page": 2, "recipe values": 8, "recipe text": 8}
+NUM_INPUTS = {"onnx writer": 1, "gguf writer": 8, "report page": 2, "recipe values": 8, "recipe text": 8}
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 values = st.recursive(

@@ -92,6 +92,18 @@ def test_strided_pointwise_convolution_keeps_every_second_pixel() -> None:
 
 
 @pytest.mark.parametrize("granularity", ["token", "sample", "tensor"])
+def test_pixels_that_a_stride_leaves_out_have_no_part_in_the_scale(granularity: str) -> None:
+    conv, dense = nn.Conv2d(16, 8, 1, stride=2), nn.Conv2d(16, 8, 1)
+    dense.load_state_dict(conv.state_dict())
+    for layer in (conv, dense):
+        quantize_(layer, QuantSpec(WeightSpec(), ActivationSpec(granularity=granularity)))
+    x = torch.randn(2, 16, 5, 6)
+    x[:, :, 1] = 1e3
+    torch.testing.assert_close(conv(x), dense(x[:, :, ::2, ::2]))
+    assert torch.equal(conv(x[0]), conv(x[:1])[0])
+
+
+@pytest.mark.parametrize("granularity", ["token", "sample", "tensor"])
 def test_image_without_a_batch_axis_is_a_batch_of_one(granularity: str) -> None:
     conv = nn.Conv2d(16, 8, 1)
     quantize_(conv, QuantSpec(WeightSpec(), ActivationSpec(granularity=granularity)))

@@ -250,9 +250,9 @@ class Recipe(BaseModel, ABC):
     def _changed_values(self, name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
         values: dict[str, Any] = self.model_dump(mode="json", exclude={"baselines", "preset"})
         values["name"] = f"{self.name}/{name}"
-        if "kind" in (changes.get("schedule") or {}):
+        if "kind" in _section(changes, "schedule"):
             values["schedule"] = {}
-        if (changes.get("train") or {}).get("steps") == 0:
+        if _section(changes, "train").get("steps") == 0:
             values["train"]["epochs"] = None
             values["schedule"] = {"kind": "constant"}
         return merged(values, plain(changes))
@@ -288,6 +288,12 @@ class Recipe(BaseModel, ABC):
             del values["train"]["teacher"][name]
         del values["model"]["device"]
         return values
+
+
+def _section(changes: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A section of changes that are not checked yet; empty where it is none."""
+    found = changes.get(name)
+    return found if isinstance(found, Mapping) else {}
 
 
 def _with_target(values: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fraqat.data.shard_rows import row_places
 from fraqat.errors import DataError, OutputError
 from fraqat.files import explain_os_errors, folder_lock, save_tensors, sha256_of, write_json_atomic
 
@@ -112,8 +113,9 @@ class _ShardReader:
             self._check()
         with safe_open(path, framework="pt") as stream:
             self._names = list(stream.keys())
-            self._index: Tensor = stream.get_tensor(_INDEX)
-            self._held = {name: stream.get_tensor(name) for name in self._names} if in_memory else {}
+            self._index: Tensor = stream.get_tensor(_INDEX).clone()  # what the library gives is the mapped file itself
+            self._held = {name: stream.get_tensor(name).clone() for name in self._names} if in_memory else {}
+        self._places = {} if in_memory else row_places(path)
 
     def __len__(self) -> int:
         return len(self._index)
@@ -126,12 +128,11 @@ class _ShardReader:
             return {name.partition(".")[2]: self._held[name][place] for name, place in places.items()}
         self._check()
         try:
-            with safe_open(self._path, framework="pt") as stream:
+            with self._path.open("rb", buffering=0) as stream:
                 return {
-                    name.partition(".")[2]: stream.get_slice(name)[place : place + 1][0]
-                    for name, place in places.items()
+                    name.partition(".")[2]: self._places[name].read(stream, place) for name, place in places.items()
                 }
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise _damaged(self._path, str(error)) from error
 
     def _check(self) -> None:
@@ -150,7 +151,7 @@ class _ShardReader:
     def constants(self) -> dict[str, Tensor]:
         with safe_open(self._path, framework="pt") as stream:
             names = [name for name in self._names if name.startswith(_CONSTANT)]
-            return {name.removeprefix(_CONSTANT): stream.get_tensor(name) for name in names}
+            return {name.removeprefix(_CONSTANT): stream.get_tensor(name).clone() for name in names}
 
 
 class EncodedStore:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -102,10 +103,17 @@ class GgufTarget(Target):
             add_vocabulary(writer, job.origin, description.config)
         for entry in entries:
             _add_tensor(writer, entry, layers, tensors, FLOAT_DTYPES[job.float_dtype])
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        except (ValueError, TypeError, AttributeError, struct.error) as error:
+            raise ModelError(
+                f"a name or a setting of {description.base_pipeline} cannot be written to {FILE}: {error}. Fix: compare its "
+                "config.json and its tokenizer's files with those that were published."
+            ) from error
+        finally:
+            writer.close()
         job.say(f"{FILE}: {len(layers)} layers as Q4_0, {len(entries)} tensors")
 
     def open(self, folder: Path, student: nn.Module) -> OpenedExport:
@@ -123,10 +131,15 @@ class GgufTarget(Target):
             if entry.name not in stored:
                 raise ModelError(f"{folder / FILE} has no tensor {entry.name}. Fix: export again.")
             rows = [state[source].shape[0] for source in entry.sources]
-            for source, found in zip(entry.sources, _split(entry, stored[entry.name], rows), strict=True):
-                if source in quantized:
-                    codes[quantized[source]] = _checked_codes(found, source).reshape(state[source].shape)
-                values[source] = (_weights(found) - entry.shift).reshape(state[source].shape)
+            try:
+                for source, found in zip(entry.sources, _split(entry, stored[entry.name], rows), strict=True):
+                    if source in quantized:
+                        codes[quantized[source]] = _checked_codes(found, source).reshape(state[source].shape)
+                    values[source] = (_weights(found) - entry.shift).reshape(state[source].shape)
+            except (RuntimeError, IndexError) as error:
+                raise ModelError(
+                    f"{entry.name} of {folder / FILE} does not fit the model: {error}. Fix: open it with its own run."
+                ) from error
         model.load_state_dict(values, strict=False)
         round_inputs_(model, codes, round_to_q8_0)
         ordered = {name: codes[name] for name in quantized.values()}
@@ -235,7 +248,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
     try:
         reader = gguf.GGUFReader(path)
-    except (OSError, ValueError, KeyError, IndexError) as error:
+    except (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
         raise ModelError(f"{path} is no GGUF file: {error!r}. Fix: export again.") from error
     found: dict[str, Tensor] = {}
     for tensor in reader.tensors:
@@ -245,7 +258,11 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             raise ModelError(
                 f"{path}: {tensor.name} is {kind.name}; this program writes Q4_0, BF16, F32. Fix: export again."
             )
-        found[tensor.name] = data.view(torch.bfloat16) if kind is gguf.GGMLQuantizationType.BF16 else data
+        if kind is gguf.GGMLQuantizationType.BF16:
+            if not data.numel():
+                raise ModelError(f"{path}: {tensor.name} is empty. Fix: export again.")
+            data = data.view(torch.bfloat16)
+        found[tensor.name] = data
     return found
 
 

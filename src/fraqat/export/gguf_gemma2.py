@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fraqat.errors import ModelError, config_error
+from fraqat.errors import FraqatError, ModelError, config_error
 from fraqat.export.gguf_names import FileTensor, check_complete
 
 CLASS_NAME = "Gemma2ForCausalLM"
@@ -19,6 +19,11 @@ HEAD = "lm_head"
 _HEAD_WEIGHT = f"{HEAD}.weight"
 _LAYERS_OF_27B = 46
 _FILE_TYPE_Q4_0 = 2
+_UINT32_MAX = 2**32 - 1
+_FLOAT32_MAX = 3.4e38
+_CONFIG_FIX = "use the configuration that the model was published with"
+_UNREADABLE = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, OverflowError)
+"""What SentencePiece, JSON and the gguf package raise on damaged files."""
 
 
 def gemma2_tensors(names: Sequence[str], num_layers: int) -> list[FileTensor]:
@@ -53,19 +58,19 @@ def add_gemma2_settings(writer: Any, config: Mapping[str, Any]) -> None:
     """
     try:
         _check_settings(config)
-        writer.add_context_length(config["max_position_embeddings"])
-        writer.add_embedding_length(config["hidden_size"])
-        writer.add_block_count(config["num_hidden_layers"])
-        writer.add_feed_forward_length(config["intermediate_size"])
-        writer.add_head_count(config["num_attention_heads"])
-        writer.add_head_count_kv(config["num_key_value_heads"])
-        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-        writer.add_key_length(config["head_dim"])
-        writer.add_value_length(config["head_dim"])
+        writer.add_context_length(_count(config, "max_position_embeddings"))
+        writer.add_embedding_length(_count(config, "hidden_size"))
+        writer.add_block_count(_count(config, "num_hidden_layers"))
+        writer.add_feed_forward_length(_count(config, "intermediate_size"))
+        writer.add_head_count(_count(config, "num_attention_heads"))
+        writer.add_head_count_kv(_count(config, "num_key_value_heads"))
+        writer.add_layer_norm_rms_eps(_number(config, "rms_norm_eps"))
+        writer.add_key_length(_count(config, "head_dim"))
+        writer.add_value_length(_count(config, "head_dim"))
         writer.add_rope_freq_base(_rope_theta(config))
-        writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
-        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
-        writer.add_sliding_window(config["sliding_window"])
+        writer.add_attn_logit_softcapping(_number(config, "attn_logit_softcapping"))
+        writer.add_final_logit_softcapping(_number(config, "final_logit_softcapping"))
+        writer.add_sliding_window(_count(config, "sliding_window"))
         writer.add_file_type(_FILE_TYPE_Q4_0)
     except KeyError as error:
         raise ModelError(
@@ -73,17 +78,32 @@ def add_gemma2_settings(writer: Any, config: Mapping[str, Any]) -> None:
         ) from error
 
 
+def _count(config: Mapping[str, Any], name: str) -> int:
+    value = config[name]
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _UINT32_MAX:
+        raise config_error(f"config.{name}", value, allowed="whole numbers from 1 to 2^32 - 1", fix=_CONFIG_FIX)
+    return value
+
+
+def _number(config: Mapping[str, Any], name: str) -> float:
+    value = config[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _FLOAT32_MAX:
+        raise config_error(f"config.{name}", value, allowed="numbers that float32 holds", fix=_CONFIG_FIX)
+    return float(value)
+
+
 def _check_settings(config: Mapping[str, Any]) -> None:
     is_27b = config["num_hidden_layers"] == _LAYERS_OF_27B
-    scalar = config["hidden_size"] // config["num_attention_heads"] if is_27b else config["head_dim"]
+    heads = _count(config, "num_attention_heads")
+    scalar = _count(config, "hidden_size") // heads if is_27b else _count(config, "head_dim")
     layer_types = config.get("layer_types") or []
-    pattern = ["full_attention" if i % 2 else "sliding_attention" for i in range(len(layer_types))]
+    pattern = ["full_attention" if i % 2 else "sliding_attention" for i in range(_count(config, "num_hidden_layers"))]
     checks: tuple[tuple[str, Any, Any], ...] = (
-        ("query_pre_attn_scalar", float(config["query_pre_attn_scalar"]), float(scalar)),
+        ("query_pre_attn_scalar", _number(config, "query_pre_attn_scalar"), float(scalar)),
         ("hidden_activation", config["hidden_activation"], "gelu_pytorch_tanh"),
         ("attention_bias", bool(config.get("attention_bias")), False),
         ("tie_word_embeddings", bool(config.get("tie_word_embeddings", True)), True),
-        ("layer_types", list(layer_types), pattern),
+        ("layer_types", layer_types or pattern, pattern),
     )
     for name, found, wanted in checks:
         if found != wanted:
@@ -92,10 +112,12 @@ def _check_settings(config: Mapping[str, Any]) -> None:
 
 def _rope_theta(config: Mapping[str, Any]) -> float:
     rope = config.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise config_error("config.rope_parameters", rope, allowed="a mapping", fix=_CONFIG_FIX)
     kind = rope.get("rope_type", "default")
     if kind != "default":
         raise config_error("config.rope_parameters.rope_type", kind, allowed="default", fix="use another target")
-    return float(rope["rope_theta"] if rope else config["rope_theta"])
+    return _number(rope or config, "rope_theta")
 
 
 def add_vocabulary(writer: Any, origin: Path, config: Mapping[str, Any]) -> None:
@@ -110,9 +132,21 @@ def add_vocabulary(writer: Any, origin: Path, config: Mapping[str, Any]) -> None
         ConfigError: The tokenizer is of a kind that llama.cpp does not know.
         ModelError: There is none, or it cannot be read.
     """
+    try:
+        _add_vocabulary(writer, origin, config)
+    except _UNREADABLE as error:
+        if isinstance(error, FraqatError):
+            raise
+        raise ModelError(
+            f"the tokenizer in {origin} cannot be read ({error!r}): llama.cpp needs the vocabulary. "
+            "Fix: use the original's whole folder."
+        ) from error
+
+
+def _add_vocabulary(writer: Any, origin: Path, config: Mapping[str, Any]) -> None:
     import gguf
 
-    vocab_size = int(config["vocab_size"])
+    vocab_size = _count(config, "vocab_size")
     if (origin / "tokenizer.model").is_file():
         _add_sentencepiece(writer, origin, vocab_size)
         special = gguf.SpecialVocab(origin, n_vocab=vocab_size)

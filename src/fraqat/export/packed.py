@@ -206,7 +206,16 @@ def _load_layer_(module: nn.Module, name: str, spec: QuantSpec, tensors: dict[st
         scale = scale.to(torch.promote_types(scale.dtype, torch.float32))
         groups = GroupScales(scale, tensors[f"{name}.weight.multiplier"].to(scale.dtype))
         scale = groups.product
+    wanted = spec.weight.layout().scale_shape(shape)
+    _check_shape(f"{name}.weight.scale", scale, wanted)
+    if offset is not None:
+        _check_shape(f"{name}.weight.offset", offset, wanted)
     to_packed_(module, spec, stored.reshape(shape), QParams(scale, offset=offset), static, groups)
+
+
+def _check_shape(name: str, found: Tensor, wanted: tuple[int, ...]) -> None:
+    if tuple(found.shape) != wanted:
+        raise ModelError(f"{name} has the shape {list(found.shape)} instead of {list(wanted)}. Fix: export again.")
 
 
 def _layer_tensors(name: str, layer: QuantizedLayer) -> dict[str, Tensor]:

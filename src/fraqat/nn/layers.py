@@ -156,10 +156,13 @@ def pointwise_product(
 
 
 def pointwise_forward(conv: nn.Conv2d, operands: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> Tensor:
-    """1x1 convolution of [N, I, H, W] or [I, H, W] with the input and weight that `operands` makes of a batched input."""
+    """1x1 convolution of [N, I, H, W] or [I, H, W] with the input and weight that `operands` makes of a batched input.
+
+    Scales are measured over the pixels that the convolution looks at, as those of an integer product are.
+    """
     is_unbatched = x.ndim == 3
-    x, weight = operands(x.unsqueeze(0) if is_unbatched else x)
-    y = conv._conv_forward(x, weight, conv.bias)  # pyright: ignore[reportPrivateUsage]
+    x, weight = operands(strided_input(conv, x.unsqueeze(0) if is_unbatched else x))
+    y = nn.functional.conv2d(x, weight, conv.bias)
     return y.squeeze(0) if is_unbatched else y
 
 

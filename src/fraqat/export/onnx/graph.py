@@ -34,6 +34,7 @@ _INLINE_BYTES = 1 << 30
 _SMALL_TENSOR = 1 << 10
 _CROPS = ("Reshape", "Slice")
 BATCH = "batch"
+_NOT_IN_NAMES = frozenset("\"'\\")
 _TRACED_BATCH, _TRACED_SIZE = 32, 1 << 20
 """Conditions of the model's code on sizes must be decided up to here; diffusers' upsampling has one at a batch of 64. The graph
 itself takes any size."""
@@ -52,12 +53,17 @@ def trace(part: Part, student: nn.Module) -> Any:
         student: Changed by `quantize_`; its layers are changed while the part is traced.
 
     Raises:
+        ConfigError: A module's name cannot stand in a graph.
         ModelError: PyTorch cannot trace the part.
     """
+    _check_names(part)
     example = dict(part.batches()[0])
     with _as_nodes(student), _quiet():
         program = _export(PositionalPart(part.module, tuple(example)), part, example)
-        model = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=True, verbose=False)
+        try:
+            model = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=True, verbose=False)
+        except torch.onnx.OnnxExporterError as error:
+            raise _not_traced(part, error) from error
     assert model is not None
     graph: Any = model.model.graph
     _drop_vain_squeezes_(graph)
@@ -85,10 +91,27 @@ def _export(module: nn.Module, part: Part, example: Inputs) -> torch.export.Expo
         with torch.no_grad():
             return torch.export.export(module.eval(), arguments, dynamic_shapes={"tensors": shapes}, strict=False)
     except (RuntimeError, ValueError, TypeError) as error:
-        raise ModelError(
-            f"{part.name} ({type(part.module).__name__}) cannot be traced for ONNX: {error}. Fix: make its forward free of "
-            "branches on values, or export with --format packed."
-        ) from error
+        raise _not_traced(part, error) from error
+
+
+def _not_traced(part: Part, error: Exception) -> ModelError:
+    return ModelError(
+        f"{part.name} ({type(part.module).__name__}) cannot be traced for ONNX: {error}. Fix: make its forward free of "
+        "branches on values, or export with --format packed."
+    )
+
+
+def _check_names(part: Part) -> None:
+    """Tracing makes source code of names, and a quote in one would end its text there."""
+    module = part.module
+    names = (
+        n for found in (module.named_modules(), module.named_parameters(), module.named_buffers()) for n, _ in found
+    )
+    for name in names:
+        if not name.isprintable() or set(name) & _NOT_IN_NAMES:
+            raise config_error(
+                "module name", name, allowed="printable characters but for quotes and backslashes", fix="rename it"
+            )
 
 
 @contextmanager

@@ -23,6 +23,8 @@ Value = ir.Value
 _CHANNELS_LAST, _CHANNELS_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 _SIGMAS = 3.0
 _INT8_MIN, _INT8_MAX, _UINT8_MAX = -128, 127, 255
+_SIGNED = {4: ir.DataType.INT4, 8: ir.DataType.INT8, 16: ir.DataType.INT16, 32: ir.DataType.INT32}
+_UNSIGNED = {4: ir.DataType.UINT4, 8: ir.DataType.UINT8, 16: ir.DataType.UINT16, 32: ir.DataType.UINT32}
 _PAIR_LIMIT = 64
 """Largest signed weight code that x86 CPUs without VNNI multiply exactly: ONNX Runtime adds two products of an input (up to
 255) in 16 bits there and cuts the sum off at 32767, in silence."""
@@ -90,7 +92,7 @@ def around_rows(ops: Ops, layer: LayerCodes, node: Any, rows: Callable[[Ops, Val
     """
     if layer.type_name == "Linear":
         return rows(ops, x)
-    x = ops("Transpose", _strided(ops, node, x), perm=_CHANNELS_LAST)
+    x = _picture(ops("Transpose", _strided(ops, node, x), perm=_CHANNELS_LAST))
     return ops("Transpose", rows(ops, x), perm=_CHANNELS_FIRST)
 
 
@@ -118,7 +120,13 @@ def _strided(ops: Ops, node: Any, x: Value) -> Value:
         return x
     ends = ops.axes(np.iinfo(np.int64).max, np.iinfo(np.int64).max)
     steps = ops.axes(vertical, horizontal)
-    return ops("Slice", x, ops.axes(0, 0), ends, ops.axes(2, 3), steps)
+    return _picture(ops("Slice", x, ops.axes(0, 0), ends, ops.axes(2, 3), steps))
+
+
+def _picture(x: Value) -> Value:
+    """The same value with its rank, which scales per sample need."""
+    x.shape = ir.Shape([None] * len(_CHANNELS_LAST))
+    return x
 
 
 def _with_bias(ops: Ops, layer: LayerCodes, y: Value) -> Value:
@@ -188,14 +196,9 @@ def _integer_weight(ops: Ops, layer: LayerCodes) -> Value:
 
 
 def stored_codes(ops: Ops, layer: LayerCodes) -> Value:
-    """The codes as they lie in the file, [K, O]: INT4 where they fit, else INT8 (UINT4, UINT8 on grids from 0)."""
-    is_signed, is_small = layer.grid.qmin < 0, layer.grid.storage_bits <= 4
-    dtype = {
-        (True, True): ir.DataType.INT4,
-        (True, False): ir.DataType.INT8,
-        (False, True): ir.DataType.UINT4,
-        (False, False): ir.DataType.UINT8,
-    }[is_signed, is_small]
+    """The codes as they lie in the file, [K, O]: INT4 where they fit, else INT8, INT16, INT32 (UINT4, ... on grids from 0)."""
+    types = _SIGNED if layer.grid.qmin < 0 else _UNSIGNED
+    dtype = next(dtype for num_bits, dtype in types.items() if layer.grid.storage_bits <= num_bits)
     return ops.constant("codes", layer.matrix.t().contiguous(), dtype)
 
 

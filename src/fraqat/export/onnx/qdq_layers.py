@@ -156,7 +156,8 @@ def _blocked_weight(ops: Ops, layer: LayerCodes, is_linear: bool) -> Value:
     zero = ops.constant("weight_zero_point", np.zeros(tuple(scale_GO.shape)), dtype)
     scale = ops.constant("weight_scale", scale_GO)
     weight_KO = ops("DequantizeLinear", stored, scale, zero, axis=0, block_size=layer.spec.weight.group_size)
-    if is_linear:
+    if is_linear and dtype is ir.DataType.INT4:
         return weight_KO
-    shape = ops.constant("weight_shape", np.array(layer.codes.shape, np.int64))
-    return ops("Reshape", ops("Transpose", weight_KO, perm=(1, 0)), shape)
+    # ONNX Runtime joins 8-bit weights that lie right before a MatMul to an integer product that knows no blocks
+    shape = ops.constant("weight_shape", np.array(layer.matrix.t().shape if is_linear else layer.codes.shape, np.int64))
+    return ops("Reshape", weight_KO if is_linear else ops("Transpose", weight_KO, perm=(1, 0)), shape)
