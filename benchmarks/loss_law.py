@@ -263,36 +263,46 @@ def _law_section(runs: Sequence[LawRun], only_predicted: Sequence[LawRun], size_
 
 
 def _pilot_section(records: Sequence[dict[str, Any]]) -> str:
-    """Pilots of the three shortest lengths of every size and width, against the longer runs."""
+    """Three pilots of every size and width, against the longer runs: the shortest three lengths, and those that follow."""
     steps = sorted({record["steps"] for record in records})
+    lines = [
+        "Three pilots for each size and width; the loss of longer runs is predicted, and the length that it takes. Error: the "
+        "larger over the smaller loss, less 1. Pilots that did not fall are refused.",
+        "",
+        "| pilots, steps | refused | run, steps | runs | error of the loss, median | largest | predicted / true steps, median "
+        "| least | most |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for pilots in (steps[:3], steps[1:4]):
+        lines += _pilot_rows(records, pilots, [n for n in steps if n > pilots[-1]])
+    return "\n".join(lines)
+
+
+def _pilot_rows(records: Sequence[dict[str, Any]], pilots: Sequence[int], longer: Sequence[int]) -> list[str]:
     loss_errors: dict[int, list[float]] = {}
     length_ratios: dict[int, list[float]] = {}
     num_refused = 0
     for key in sorted({(record["size"], record["bits"]) for record in records}):
         found = {r["steps"]: r["loss"] for r in records if (r["size"], r["bits"]) == key}
         try:
-            law = fit_pilot([PilotRun(n, found[n]) for n in steps[:3]])
+            law = fit_pilot([PilotRun(n, found[n]) for n in pilots])
         except ConfigError:
             num_refused += 1
             continue
-        for n in steps[3:]:
+        for n in longer:
             if n in found:
                 loss_errors.setdefault(n, []).append(math.expm1(abs(math.log(law.loss(n) / found[n]))))
                 length_ratios.setdefault(n, []).append(law.steps_for(found[n]) / n)
-    lines = [
-        f"Pilots of {', '.join(map(str, steps[:3]))} steps for each size and width; the lengths that the losses of longer "
-        f"runs need are predicted and compared with the true ones. Pilots that did not fall and were refused: {num_refused}.",
-        "",
-        "| run, steps | runs | error of the loss, median | largest | predicted / true steps, median | least | most |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for n, errors in sorted(loss_errors.items()):
         ratios = length_ratios[n]
-        lines.append(
-            f"| {n} | {len(errors)} | {statistics.median(errors):.1%} | {max(errors):.1%} | {statistics.median(ratios):.2f} | "
-            f"{min(ratios):.2f} | {max(ratios):.2f} |"
+        ends = (statistics.median(ratios), min(ratios), max(ratios))
+        shown = " | ".join("never" if math.isinf(end) else f"{end:.2f}" for end in ends)
+        rows.append(
+            f"| {', '.join(map(str, pilots))} | {num_refused} | {n} | {len(errors)} | {statistics.median(errors):.1%} | "
+            f"{max(errors):.1%} | {shown} |"
         )
-    return "\n".join(lines)
+    return rows
 
 
 def main() -> None:

@@ -23,12 +23,35 @@ def test_a_power_law_is_found_and_undone() -> None:
     assert law.loss_range(320) == pytest.approx((law.loss(320), law.loss(320)))
 
 
+@pytest.mark.parametrize("steps", [(20, 40, 80), (10, 25, 70, 150)])
+def test_a_floor_is_found(steps: tuple[int, ...]) -> None:
+    law = fit_pilot([PilotRun(n, 0.004 + 0.1 * n**-0.8) for n in steps])
+    assert law.floor == pytest.approx(0.004, rel=0.02)
+    assert law.omega == pytest.approx(0.8, rel=0.02)
+    assert law.loss(640) == pytest.approx(0.004 + 0.1 * 640**-0.8, rel=0.01)
+    assert law.steps_for(law.loss(640)) == pytest.approx(640)
+    assert law.steps_for(0.003) == law.steps_range(0.003)[1] == math.inf
+
+
+def test_two_lengths_tell_of_no_floor() -> None:
+    law = fit_pilot([PilotRun(20, 0.02), PilotRun(80, 0.0105)])
+    assert law.floor == 0
+    assert law.loss(20) == pytest.approx(0.02)
+
+
+def test_a_loss_that_falls_ever_faster_has_no_floor() -> None:
+    assert fit_pilot([PilotRun(20, 0.02), PilotRun(40, 0.015), PilotRun(80, 0.009)]).floor == 0
+
+
 def test_ranges_hold_the_prediction_and_grow_with_disagreement() -> None:
-    law = fit_pilot([PilotRun(20, 0.02), PilotRun(40, 0.013), PilotRun(80, 0.0105)])
+    law = fit_pilot([PilotRun(20, 0.02), PilotRun(40, 0.015), PilotRun(80, 0.009)])
     low, high = law.loss_range(320)
     assert low < law.loss(320) < high
     few, many = law.steps_range(0.006)
     assert few < law.steps_for(0.006) < many
+    bent = fit_pilot([PilotRun(20, 0.02), PilotRun(40, 0.013), PilotRun(80, 0.0105)])
+    low, high = bent.loss_range(320)
+    assert low < high == bent.loss(320)  # no two pilots know of a floor
     flat = fit_pilot([PilotRun(20, 0.02), PilotRun(40, 0.013), PilotRun(80, 0.0135), PilotRun(160, 0.008)])
     assert flat.steps_range(0.004)[1] == math.inf
 
@@ -66,3 +89,10 @@ def test_the_table_names_a_long_reach() -> None:
     assert not any("10 times" in note for note in near.notes)
     assert any("10 times the longest pilot" in note for note in far.notes)
     assert len(pilot_table(pilots(), law, 200, None, "note").rows) == 4
+
+
+def test_the_table_names_a_loss_below_the_floor() -> None:
+    runs = [PilotRun(n, 0.004 + 0.1 * n**-0.8) for n in (20, 40, 80)]
+    table = pilot_table(runs, fit_pilot(runs), 200, 0.002, "note")
+    assert table.to_json()["rows"][-1]["steps"] is None
+    assert any("no length comes below 0.00" in note for note in table.notes)

@@ -33,44 +33,49 @@ class PilotRun:
 
 @dataclass(frozen=True)
 class PilotLaw:
-    """L = factor / steps^omega: for one model and one width the second term of the loss law, with its floor left out.
+    """L = floor + factor / steps^omega: the loss law of one model at one width.
 
     Args:
-        factor: Loss after one step.
+        factor: What a run of one step has above the floor.
         omega: Exponent, greater than 0.
-        omegas: Exponents of every two runs of different lengths, in rising order: how sure `omega` is.
+        floor: Loss that no length goes below; 0 where the pilots show none.
+        omegas: Exponents of every two runs of different lengths without a floor, in rising order: how sure `omega` is.
         centre: ln steps and ln loss in the middle of the pilots.
     """
 
     factor: float
     omega: float
+    floor: float
     omegas: tuple[float, ...]
     centre: tuple[float, float]
 
     def loss(self, num_steps: float) -> float:
         """Predicted held-out loss of a finished run of so many steps."""
-        return self.factor * num_steps**-self.omega
+        return self.floor + self.factor * num_steps**-self.omega
 
     def steps_for(self, loss: float) -> float:
-        """Steps of a run that ends at a loss."""
-        return (self.factor / loss) ** (1 / self.omega)
+        """Steps of a run that ends at a loss; infinity at the floor and below."""
+        return (self.factor / (loss - self.floor)) ** (1 / self.omega) if loss > self.floor else math.inf
 
     def loss_range(self, num_steps: float) -> tuple[float, float]:
-        """The loss with the steepest and the flattest exponent of two pilots."""
+        """The lowest and the highest of the law's own loss and those with the exponents of two pilots and no floor."""
         log_steps, log_loss = self.centre
         ends = [math.exp(log_loss - omega * (math.log(num_steps) - log_steps)) for omega in self.omegas]
-        return min(ends), max(ends)
+        return min(*ends, self.loss(num_steps)), max(*ends, self.loss(num_steps))
 
     def steps_range(self, loss: float) -> tuple[float, float]:
-        """The steps with the steepest and the flattest; infinity where two pilots did not fall."""
+        """The same of the steps; infinity where two pilots did not fall."""
         log_steps, log_loss = self.centre
         gap = log_loss - math.log(loss)
         ends = [math.exp(log_steps + gap / omega) if omega > 0 else math.inf for omega in self.omegas]
-        return min(ends), max(ends)
+        return min(*ends, self.steps_for(loss)), max(*ends, self.steps_for(loss))
 
 
 def fit_pilot(runs: Sequence[PilotRun]) -> PilotLaw:
-    """A line through ln loss over ln steps: the median of the slopes of every two runs (Theil and Sen), and of the offsets.
+    """A line through ln (loss - floor) over ln steps: the median of the slopes of every two runs (Theil and Sen), and of offsets.
+
+    With three or more lengths the floor is the one, of 400 between 0 and the lowest loss, that brings the line nearest to all
+    losses in their logarithms; with two it is 0.
 
     Args:
         runs: Of the same recipe but for its length, with two or more different lengths. Every run has its own whole schedule
@@ -79,15 +84,12 @@ def fit_pilot(runs: Sequence[PilotRun]) -> PilotLaw:
     Raises:
         ConfigError: One length alone, or a loss that does not fall with the length.
     """
-    points = [(math.log(run.num_steps), math.log(run.loss)) for run in runs]
-    pairs = [(a, b) for a, b in combinations(points, 2) if a[0] != b[0]]
-    if not pairs:
-        lengths = sorted({run.num_steps for run in runs})
+    lengths = sorted({run.num_steps for run in runs})
+    if len(lengths) < 2:
         raise config_error(
             "--pilot", lengths, allowed="runs of two or more different lengths", fix="train one with twice the steps"
         )
-    omegas = sorted(-(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairs)
-    omega = statistics.median(omegas)
+    omegas, omega, offset = _line(runs, 0.0)
     if omega <= 0:
         raise config_error(
             "--pilot",
@@ -95,9 +97,35 @@ def fit_pilot(runs: Sequence[PilotRun]) -> PilotLaw:
             allowed="losses that fall with the number of steps",
             fix="lower train.learning_rate.peak, or make the pilots longer",
         )
-    offset = statistics.median(log_loss + omega * log_steps for log_steps, log_loss in points)
-    log_steps = statistics.fmean(point[0] for point in points)
-    return PilotLaw(math.exp(offset), omega, tuple(omegas), (log_steps, offset - omega * log_steps))
+    log_steps = statistics.fmean(math.log(run.num_steps) for run in runs)
+    centre = (log_steps, offset - omega * log_steps)
+    lowest = min(run.loss for run in runs)
+    floors = [lowest * share / _NUM_FLOORS for share in range(_NUM_FLOORS)] if len(lengths) > 2 else [0.0]
+    laws = [_with_floor(runs, floor, tuple(omegas), centre) for floor in floors]
+    return min((law for law in laws if law is not None), key=lambda law: _distance(law, runs))
+
+
+_NUM_FLOORS = 400
+
+
+def _with_floor(
+    runs: Sequence[PilotRun], floor: float, omegas: tuple[float, ...], centre: tuple[float, float]
+) -> PilotLaw | None:
+    _, omega, offset = _line(runs, floor)
+    return PilotLaw(math.exp(offset), omega, floor, omegas, centre) if omega > 0 else None
+
+
+def _line(runs: Sequence[PilotRun], floor: float) -> tuple[list[float], float, float]:
+    """Exponents of every two runs, rising, their median, and the logarithm of the factor."""
+    points = [(math.log(run.num_steps), math.log(run.loss - floor)) for run in runs]
+    omegas = sorted(-(b[1] - a[1]) / (b[0] - a[0]) for a, b in combinations(points, 2) if a[0] != b[0])
+    omega = statistics.median(omegas)
+    return omegas, omega, statistics.median(log_loss + omega * log_steps for log_steps, log_loss in points)
+
+
+def _distance(law: PilotLaw, runs: Sequence[PilotRun]) -> float:
+    """Sum of squares in ln loss, rounded so that of equal laws the one with the lowest floor is taken."""
+    return round(sum(math.log(law.loss(run.num_steps) / run.loss) ** 2 for run in runs), 12)
 
 
 def pilot_table(runs: Sequence[PilotRun], law: PilotLaw, num_steps: int, target_loss: float | None, note: str) -> Table:
@@ -112,14 +140,21 @@ def pilot_table(runs: Sequence[PilotRun], law: PilotLaw, num_steps: int, target_
     """
     rows: list[tuple[object, ...]] = [("pilot", run.num_steps, run.loss, None, None) for run in runs]
     rows.append(("planned run", num_steps, law.loss(num_steps), *law.loss_range(num_steps)))
-    notes = [f"loss = {law.factor:.4g} / steps^{law.omega:.3g}; low and high: exponents of two pilots alone", note]
+    floor = f"{law.floor:.4g} + " if law.floor else ""
+    notes = [
+        f"loss = {floor}{law.factor:.4g} / steps^{law.omega:.3g}; low and high: exponents of two pilots alone",
+        note,
+    ]
     if target_loss is not None:
         low, high = law.steps_range(target_loss)
-        rows.append(("steps for the loss", round(law.steps_for(target_loss)), target_loss, None, None))
+        needed = law.steps_for(target_loss)
+        rows.append(("steps for the loss", round(needed) if math.isfinite(needed) else None, target_loss, None, None))
         bounds = f"{low:.0f} to {high:.0f}" if math.isfinite(high) else f"{low:.0f} or more"
         notes.insert(1, f"steps for {target_loss:g}: {bounds} with the exponents of two pilots alone")
         longest = max(run.num_steps for run in runs)
-        if law.steps_for(target_loss) > 10 * longest:
+        if math.isinf(needed):
+            notes.append(f"by these pilots no length comes below {law.floor:.4g} at this width")
+        elif needed > 10 * longest:
             notes.append(
                 f"more than 10 times the longest pilot ({longest} steps): train a longer one before you rely on it"
             )
