@@ -19,8 +19,8 @@ from fraqat.workflows.training import resolve_schedule, with_absolute_paths
 
 _GIB = 2**30
 _PILOT_NOTE = (
-    "on the tiny PixArt the loss of runs of 2 and 4 times the longest of three pilots was wrong by 11 and 20 % in the median, 28 and 97 % "
-    "at most, and the steps came out too few (docs/results/loss_law.md)"
+    "on small PixArts the loss of runs 2 and 4 times as long as the longest of three pilots was wrong by 12 and 20 % in the "
+    "median, 28 and 97 % at most, and the steps came out too few (docs/results/loss_law.md)"
 )
 
 
