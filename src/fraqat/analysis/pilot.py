@@ -74,8 +74,9 @@ class PilotLaw:
 def fit_pilot(runs: Sequence[PilotRun]) -> PilotLaw:
     """A line through ln (loss - floor) over ln steps.
 
-    Its slope is the median of those of every two runs (Theil and Sen), its offset that of all offsets. With three or more lengths the floor is the one, of 400 between 0 and the lowest loss, that brings the line nearest to all
-    losses in their logarithms; with two it is 0.
+    Its slope is the median of those of every two runs (Theil and Sen), its offset that of all offsets. With three or more
+    lengths the floor is the one, of 400 between 0 and the lowest loss, that brings the line nearest to all losses in their
+    logarithms; with two it is 0.
 
     Args:
         runs: Of the same recipe but for its length, with two or more different lengths. Every run has its own whole schedule
