@@ -85,12 +85,12 @@ class Lab:
             return Outcome(BROKEN, f"the log has {len(steps)} steps")
         return Outcome(STOPPED, stopped_with) if stopped_with else Outcome(EQUAL)
 
-    def expect_stop(self, settings: Settings, code: int, words: str) -> str | Outcome:
-        """Runs with the fault; the message if it stopped as it should."""
+    def expect_stop(self, settings: Settings, code: int, *words: str) -> str | Outcome:
+        """Runs with the fault; the message, which holds one of `words`, if it stopped as it should."""
         found = self.finish(settings)
         text = messages(settings)
         last = text.split("error: ")[-1]
-        if found != code or words not in last or "Traceback" in text:
+        if found != code or not any(word in last for word in words) or "Traceback" in text:
             return Outcome(BROKEN, f"exit code {found} instead of {code}: {text[-300:]}")
         return last.strip()
 

@@ -34,11 +34,11 @@ def nan_once_stop(lab: Lab) -> Outcome:
 def nan_always(lab: Lab) -> Outcome:
     """It comes again at the same step, `rewind`: it stops, and nothing is lost."""
     settings, _ = _poisoned(lab, nan_times=99, train={"on_non_finite": {"action": "rewind"}})
-    return _stopped(lab, settings, "came again at the same step")
+    return _stopped(lab, settings, "came again at the same step", "It happened after 3 rewinds too")
 
 
-def _stopped(lab: Lab, settings: Settings, words: str) -> Outcome:
-    said = lab.expect_stop(settings, 5, words)
+def _stopped(lab: Lab, settings: Settings, *words: str) -> Outcome:
+    said = lab.expect_stop(settings, 5, *words)
     return said if isinstance(said, Outcome) else lab.judge(dataclasses.replace(settings, nan_at=None), said)
 
 
@@ -68,15 +68,15 @@ def blown_up_and_killed(lab: Lab) -> Outcome:
     time.sleep(lab.random.uniform(0.0, span))
     kill(pid)
     found = lab.judge(settings, **changes)
-    return _with_factors(found, settings)
+    return _with_factors(found, settings, num_starts=2)
 
 
-def _with_factors(found: Outcome, settings: Settings) -> Outcome:
+def _with_factors(found: Outcome, settings: Settings, num_starts: int = 1) -> Outcome:
     if found.kind != EQUAL:
         return found
     factors = [event["rate_factor"] for event in read_log(Path(settings.folder)) if event["event"] == "rewind"]
-    if factors != [0.6]:
-        return Outcome(BROKEN, f"rewinds to {factors} times the rate instead of one to 0.6")
+    if set(factors) != {0.6} or len(factors) > num_starts:
+        return Outcome(BROKEN, f"rewinds to {factors} times the rate instead of 0.6, once in each process")
     return _with_text(found, str(settings.poison))
 
 
