@@ -44,7 +44,7 @@ def ablation(widths: str, num_steps: int) -> Ablation:
             "data.num_train=256",
             "data.num_validation=64",
         ),
-        rates=(8e-4, 4e-4, 2e-4) if num_steps else (4e-4,),
+        rates=(8e-4, 4e-4) if num_steps else (4e-4,),
         seeds=(1, 2) if num_steps else (1,),
         path=RESULTS / "rotation.jsonl",
     )
