@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import sys
 import time
 import traceback
 import warnings
@@ -247,7 +246,7 @@ def run_in_fork(settings: Settings, errors: Path) -> int:
     code = 1
     try:
         os.setpgid(0, 0)
-        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), sys.stderr.fileno())
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
         torch.set_num_threads(1)
         if settings.file_limit is not None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

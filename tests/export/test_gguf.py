@@ -296,6 +296,16 @@ def test_one_of_three_joined_layers_in_floating_point_is_refused(tmp_path: Path)
         exported(flux(), tmp_path / "g", rules=[rule])
 
 
+@pytest.mark.parametrize("rules", [(), (LayerRule(pattern="transformer_blocks.0.attn.to_*", skip=True),)])
+def test_joined_layers_of_other_widths_are_refused(tmp_path: Path, rules: Any) -> None:
+    model = flux()
+    model.get_submodule("transformer_blocks.0.attn").to_k = nn.Linear(64, 32)
+    with pytest.raises(
+        ConfigError, match=r"to_q\.weight and .*to_k\.weight.*\[\[32\], \[64\], \[32\]\].*img_attn\.qkv"
+    ):
+        exported(model, tmp_path / "g", rules=rules)
+
+
 def test_other_models_and_unknown_tensors_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model = 'Sequential' .* Gemma2ForCausalLM, SD3Transformer2DModel, Flux"):
         exported(nn.Sequential(nn.Linear(32, 32)), tmp_path / "g")

@@ -224,6 +224,14 @@ def _add_tensor(
             allowed=f"quantized as {packed[0].removesuffix('.weight')}: {entry.name} is one tensor",
             fix="quantize or skip all of them",
         )
+    shapes = [tuple(named[n].codes.shape if n in named else tensors[n].shape)[1:] for n in entry.sources]
+    if any(shape != shapes[0] for shape in shapes):
+        raise config_error(
+            " and ".join(entry.sources),
+            [list(shape) for shape in shapes],
+            allowed=f"the same number of inputs: {entry.name} is one tensor",
+            fix="use another target",
+        )
     if packed:
         rows = torch.cat([_q4_0(named[source]) for source in entry.sources])
         writer.add_tensor(entry.name, _swapped(entry, rows).numpy(), raw_dtype=gguf.GGMLQuantizationType.Q4_0)
