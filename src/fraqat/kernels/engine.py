@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import os
 import time
 import weakref
@@ -26,6 +27,8 @@ from fraqat.kernels.portable import FloatCodes, IntegerMatmul
 from fraqat.kernels.product import Engine, Operands
 
 _NUM_TIMINGS = 3
+_HOPELESS = 5.0
+"""Times the best engine so far, from which a first call is not repeated."""
 
 
 class EngineName(StrEnum):
@@ -126,10 +129,13 @@ class EngineTable:
     def _choose(self, shape: ProductShape, operands: Operands, codes_OK: Tensor) -> EngineChoice:
         if len(self.candidates) == 1:
             return EngineChoice(shape, self.candidates[0].name, {})
-        times = {engine.name: self._time_ms(engine, operands, codes_OK) for engine in self.candidates}
+        times: dict[str, float] = {}
+        for engine in self.candidates:
+            times[engine.name] = self._time_ms(engine, operands, codes_OK, min(times.values(), default=math.inf))
         return EngineChoice(shape, min(times, key=times.__getitem__), times)
 
-    def _time_ms(self, engine: Engine, operands: Operands, codes_OK: Tensor) -> float:
+    def _time_ms(self, engine: Engine, operands: Operands, codes_OK: Tensor, best_ms: float) -> float:
+        """The lowest time of a few calls, or that of the first one where it is far from the best engine's so far."""
         prepared = engine.prepare(codes_OK)
         engine.product(operands, prepared)
         times: list[float] = []
@@ -139,6 +145,8 @@ class EngineTable:
             engine.product(operands, engine.prepare(codes_OK) if self.counts_preparation else prepared)
             self._synchronize()
             times.append(1000 * (time.perf_counter() - start))
+            if times[0] > _HOPELESS * best_ms:
+                break
         return min(times)
 
     def _synchronize(self) -> None:
