@@ -39,8 +39,10 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
             "transformers."
         )
     name, layers = max(lists, key=lambda item: _num_parameters(item[1]))
-    linear = sum(_num_parameters(module) for module in layers.modules() if isinstance(module, nn.Linear))
-    if linear < _MIN_LINEAR_SHARE * _num_parameters(layers):
+    linears = [module for module in layers.modules() if isinstance(module, nn.Linear)]
+    # A teacher that is held in fewer bytes has its weights in buffers.
+    num_held = sum(value.numel() for module in linears for value in module.buffers())
+    if sum(map(_num_parameters, linears)) + num_held < _MIN_LINEAR_SHARE * (_num_parameters(layers) + num_held):
         others = sorted({type(m).__name__ for m in layers.modules() if _is_matrix(m)})
         raise ModelError(
             f"{type(model).__name__} keeps most weights of its layers outside nn.Linear, in {', '.join(others)}: they cannot "
