@@ -1,4 +1,4 @@
-"""Trials of `faults.py` with several processes: one of them is killed, and `torchrun --max-restarts` starts all of them again.
+"""Trials of `faults.py` with several processes: one of them is killed or hangs, and `torchrun` starts all of them again.
 
 Run as a program, it is one of these processes.
 """
@@ -32,6 +32,8 @@ NUM_PROCESSES, NUM_RESTARTS = 2, 3
 SHARE_AT_START = 0.25
 """Of the kills: before the first step, while the processes start and meet."""
 _STEP_S = 0.05
+_HANG_TIMEOUT_S = 15
+"""`train.parallel.timeout_s` where a process hangs; `torchrun` then takes 30 s more until it kills one that ignores SIGTERM."""
 
 
 def start(settings: Settings) -> int:
@@ -63,6 +65,15 @@ def start(settings: Settings) -> int:
 
 def kill_a_process(lab: Lab, **parallel: Any) -> Outcome:
     """kill -9 of one of two processes at a moment of the run; `torchrun` goes on by itself to the same weights."""
+    return _disturb(lab, signal.SIGKILL, parallel)
+
+
+def hang_a_process(lab: Lab, **parallel: Any) -> Outcome:
+    """One of two processes is stopped for ever; the other one says so after the timeout, and `torchrun` starts both again."""
+    return _disturb(lab, signal.SIGSTOP, {**parallel, "timeout_s": _HANG_TIMEOUT_S}, says="does not answer")
+
+
+def _disturb(lab: Lab, number: signal.Signals, parallel: Mapping[str, Any], says: str = "") -> Outcome:
     wanted, span = _reference(lab, parallel)
     settings = _settings(lab, lab.new_folder(), parallel)
     pid = start(settings)
@@ -75,14 +86,16 @@ def kill_a_process(lab: Lab, **parallel: Any) -> Outcome:
         time.sleep(lab.random.uniform(0.0, span))
     processes = _children(pid)
     if len(processes) < NUM_PROCESSES:
-        return _judge(settings, wait(pid), wanted, "killed nobody: it had ended")
-    os.kill(lab.random.choice(processes), signal.SIGKILL)
+        return _judge(settings, wait(pid), wanted, f"{number.name} came too late: it had ended")
+    os.kill(lab.random.choice(processes), number)
     num_steps = _num_steps(settings)
     code = wait(pid)
     has_restarted = set(_pids(settings)) - set(processes)
     if not has_restarted:
         return Outcome(BROKEN, f"exit code {code}, nobody was started again: {messages(settings)[-300:]}")
-    return _judge(settings, code, wanted, "killed before the first step" if not num_steps else "killed while training")
+    if says not in messages(settings):
+        return Outcome(BROKEN, f"nobody said {says!r}: {messages(settings)[-600:]}")
+    return _judge(settings, code, wanted, f"{number.name} {'while training' if num_steps else 'before the first step'}")
 
 
 def _judge(settings: Settings, code: int, wanted: str, text: str) -> Outcome:
@@ -186,6 +199,11 @@ WORKER_FAULTS: Mapping[str, tuple[Callable[[Lab], Outcome], float]] = {
     "kill -9 of one of two processes, fsdp2 with codes": (
         lambda lab: kill_a_process(lab, mode="fsdp2", gather="codes"),
         0.5,
+    ),
+    "one of two processes hangs (SIGSTOP), ddp": (lambda lab: hang_a_process(lab, mode="ddp"), 0.25),
+    "one of two processes hangs (SIGSTOP), fsdp2 with codes": (
+        lambda lab: hang_a_process(lab, mode="fsdp2", gather="codes"),
+        0.25,
     ),
 }
 """As `FAULTS` of `fault_trials.py`."""
