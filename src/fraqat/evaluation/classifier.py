@@ -3,16 +3,14 @@
 It shares nothing with the models that it judges. Its penultimate features serve as the space of a Frechet distance.
 """
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fraqat.evaluation.judge_files import read_judge, save_judge
+
 NUM_FEATURES = 64
-_CONFIG_NAME = "config.json"
-_WEIGHTS_NAME = "model.safetensors"
 
 
 class ColorDigitLogits(NamedTuple):
@@ -109,13 +107,7 @@ def save_classifier(classifier: ColorDigitClassifier, folder: Path) -> None:
         classifier: what to write.
         folder: where to; made when missing.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / _CONFIG_NAME).write_text(json.dumps({"color_names": classifier.color_names}, indent=2) + "\n")
-    state = classifier.state_dict()
-    save_file(
-        {name: value.half() if value.is_floating_point() else value for name, value in state.items()},
-        folder / _WEIGHTS_NAME,
-    )
+    save_judge(classifier, {"color_names": classifier.color_names}, folder)
 
 
 def load_classifier(folder: Path | str) -> ColorDigitClassifier:
@@ -130,13 +122,9 @@ def load_classifier(folder: Path | str) -> ColorDigitClassifier:
     Raises:
         ValueError: when the folder or one of its two files is missing.
     """
-    for path in (Path(folder) / _CONFIG_NAME, Path(folder) / _WEIGHTS_NAME):
-        if not path.is_file():
-            raise ValueError(
-                f"folder is {str(folder)!r} but {path.name} is not in it; allowed is a folder with {_CONFIG_NAME} and "
-                f"{_WEIGHTS_NAME}. Pass a folder that save_classifier wrote, or zoo_path('color-digits-classifier')."
-            )
-    config = json.loads((Path(folder) / _CONFIG_NAME).read_text())
+    config, weights = read_judge(
+        Path(folder), "Pass a folder that save_classifier wrote, or zoo_path('color-digits-classifier')."
+    )
     classifier = ColorDigitClassifier(tuple(config["color_names"]))
-    classifier.load_state_dict(load_file(Path(folder) / _WEIGHTS_NAME))  # copies half precision into float32
+    classifier.load_state_dict(weights)  # copies half precision into float32
     return classifier.eval()

@@ -6,15 +6,13 @@ from its place in the phrase.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-_CONFIG_NAME = "config.json"
-_WEIGHTS_NAME = "model.safetensors"
+from fraqat.evaluation.judge_files import read_judge, save_judge
+
 _WIDTH = 96
 _RECURRENT_WIDTH = 64
 _PAD_FRAMES = 6
@@ -80,14 +78,7 @@ def save_recognizer(recognizer: PhraseRecognizer, folder: Path) -> None:
         recognizer: what to write.
         folder: where to; made when missing.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {"words": recognizer.words, "num_mels": recognizer.num_mels}
-    (folder / _CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
-    state = recognizer.state_dict()
-    save_file(
-        {name: value.half() if value.is_floating_point() else value for name, value in state.items()},
-        folder / _WEIGHTS_NAME,
-    )
+    save_judge(recognizer, {"words": recognizer.words, "num_mels": recognizer.num_mels}, folder)
 
 
 def load_recognizer(folder: Path | str) -> PhraseRecognizer:
@@ -102,13 +93,9 @@ def load_recognizer(folder: Path | str) -> PhraseRecognizer:
     Raises:
         ValueError: when the folder or one of its two files is missing.
     """
-    for path in (Path(folder) / _CONFIG_NAME, Path(folder) / _WEIGHTS_NAME):
-        if not path.is_file():
-            raise ValueError(
-                f"folder is {str(folder)!r} but {path.name} is not in it; allowed is a folder with {_CONFIG_NAME} and "
-                f"{_WEIGHTS_NAME}. Pass one that save_recognizer wrote, or zoo_path('espeak-speecht5') / 'recognizer'."
-            )
-    config = json.loads((Path(folder) / _CONFIG_NAME).read_text())
+    config, weights = read_judge(
+        Path(folder), "Pass one that save_recognizer wrote, or zoo_path('espeak-speecht5') / 'recognizer'."
+    )
     recognizer = PhraseRecognizer(tuple(config["words"]), config["num_mels"])
-    recognizer.load_state_dict(load_file(Path(folder) / _WEIGHTS_NAME))
+    recognizer.load_state_dict(weights)  # copies half precision into float32
     return recognizer.eval()
