@@ -54,6 +54,7 @@ CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "averaged": {"ema_decay": 0.9, "weight_decay": 0.1, "weight": WeightSpec(range_method="mse")},
     "eight-bit": {"optimizer": "adamw_8bit", "hidden": EIGHT_BIT_HIDDEN, "weight_decay": 0.1},
+    "adapted": {"optimizer": "adamw_adapted", "weight": WeightSpec(range_method="learned"), "weight_decay": 0.1},
     "selective": {"train": "blocks"},
     "learned": {"weight": WeightSpec(range_method="learned")},
     "final-grid": {"grid": "final"},

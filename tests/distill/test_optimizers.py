@@ -57,7 +57,7 @@ def state_bytes(optimizer: TrainOptimizer) -> int:
     return sum(tensor.numel() * tensor.itemsize for tensor in optimizer.state_tensors())
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("name", ["adamw", "adamw_adapted", "adamw_8bit"])
 @pytest.mark.parametrize("kind", [DeviceOptimizer, HostOptimizer])
 def test_a_state_goes_through_a_file_bitwise(name: Any, kind: Any) -> None:
     spec = toy_spec(optimizer=name, weight_decay=0.1)
@@ -110,7 +110,52 @@ def test_8_bit_steps_stay_near_float32_steps() -> None:
         assert error < (0.05 if shape in LARGE else 1e-5), shape
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def moves(name: Any, steps: range) -> list[Tensor]:
+    """What the last of the steps moves; all of them go to weights at 0, so that no small move is rounded."""
+    trained = [nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
+    optimizer = DeviceOptimizer(trained, toy_spec(optimizer=name))
+    take_steps(optimizer, trained, steps[:-1])
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.zero_()
+    take_steps(optimizer, trained, steps[-1:])
+    return [parameter.detach() for parameter in trained]
+
+
+def test_an_adapted_step_has_the_signs_and_the_norm_of_adams_and_its_squares() -> None:
+    for plain, adapted in zip(moves("adamw", range(5)), moves("adamw_adapted", range(5)), strict=True):
+        expected = plain
+        if plain.ndim > 1:
+            expected = plain * plain.abs()
+            expected = expected * (plain.norm() / expected.norm())
+        torch.testing.assert_close(adapted, expected, rtol=1e-4, atol=1e-9)
+
+
+def test_the_first_adapted_step_is_adams() -> None:
+    for plain, adapted in zip(moves("adamw", range(1)), moves("adamw_adapted", range(1)), strict=True):
+        torch.testing.assert_close(adapted, plain, rtol=1e-4, atol=0)
+
+
+def test_a_run_of_adamw_goes_on_adapted() -> None:
+    trained, start = parameters(), parameters()
+    first = DeviceOptimizer(trained, toy_spec())
+    take_steps(first, trained, range(3))
+    second = DeviceOptimizer(trained, toy_spec(optimizer="adamw_adapted"))
+    second.load_state_dict(through_a_file(first.state_dict()))
+    take_steps(second, trained, range(3, 4))
+    assert second.state_dict()["state"][0]["step"] == 4
+    assert all(not torch.equal(p, q) for p, q in zip(trained, start, strict=True))
+
+
+def test_an_adapted_step_without_any_gradient_moves_nothing() -> None:
+    trained = [nn.Parameter(torch.ones(4, 4))]
+    optimizer = DeviceOptimizer(trained, toy_spec(optimizer="adamw_adapted"))
+    trained[0].grad = torch.zeros(4, 4)
+    optimizer.step()
+    assert torch.equal(trained[0], torch.ones(4, 4))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_adapted", "adamw_8bit"])
 def test_a_step_on_the_host_is_the_step(name: Any) -> None:
     spec = toy_spec(optimizer=name, weight_decay=0.1)
     here, hosted = parameters(), parameters()

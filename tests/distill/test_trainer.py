@@ -66,11 +66,12 @@ def test_the_student_ends_at_the_target_width_and_passes_every_stage(make_distil
         {},
         {"ema_decay": 0.9, "accumulation": 2, "weight_decay": 0.1},
         {"optimizer": "adamw_8bit", "hidden": EIGHT_BIT_HIDDEN, "weight_decay": 0.1},
+        {"optimizer": "adamw_adapted", "weight_decay": 0.1},
         {"teacher": TeacherSpec("int8")},
         {"schedule": ScheduleSpec("fractional", grid="final").resolve(4.0, 18)},
         {"learning_rate": LearningRateSpec(1e-2, "cooldown", cooldown_shape="sqrt")},
     ],
-    ids=["plain", "averaged", "8-bit", "int8 teacher", "final grid", "cooldown"],
+    ids=["plain", "averaged", "8-bit", "adapted", "int8 teacher", "final grid", "cooldown"],
 )
 def test_an_interrupted_run_ends_bitwise_equal(make_distiller, crash_after: int, options) -> None:
     whole = make_distiller(folder="whole", dropout=0.2, **options)
@@ -243,7 +244,7 @@ def test_frozen_parameters_do_not_move(make_distiller) -> None:
         ({"steps": 3, "epochs": 2.0}, "train.epochs = 2.0 .* null when train.steps is given"),
         ({"clip_norm": 0.0}, "train.clip_norm = 0.0 .* more than 0"),
         ({"seed": -1}, "train.seed = -1"),
-        ({"optimizer": "sgd"}, "train.optimizer = 'sgd' .* adamw, adamw_8bit"),
+        ({"optimizer": "sgd"}, "train.optimizer = 'sgd' .* adamw, adamw_adapted, adamw_8bit"),
         ({"optimizer_device": "disk"}, "train.optimizer_device = 'disk' .* same, host"),
         ({"activation_checkpointing": "all"}, "train.activation_checkpointing = 'all' .* none, blocks"),
     ],

@@ -41,8 +41,9 @@ class Method:
 
 _COSINE = {"learning_rate": {"kind": "cosine"}}
 _DECAY_LAST = {"learning_rate": {"kind": "decay_last"}}
-# The one large gain over vanilla QAT that was found; why it gains is open (docs/log.md).
+# The two large gains over vanilla QAT that were found; why they gain is open (docs/log.md).
 _LITTLE_MOMENTUM = {"betas": [0.5, 0.999]}
+_ADAPTED = {"optimizer": "adamw_adapted"}
 _UNTRAINED = {"schedule": {"kind": "constant"}, "train": {"steps": 0}}
 
 _RANK = 16  # the paper's for Sana 600M and PixArt-Sigma
@@ -78,17 +79,22 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             ),
             Method(
                 "fraqat",
-                "our default: learned scales, little momentum, cosine; no fractional widths, which did not help here",
+                "our default: learned scales, little momentum, adapted steps, cosine; no fractional widths, which did not help",
                 {
                     "quantization": {"weight": {"range_method": "learned"}},
                     "schedule": {"kind": "constant"},
-                    "train": _COSINE | _LITTLE_MOMENTUM,
+                    "train": _COSINE | _LITTLE_MOMENTUM | _ADAPTED,
                 },
             ),
             Method(
                 "little-momentum",
                 "vanilla QAT with the first beta of Adam at 0.5",
                 {"schedule": {"kind": "constant"}, "train": _COSINE | _LITTLE_MOMENTUM},
+            ),
+            Method(
+                "adapted-steps",
+                "vanilla QAT with AdamW's steps adapted to the noise of gradients",
+                {"schedule": {"kind": "constant"}, "train": _COSINE | _ADAPTED},
             ),
             Method(
                 "final-grid",

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fraqat.distill.spec import TrainSpec
+from fraqat.distill.spec import OptimizerName, TrainSpec
+from fraqat.distill.variance_adapted import VarianceAdaptedAdamW
 from fraqat.errors import config_error
 from fraqat.quiet import quiet_torchao
 
@@ -83,15 +84,16 @@ class DeviceOptimizer:
 
     Args:
         parameters: Updated in place.
-        spec: `adamw` is torch's own, fused, with 8 bytes of state for a parameter. `adamw_8bit` is torchao's, with 2 bytes and
-            a float32 scale for 256 of them; it keeps a state in float32 where a tensor has fewer than 4096 elements or no
-            multiple of 256. Its update is compiled, one graph for each shape, if `spec.compile` is not `none`.
+        spec: `adamw` is torch's own, fused, with 8 bytes of state for a parameter; `adamw_adapted` is `VarianceAdaptedAdamW`
+            with as many. `adamw_8bit` is torchao's, with 2 bytes and a float32 scale for 256 of them; it keeps a state in
+            float32 where a tensor has fewer than 4096 elements or no multiple of 256. Its update is compiled, one graph for
+            each shape, if `spec.compile` is not `none`.
         scales: Those of `parameters` that are learned scales.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], spec: TrainSpec, scales: Scales = ()):
         groups = _groups(parameters, spec, scales)
-        self._inner = _adamw_8bit(groups, spec) if spec.optimizer == "adamw_8bit" else _adamw(groups, spec)
+        self._inner = _MAKERS[spec.optimizer](groups, spec)
         # torchao compiles its update whatever we say; without train.compile there may be no compiler here.
         self._stance: Callable[[], AbstractContextManager[Any]] = nullcontext
         if spec.optimizer == "adamw_8bit":
@@ -259,6 +261,17 @@ def _adamw_8bit(groups: list[dict[str, Any]], spec: TrainSpec) -> torch.optim.Op
         weight_decay=spec.weight_decay,
         block_size=_BLOCK,
     )
+
+
+def _adamw_adapted(groups: list[dict[str, Any]], spec: TrainSpec) -> torch.optim.Optimizer:
+    return VarianceAdaptedAdamW(groups, spec.learning_rate.peak, spec.betas, spec.eps, spec.weight_decay)
+
+
+_MAKERS: Mapping[OptimizerName, Callable[[list[dict[str, Any]], TrainSpec], torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+    "adamw_adapted": _adamw_adapted,
+    "adamw_8bit": _adamw_8bit,
+}
 
 
 def _to_plain(value: Any) -> Any:

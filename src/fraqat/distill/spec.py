@@ -14,7 +14,7 @@ from fraqat.nn import STRICT_KEYS, EngineSpec, LowRankSpec
 from fraqat.schedules import LearningRateSpec
 
 CompileMode = Literal["none", "default", "cuda_graphs"]
-OptimizerName = Literal["adamw", "adamw_8bit"]
+OptimizerName = Literal["adamw", "adamw_adapted", "adamw_8bit"]
 OptimizerDevice = Literal["same", "host"]
 TeacherDtype = Literal["model", "bfloat16", "int8"]
 TeacherOutputsMode = Literal["computed", "recorded"]
@@ -119,7 +119,8 @@ class TrainSpec:
         accumulation: Parts in which a batch is computed; `batch_size` must be a multiple. Several processes share the parts.
         learning_rate: Peak and course.
         losses: Weighted terms on the outputs.
-        optimizer: `adamw`, or `adamw_8bit` with its state in 8 bits (needs torchao); master weights are float32 with both.
+        optimizer: `adamw`; `adamw_adapted`, which moves a weight less where its gradients cancel (`VarianceAdaptedAdamW`); or
+            `adamw_8bit` with its state in 8 bits (needs torchao). Master weights are float32 with all.
         optimizer_device: Where its state is and its step runs: `same` as the model, or `host`, for a model on a GPU.
         scale_rate: Learning rate of learned scales (`range_method: learned`) over that of the weights; no weight decay is taken
             from them.

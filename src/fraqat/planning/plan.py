@@ -222,7 +222,7 @@ def _advice(trace: StepTrace, workload: Workload, plan: Plan, train: TrainSpec) 
 
     for dtype in _TEACHER_DTYPES:
         consider(f"train.teacher.dtype: {dtype}", teacher=dataclasses.replace(train.teacher, dtype=dtype))
-    if train.optimizer == "adamw":
+    if train.optimizer != "adamw_8bit":
         consider("train.optimizer: adamw_8bit", optimizer="adamw_8bit")
     if train.optimizer_device == "same" and device.kind is DeviceKind.GPU:
         consider("train.optimizer_device: host", optimizer_device="host")
