@@ -99,22 +99,35 @@ def main() -> None:
     parser.add_argument("--family", dest="families", action="append", choices=FAMILIES, help="default: all")
     parser.add_argument("--methods", default="vanilla-qat,fraqat")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--rates", default="1e-4,2e-4,4e-4")
+    parser.add_argument("--rates", default="1e-4,2e-4,4e-4", help="learning rates that every method is tried at")
+    parser.add_argument(
+        "--rates-of",
+        action="append",
+        default=[],
+        metavar="FAMILY=RATES",
+        help="other rates for a family, for all methods",
+    )
     parser.add_argument("--set", dest="settings", action="append", default=[], help="further change of the recipes")
     arguments = parser.parse_args()
     families = arguments.families or list(FAMILIES)
-    options = CompareOptions(
-        methods=tuple(arguments.methods.split(",")),
-        num_seeds=arguments.seeds,
-        rates=tuple(float(rate) for rate in arguments.rates.split(",")),
-    )
     settings = (*SETTINGS, *arguments.settings)
-    comparisons = {
-        family: compare(load_recipe(f"{family}-tiny", settings), arguments.work / family, options, SilentProgress())
-        for family in families
-    }
+    own_rates = dict(given.split("=", 1) for given in arguments.rates_of)
+    if unknown := set(own_rates) - set(families):
+        parser.error(
+            f"--rates-of {', '.join(sorted(unknown))}: allowed are the families compared: {', '.join(families)}"
+        )
+    comparisons: dict[str, Comparison] = {}
+    for family in families:
+        options = CompareOptions(
+            methods=tuple(arguments.methods.split(",")),
+            num_seeds=arguments.seeds,
+            rates=tuple(float(rate) for rate in own_rates.get(family, arguments.rates).split(",")),
+        )
+        recipe = load_recipe(f"{family}-tiny", settings)
+        comparisons[family] = compare(recipe, arguments.work / family, options, SilentProgress())
     chosen = " ".join(f"--family {family}" for family in families)
-    changes = "".join(f" --set {setting}" for setting in arguments.settings)
+    changes = "".join(f" --rates-of {given}" for given in arguments.rates_of)
+    changes += "".join(f" --set {setting}" for setting in arguments.settings)
     command = (
         f"OMP_NUM_THREADS=1 python benchmarks/quality.py --work runs/quality --date {arguments.date} {chosen} "
         f"--methods {arguments.methods} --seeds {arguments.seeds} --rates {arguments.rates}{changes}"
