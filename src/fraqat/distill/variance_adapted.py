@@ -107,12 +107,13 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _squares(tensor: Tensor) -> Tensor:
-    return tensor.square().sum()
+    """Sum of squares in float64, so that the order of a sum, which is that of the processes, does not show in float32."""
+    return tensor.square().sum(dtype=torch.float64)
 
 
 def _ratio(own: Tensor, powered: Tensor) -> Tensor:
     """Norm of u over that of u |u|; 0 where there is no gradient."""
-    return torch.where(powered > 0, (own / powered).sqrt(), 0.0)
+    return torch.where(powered > 0, (own / powered).sqrt(), 0.0).float()
 
 
 def _group_of_rows(parameter: DTensor) -> dist.ProcessGroup:
