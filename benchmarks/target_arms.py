@@ -127,7 +127,8 @@ class Case:
         model = self.model()
         if width in (FLOAT, HALF):
             return model
-        weight = WeightSpec(**{"range_method": "max_abs", **target.defaults.get("weight", {})})
+        fields: dict[str, Any] = {"range_method": "max_abs", **target.defaults.get("weight", {})}
+        weight = WeightSpec(**fields)
         own = ActivationSpec(**target.defaults.get("activation", {}))
         inputs = {WEIGHT_ONLY: None, PER_TOKEN: own, FIXED: own if own.static else STATIC}[width]
         spec = QuantSpec(weight, inputs)

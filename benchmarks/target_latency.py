@@ -152,7 +152,7 @@ def write_table(path: Path) -> None:
         "float32: `time` is the processor time of the process, which other work on the machine stretches less than the",
         "clock's (`clock`), the median over rounds with the least and the greatest; `own float32` is the ratio to float32 in",
         "the same runtime; `file` is against float32 in safetensors. Before anything was timed each output was compared with",
-        "that of its student in PyTorch (`student`) and with the float model's (`float32`: what rounding costs random weights).",
+        "that of its student in PyTorch (`student`) and with the float model's (`float32`: what rounding itself costs).",
         "",
         "Targets without a row:",
         "",
