@@ -19,17 +19,20 @@ from target_latency import measure_block, to_table, write_table
 
 TINY = Block("Sana tiny", "sana-600m-tiny", 128, {"num_layers": 1})
 NEVER = {"executorch-xnnpack, bf16", "executorch-xnnpack, W4A16"}
+CHOSEN = (BASE, "PyTorch, bf16", "packed, W4A8 per token", "onnx, W4A8 static", "torchao, W4A8 per token")
+TRIED = tuple(arm for arm in ARMS if arm.name in CHOSEN or arm.target == "executorch-xnnpack")
+"""Every way to write and to load once; tracing a graph takes seconds."""
 
 
 @pytest.fixture(scope="module")
 def record() -> dict[str, Any]:
-    return measure_block(TINY, tokens=64, rounds=1, arms=ARMS, say=lambda _: None)
+    return measure_block(TINY, tokens=64, rounds=1, arms=TRIED, say=lambda _: None)
 
 
 def test_every_arm_is_timed_or_says_why_not(record: dict[str, Any]) -> None:
     has_executorch = importlib.util.find_spec("executorch") is not None
-    assert list(record["arms"]) == [arm.name for arm in ARMS]
-    for arm in ARMS:
+    assert list(record["arms"]) == [arm.name for arm in TRIED]
+    for arm in TRIED:
         found = record["arms"][arm.name]
         if arm.name in NEVER or (arm.target == "executorch-xnnpack" and not has_executorch):
             assert found["reason"]
@@ -43,12 +46,12 @@ def test_files_of_four_bits_are_smaller(record: dict[str, Any]) -> None:
     size = {name: found["num_bytes"] for name, found in record["arms"].items() if "num_bytes" in found}
     assert size["PyTorch, bf16"] < 0.6 * size[BASE]
     assert size["packed, W4A8 per token"] < 0.3 * size[BASE]
-    assert size["onnx, W4A8 static"] < size["onnx, bf16"] < size["onnx, float32"]
+    assert size["onnx, W4A8 static"] < size["PyTorch, bf16"]
 
 
 def test_the_page_has_a_row_for_every_arm(record: dict[str, Any], tmp_path: Path) -> None:
     rows = [line for line in to_table(record) if line.startswith("| ")][1:]
-    assert len(rows) == 1 + len(ARMS)
+    assert len(rows) == 1 + len(TRIED)
     assert f"| {PYTORCH} | float32 | 1.000 | 1.00 to 1.00 | 1.000 | 1.000 | 1.000 | equal | equal |" in rows
     path = tmp_path / "found.jsonl"
     path.write_text(json.dumps(record) + "\n" + json.dumps(record | {"rounds": 7}) + "\n")
