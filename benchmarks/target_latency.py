@@ -101,7 +101,7 @@ def _versions() -> dict[str, str]:
 def to_table(record: dict[str, Any]) -> list[str]:
     """A record's lines of Markdown."""
     arms, base = record["arms"], record["arms"][BASE]
-    own = {f"{a.target}, {a.width}": f"{OWN_FLOAT.get(a.target, PYTORCH)}, {FLOAT}" for a in ARMS}
+    own = {a.name: f"{OWN_FLOAT.get(a.target, PYTORCH)}, {FLOAT}" for a in ARMS}
     threads = "1 thread" if record["threads"] == 1 else f"{record['threads']} threads"
     libraries = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     lines = [
@@ -115,8 +115,9 @@ def to_table(record: dict[str, Any]) -> list[str]:
         "| target | layers | time | spread | clock | own float32 | file | student, dB | float32, dB |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name, arm in arms.items():
-        target, width = name.split(", ")
+    for row in ARMS:
+        name, target, width = row.name, row.target, row.width
+        arm = arms.get(name, {"reason": "left out of this run"})
         if "reason" in arm:
             lines.append(f"| {target} | {width} | not run: {arm['reason']} | | | | | | |")
             continue
@@ -173,7 +174,13 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=TOKENS, help="tokens of the picture, a square number")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--blocks", nargs="+", choices=[b.recipe for b in BLOCKS], default=[b.recipe for b in BLOCKS])
-    parser.add_argument("--targets", nargs="+", choices=[PYTORCH, *OPEN], default=[PYTORCH, *OPEN])
+    parser.add_argument(
+        "--targets",
+        nargs="+",
+        choices=[PYTORCH, *OPEN],
+        default=[PYTORCH, *OPEN],
+        help="with PyTorch's float32; the page says which were left out",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "target_latency.jsonl")
     arguments = parser.parse_args()
     if math.isqrt(arguments.size) ** 2 != arguments.size or arguments.size < 1:
