@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import tempfile
@@ -33,7 +34,7 @@ from fraqat.export.onnx.graph import layer_nodes, replace_layers_, save, store_f
 from fraqat.export.onnx.integer import lower_
 from fraqat.export.onnx.layers import Ops, around_rows
 from fraqat.export.onnx.runtime import open_session
-from fraqat.export.target import Part
+from fraqat.export.target import LayerPlace, Part, Target
 from fraqat.nn import ActivationSpec, IntegerLayers, QuantSpec, WeightSpec, calibrate_, quantize_, quantized_layers
 from fraqat.tasks.diffusion import OUTPUT, NamedTransformer
 from fraqat.tasks.example_inputs import example_inputs
@@ -44,6 +45,7 @@ from onnx_profile import cpu_name
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 MEASURE = "ONNX Runtime, float32"
+TOKENS = 1024
 FILE_NAMES = {
     MEASURE: "float32",
     "ONNX Runtime, W4A16": "w4a16",
@@ -52,12 +54,13 @@ FILE_NAMES = {
 }
 FIRST_CPU = "two-core x86 with AMX"
 """Of the records from before a record named its processor."""
+WEIGHT = WeightSpec(range_method="max_abs")  # pyright: ignore[reportArgumentType]
 STATIC = ActivationSpec(granularity="tensor", static=True, symmetric=False, range_method="three_sigma")  # pyright: ignore[reportArgumentType]
 
 
 @dataclass(frozen=True)
 class Block:
-    """A model with one of its blocks, and the sampler's picture size that gives 1024 tokens."""
+    """A model with one of its blocks, and the sampler's picture size that gives `TOKENS` tokens."""
 
     title: str
     recipe: str
@@ -73,12 +76,18 @@ BLOCKS = (
     ),
 )
 
-Call = Callable[[], object]
+Call = Callable[[], Any]
 
 
-def model_of(block: Block) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The model with random weights, and one random sample of its inputs."""
-    session = open_recipe(load_recipe(block.recipe, (f"sampler.height={block.side}", f"sampler.width={block.side}")))
+def model_of(block: Block, tokens: int = TOKENS) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The model with random weights, and one random sample of its inputs.
+
+    Args:
+        block: Which.
+        tokens: Of the picture, a square number.
+    """
+    side = block.side * math.isqrt(tokens) // math.isqrt(TOKENS)
+    session = open_recipe(load_recipe(block.recipe, (f"sampler.height={side}", f"sampler.width={side}")))
     torch.manual_seed(0)
     config = {**session.known.config, **{k: v for k, v in block.changes.items() if k in session.known.config}}
     model = build_transformer(session.known.class_name, config).eval().requires_grad_(False)
@@ -126,9 +135,13 @@ def integer_graph(proto: Any, codes: dict[str, LayerCodes]) -> Any:
     return graph
 
 
-def quantized(model: nn.Module, activation: ActivationSpec | None, inputs: dict[str, Tensor]) -> nn.Module:
-    """The model on a W4A8 or W4A16 grid, in place."""
-    quantize_(model, QuantSpec(WeightSpec(range_method="max_abs"), activation))  # pyright: ignore[reportArgumentType]
+def quantized(model: nn.Module, spec: QuantSpec, inputs: dict[str, Tensor], target: Target | None = None) -> nn.Module:
+    """The model on a grid, in place; with a target every layer on the nearest grid that the target computes."""
+
+    def nearest(name: str, type_name: str, shape: tuple[int, ...], layer_spec: QuantSpec) -> QuantSpec | None:
+        return layer_spec if target is None else target.nearest(LayerPlace(name, type_name, shape), layer_spec)
+
+    quantize_(model, spec, fit=nearest)
     with torch.no_grad():
         calibrate_(model, lambda batch: NamedTransformer(model)(**batch), [inputs])  # pyright: ignore[reportCallIssue]
     return model
@@ -137,7 +150,7 @@ def quantized(model: nn.Module, activation: ActivationSpec | None, inputs: dict[
 def ways_of(block: Block, folder: Path) -> tuple[dict[str, Call], dict[str, int]]:
     """What is timed, and the sizes of the files in bytes."""
     model, inputs = model_of(block)
-    quantized(model, ActivationSpec(), inputs)
+    quantized(model, QuantSpec(WEIGHT, ActivationSpec()), inputs)
     codes, proto = layer_codes(model), neutral_graph(model, inputs)
     graphs = {
         MEASURE: float_graph(proto, model, codes, in_4_bits=False),
@@ -146,7 +159,9 @@ def ways_of(block: Block, folder: Path) -> tuple[dict[str, Call], dict[str, int]
     }
     static, _ = model_of(block)
     sizes: dict[str, int] = {}
-    graphs["ONNX Runtime, W4A8 static"] = integer_graph(proto, layer_codes(quantized(static, STATIC, inputs)))
+    graphs["ONNX Runtime, W4A8 static"] = integer_graph(
+        proto, layer_codes(quantized(static, QuantSpec(WEIGHT, STATIC), inputs))
+    )
     sizes["W4A8 static, other floats in bfloat16"] = _stored_size(graphs["ONNX Runtime, W4A8 static"], folder)
     feeds = {name: value.numpy() for name, value in inputs.items()}
     np.savez(folder / f"{block.recipe}.inputs.npz", **feeds)  # pyright: ignore[reportArgumentType]
@@ -156,7 +171,7 @@ def ways_of(block: Block, folder: Path) -> tuple[dict[str, Call], dict[str, int]
         save(graph, path)
         sizes[name] = sum(file.stat().st_size for file in folder.glob(f"{path.name}*"))
         # Accuracy level 1 keeps the inputs of INT4 products in float32; without it they are rounded to 8 bits.
-        calls[name] = _run(open_session(path, **{"session.qdq_matmulnbits_accuracy_level": 1}), feeds)
+        calls[name] = session_call(open_session(path, **{"session.qdq_matmulnbits_accuracy_level": 1}), feeds)
     calls |= torch_ways(block, model, inputs)
     return calls, sizes
 
@@ -169,7 +184,8 @@ def _stored_size(graph: Any, folder: Path) -> int:
     return (folder / "smaller.onnx").stat().st_size
 
 
-def _run(session: Any, feeds: dict[str, Any]) -> Call:
+def session_call(session: Any, feeds: dict[str, Any]) -> Call:
+    """A run of a session with those of the arrays that its graph takes."""
     wanted = {item.name for item in session.get_inputs()}
     given = {name: value for name, value in feeds.items() if name in wanted}
     return lambda: session.run(None, given)
@@ -193,16 +209,26 @@ def measure(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
     """Ratio of every way to `MEASURE` in every round."""
     for call in calls.values():
         call()
-    ratios: dict[str, list[float]] = {name: [] for name in calls}
+    times, _ = timed(calls, rounds)
+    return ratios_to(MEASURE, times)
+
+
+def timed(calls: dict[str, Call], rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds of every call in every round, the calls in turns, and seconds that the process's threads computed meanwhile."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    busy: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
-        times: dict[str, float] = {}
         for name, call in calls.items():
-            start = time.perf_counter()
+            start, busy_start = time.perf_counter(), time.process_time()
             call()
-            times[name] = time.perf_counter() - start
-        for name in calls:
-            ratios[name].append(times[name] / times[MEASURE])
-    return ratios
+            seconds[name].append(time.perf_counter() - start)
+            busy[name].append(time.process_time() - busy_start)
+    return seconds, busy
+
+
+def ratios_to(base: str, times: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Every time over that of `base` in the same round."""
+    return {name: [a / b for a, b in zip(values, times[base], strict=True)] for name, values in times.items()}
 
 
 def write_table(path: Path) -> None:

@@ -153,14 +153,20 @@ def test_a_cut_file_is_refused(tmp_path: Path) -> None:
         TARGET.open(tmp_path / "e", model)
 
 
-def test_diffusers_loads_it_and_computes_the_student(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_on_hub", [False, True])
+def test_diffusers_loads_it_and_computes_the_student(tmp_path: Path, is_on_hub: bool) -> None:
+    """Without a folder of the original, as with a hub id, the description alone says whose file it is."""
     from diffusers import SanaTransformer2DModel
+
+    from fraqat.tasks.pipelines import transformer_description
 
     origin = zoo_path("color-digits-sana")
     model = SanaTransformer2DModel.from_pretrained(origin / "transformer", torch_dtype=torch.float32)
     rules = [LayerRule(module_type="PointwiseConv", skip=True)]
     quantize_(model, QuantSpec(WEIGHTS["default"], INPUTS), rules=rules)
-    TARGET.write(job(model.eval(), tmp_path / "e", origin))
+    description = ModelDescription(*transformer_description(model), "hub/sana")
+    written = job(model.eval(), tmp_path / "e", None if is_on_hub else origin)
+    TARGET.write(dataclasses.replace(written, description=description))
     loaded = SanaTransformer2DModel.from_pretrained(tmp_path / "e", torch_dtype=torch.float32)
     expect_same(model, loaded)
     channels, width = model.config.in_channels, model.config.caption_channels

@@ -172,6 +172,7 @@ def build_transformer(class_name: str, config: dict[str, Any]) -> nn.Module:
 
 
 def transformer_description(transformer: nn.Module) -> tuple[str, dict[str, Any]]:
-    """Class name and configuration of a transformer, as plain JSON values."""
+    """Class name and configuration of a transformer, as plain JSON values; `_class_name` is in it, as diffusers saves it."""
     config = {key: value for key, value in dict(cast(Any, transformer).config).items() if not key.startswith("_")}
-    return type(transformer).__name__, json.loads(json.dumps(config))
+    name = type(transformer).__name__
+    return name, {"_class_name": name, **json.loads(json.dumps(config))}
