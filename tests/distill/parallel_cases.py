@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from toy import ToyTask, toy_spec
+from toy import NoisyToy, ToyTask, toy_spec
 
 from fraqat import ScheduleSpec, quantize_
 from fraqat.distill import (
@@ -27,6 +27,7 @@ from fraqat.distill import (
     Prediction,
     StepRecord,
     TeacherSpec,
+    TimestepImportanceSpec,
     Workers,
     joined,
     read_log,
@@ -65,6 +66,7 @@ CASES: dict[str, dict[str, Any]] = {
     "several-reference": {"schedule": SEVERAL, "weight": WeightSpec(range_method="learned"), "engine": REFERENCE},
     "several-mse": {"schedule": SEVERAL, "weight": WeightSpec(range_method="mse"), "ema_decay": 0.9},
     "recorded": {"teacher": TeacherSpec(outputs="recorded")},
+    "timesteps": {"timestep_importance": TimestepImportanceSpec(bins=3)},
 }
 """Options of `train_case` by name."""
 
@@ -167,7 +169,7 @@ def make_case(
         **changes,
     }
     spec = toy_spec(parallel=parallel, **values)
-    task = ToyTask(num_rows=20)
+    task = ToyTask(num_rows=20) if spec.timestep_importance is None else NoisyToy(num_rows=20)
     if memory_for:
         task = SmallDevices(memory_for[current_workers().rank % len(memory_for)], where)
     return Distiller(task, teacher, student, stages, spec, folder, fingerprint={"case": 1})

@@ -91,6 +91,11 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 {"schedule": {"kind": "constant"}, "train": _COSINE | _LITTLE_MOMENTUM},
             ),
             Method(
+                "timestep-importance",
+                "vanilla QAT with noise levels drawn where the student errs most, losses weighted back",
+                {"schedule": {"kind": "constant"}, "train": _COSINE | {"timestep_importance": {}}},
+            ),
+            Method(
                 "final-grid",
                 "Table 4's widths as shares of the final grid's error, cosine learning rate",
                 {"schedule": {"kind": "fractional", "grid": "final"}, "train": _COSINE},

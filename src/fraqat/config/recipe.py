@@ -396,7 +396,10 @@ def _check_training(recipe: Recipe) -> None:
             fix="leave log_code_flips out",
         )
     if recipe.train.teacher.outputs == "recorded":
-        check_recordable(is_automatic=recipe.schedule.kind is ScheduleKind.AUTOMATIC)
+        check_recordable(
+            is_automatic=recipe.schedule.kind is ScheduleKind.AUTOMATIC,
+            draws_by_error=recipe.train.timestep_importance is not None,
+        )
     if recipe.train.ema_decay is not None and recipe.quantization.weight.range_method is RangeMethod.LEARNED:
         raise config_error(
             "train.ema_decay",

@@ -177,7 +177,7 @@ class Distiller:
         num_named = -1
         try:
             self._times.train_s += self.outputs.prepare(self.step, log, lambda: guard.signal_number or 0)
-            with StepHooks(self.student, self.spec, log) as hooks:
+            with StepHooks(self.student, self.spec, log, self._gradients.importance) as hooks:
                 if self.recovery.wants_first_checkpoint and self.workers.gather([self.store.is_empty])[0][0]:
                     self._begin_save(log)
                     self._finish_save(log)
@@ -391,6 +391,7 @@ class Distiller:
             "stages": self.stages.state_dict(),
             "stream": self.stream.state_dict(),
             "precision": self.precision,
+            "timesteps": importance.state_dict() if (importance := self._gradients.importance) else None,
         }
         self.store.begin(self.step, state, loss)
         if not self.spec.async_checkpoints:
@@ -421,6 +422,8 @@ class Distiller:
         self.recovery.load_state_dict(state["recovery"])
         self.micro_batch.load_state_dict(state["micro_batch"])
         self.stages.load_state_dict(state["stages"])
+        if self._gradients.importance is not None:
+            self._gradients.importance.load_state_dict(state["timesteps"])
         # Before the first step the student still has its final width.
         self._set_bits_(self.schedule.stage_at(self.step - 1).bits if self.step else self.schedule.target_bits)
         self._state.load_student(state)
