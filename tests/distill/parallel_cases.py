@@ -36,7 +36,16 @@ from fraqat.distill.micro_batch import shares_of, split_batch
 from fraqat.distill.workers import current_workers
 from fraqat.errors import ConfigError, FraqatError, InterruptedRunError
 from fraqat.kernels import EngineName
-from fraqat.nn import EngineSpec, QuantSpec, WeightSpec, serve_widths_
+from fraqat.nn import (
+    BranchSpec,
+    EngineSpec,
+    QuantSpec,
+    RankSchedule,
+    WeightSpec,
+    add_branches_,
+    initialize_branches_,
+    serve_widths_,
+)
 from fraqat.nn.shards import own
 from fraqat.schedules import AutomaticSpec
 
@@ -66,6 +75,10 @@ CASES: dict[str, dict[str, Any]] = {
     "several-reference": {"schedule": SEVERAL, "weight": WeightSpec(range_method="learned"), "engine": REFERENCE},
     "several-mse": {"schedule": SEVERAL, "weight": WeightSpec(range_method="mse"), "ema_decay": 0.9},
     "recorded": {"teacher": TeacherSpec(outputs="recorded")},
+    "rank-decay": {
+        "branch": BranchSpec(3, rank_schedule=RankSchedule("linear")),
+        "weight": WeightSpec(range_method="learned"),
+    },
     "timesteps": {"timestep_importance": TimestepImportanceSpec(bins=3)},
 }
 """Options of `train_case` by name."""
@@ -143,6 +156,7 @@ def make_case(
     weight: WeightSpec | None = None,
     train: str = "All",
     grid: str = "own",
+    branch: BranchSpec | None = None,
     schedule: ScheduleSpec | None = None,
     steps: int = STEPS,
     memory_for: Sequence[int] = (),
@@ -154,6 +168,8 @@ def make_case(
     teacher, student = Blocks(hidden), Blocks(hidden)
     student.load_state_dict(teacher.state_dict())
     quantize_(student, QuantSpec(weight=weight or WeightSpec()))
+    add_branches_(student, branch)
+    initialize_branches_(student, student, [batch["x"] for batch in ToyTask().calibration_batches(6, 4)])
     if train != "All":
         for name, parameter in student.named_parameters():
             parameter.requires_grad_(name.startswith(train))

@@ -161,6 +161,15 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 {"quantization": _SVDQUANT, "schedule": {"kind": "constant"}, "train": _COSINE},
             ),
             Method(
+                "rank-decay",
+                "vanilla QAT from SVDQuant's branch, whose components are folded into the weights until none is left",
+                {
+                    "quantization": {"branch": {"rank": _RANK, "rank_schedule": {"kind": "linear"}}},
+                    "schedule": {"kind": "constant"},
+                    "train": _COSINE,
+                },
+            ),
+            Method(
                 "ditas",
                 "DiTAS: smoothing gathered over the sampler's steps, branch fitted to the error; no training",
                 {"quantization": {"smoothing": {"momentum": 0.9}, "branch": _DITAS_BRANCH}, **_UNTRAINED},
