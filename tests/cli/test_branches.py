@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from cli_helpers import TINY_ARGUMENTS
 from safetensors.torch import load_file
 
@@ -10,6 +11,7 @@ from fraqat.config import load_recipe
 from fraqat.errors import ConfigError
 from fraqat.export import TARGETS, check_plain, layer_codes
 from fraqat.nn import quantized_layers
+from fraqat.planning import packed_size
 from fraqat.workflows import RunFolder
 from fraqat.workflows.sessions import open_session
 
@@ -64,6 +66,57 @@ def test_a_dry_run_shows_branch_and_smoothing(fraqat) -> None:
     done = fraqat("train", "color-digits", "--dry-run", *settings(*SVDQUANT))
     assert done.code == 0, done.err
     assert "W4A8, smoothed, rank 4" in done.out
+
+
+DECAY = ("quantization.branch={rank: 4, rank_schedule: {kind: linear, until: 0.6}}",)
+
+
+def test_a_branch_that_has_left_is_in_no_export(fraqat, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    done = fraqat("train", "color-digits", "--out", run.path, *ARGUMENTS, *settings(*DECAY))
+    assert done.code == 0, done.err
+    assert not any("branch" in name for name in load_file(run.student_path))
+    session = open_session(run.recipe())
+    student = session.load_student(run.recipe(), run.student_path)
+    assert not any(layer.has_extras for _, layer in quantized_layers(student))
+    for target in TARGETS.values():
+        check_plain(student, target)
+    assert fraqat("export", run.path).code == 0
+    packed, batch = session.load_packed(run.path / "export" / "packed"), session.task.validation_batches(4)[0]
+    inputs = session.task.make_inputs(batch, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, theirs = (session.task.predict(model, inputs)["output"] for model in (student, packed))
+    assert torch.equal(ours, theirs)
+    assert not any("branch" in name for name in packed.state_dict())
+
+
+def test_a_branch_that_leaves_is_planned_and_may_have_a_target() -> None:
+    sizes = [
+        packed_size(open_session(recipe).planned_student(recipe))
+        for recipe in (load_recipe("color-digits"), load_recipe("color-digits", (*DECAY, "baselines={}")))
+    ]
+    assert sizes[0] == sizes[1]
+    recipe = load_recipe("color-digits", (*DECAY, "target=onnx", "baselines={}"))
+    assert "rank 4 to 0" in str(open_session(recipe).layers(recipe))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("train.steps=0", r"rank_schedule\.kind = 'linear' .* constant where nothing is trained .*branch: null"),
+        (
+            "train.ema_decay=0.9",
+            r"train\.ema_decay = 0\.9 .* null with quantization\.branch\.rank_schedule\.kind: linear",
+        ),
+        ("schedule={kind: several, widths: [8, 4]}", r"quantization\.branch = .*null with schedule\.kind: several"),
+        ("train.low_rank.rank=4", r"quantization\.branch = .*null with train\.low_rank"),
+        ("quantization.branch.rank_schedule.kind=steps", r"rank_schedule\.kind"),
+    ],
+)
+def test_decays_that_make_no_sense_are_refused(setting: str, message: str) -> None:
+    schedule = ("schedule={kind: constant}",) if setting == "train.steps=0" else ()
+    with pytest.raises(ConfigError, match=message):
+        load_recipe("color-digits", (*DECAY, "baselines={}", *schedule, setting))
 
 
 def test_every_target_refuses_branches_and_smoothing() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from toy import ToyTask, toy_spec
+from toy import NoisyToy, ToyTask, toy_spec
 
 from fraqat import ScheduleSpec, quantize_
 from fraqat.distill import (
@@ -27,6 +27,7 @@ from fraqat.distill import (
     Prediction,
     StepRecord,
     TeacherSpec,
+    TimestepImportanceSpec,
     Workers,
     joined,
     read_log,
@@ -35,7 +36,16 @@ from fraqat.distill.micro_batch import shares_of, split_batch
 from fraqat.distill.workers import current_workers
 from fraqat.errors import ConfigError, FraqatError, InterruptedRunError
 from fraqat.kernels import EngineName
-from fraqat.nn import EngineSpec, QuantSpec, WeightSpec, serve_widths_
+from fraqat.nn import (
+    BranchSpec,
+    EngineSpec,
+    QuantSpec,
+    RankSchedule,
+    WeightSpec,
+    add_branches_,
+    initialize_branches_,
+    serve_widths_,
+)
 from fraqat.nn.shards import own
 from fraqat.schedules import AutomaticSpec
 
@@ -66,6 +76,11 @@ CASES: dict[str, dict[str, Any]] = {
     "several-reference": {"schedule": SEVERAL, "weight": WeightSpec(range_method="learned"), "engine": REFERENCE},
     "several-mse": {"schedule": SEVERAL, "weight": WeightSpec(range_method="mse"), "ema_decay": 0.9},
     "recorded": {"teacher": TeacherSpec(outputs="recorded")},
+    "rank-decay": {
+        "branch": BranchSpec(3, rank_schedule=RankSchedule("linear")),
+        "weight": WeightSpec(range_method="learned"),
+    },
+    "timesteps": {"timestep_importance": TimestepImportanceSpec(bins=3)},
 }
 """Options of `train_case` by name."""
 
@@ -142,6 +157,7 @@ def make_case(
     weight: WeightSpec | None = None,
     train: str = "All",
     grid: str = "own",
+    branch: BranchSpec | None = None,
     schedule: ScheduleSpec | None = None,
     steps: int = STEPS,
     memory_for: Sequence[int] = (),
@@ -153,6 +169,8 @@ def make_case(
     teacher, student = Blocks(hidden), Blocks(hidden)
     student.load_state_dict(teacher.state_dict())
     quantize_(student, QuantSpec(weight=weight or WeightSpec()))
+    add_branches_(student, branch)
+    initialize_branches_(student, student, [batch["x"] for batch in ToyTask().calibration_batches(6, 4)])
     if train != "All":
         for name, parameter in student.named_parameters():
             parameter.requires_grad_(name.startswith(train))
@@ -168,7 +186,7 @@ def make_case(
         **changes,
     }
     spec = toy_spec(parallel=parallel, **values)
-    task = ToyTask(num_rows=20)
+    task = ToyTask(num_rows=20) if spec.timestep_importance is None else NoisyToy(num_rows=20)
     if memory_for:
         task = SmallDevices(memory_for[current_workers().rank % len(memory_for)], where)
     return Distiller(task, teacher, student, stages, spec, folder, fingerprint={"case": 1})

@@ -102,7 +102,7 @@ SAME_WIDTHS = [name for name in CASES if not name.startswith(("automatic", "seve
 UNEVEN = {"hidden": 33}
 """Rows that two processes cannot share equally."""
 TWO_PROCESSES: list[Job] = [
-    *((name, DDP, {}) for name in ("plain", "averaged", "eight-bit", "recorded")),
+    *((name, DDP, {}) for name in ("plain", "averaged", "eight-bit", "recorded", "rank-decay", "timesteps")),
     *((name, SHARDED, {}) for name in SAME_WIDTHS),
     *((name, CODES, {}) for name in SAME_WIDTHS if name not in NOT_AS_CODES),
     *WIDTHS_CHANGE,

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from fraqat import QuantSpec, WeightSpec, quantize_
 from fraqat.data.loader import ShuffledBatches, TensorRows
 from fraqat.distill import Batch, LossSpec, Prediction, TrainSpec, distillation_loss
+from fraqat.distill.micro_batch import shares_of, split_batch
+from fraqat.distill.task import LOSS_WEIGHT
 from fraqat.schedules import LearningRateSpec
 
 
@@ -42,6 +44,29 @@ class ToyTask:
 
     def loss(self, student: Prediction, teacher: Prediction, inputs: Batch, terms: Sequence[LossSpec]) -> Tensor:
         return distillation_loss(student["output"], teacher["output"], terms)
+
+
+class NoisyToy(ToyTask):
+    """`ToyTask` with noise of a level that is drawn uniformly; errors grow with the level."""
+
+    draws_noise_levels = True
+
+    def make_inputs(self, batch: Batch, generator: torch.Generator) -> Batch:
+        return self.make_inputs_at(batch, torch.rand(len(batch["x"]), generator=generator), generator)
+
+    def make_inputs_at(self, batch: Batch, place_N: Tensor, generator: torch.Generator) -> Batch:
+        noise = torch.randn(batch["x"].shape, generator=generator)
+        return {"x": batch["x"] + 4 * place_N.float().unsqueeze(1) * noise}
+
+    def loss(self, student: Prediction, teacher: Prediction, inputs: Batch, terms: Sequence[LossSpec]) -> Tensor:
+        return distillation_loss(student["output"], teacher["output"], terms, inputs.get(LOSS_WEIGHT))
+
+    def sample_errors(self, student: Prediction, teacher: Prediction) -> Tensor:
+        return (student["output"] - teacher["output"]).float().square().mean(1)
+
+    def split_inputs(self, inputs: Batch, num_parts: int) -> list[tuple[Batch, float]]:
+        parts = split_batch(inputs, num_parts)
+        return list(zip(parts, shares_of([len(part["x"]) for part in parts]), strict=True))
 
 
 def toy_teacher(dropout: float = 0.0, hidden: int = 16) -> nn.Module:

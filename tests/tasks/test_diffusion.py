@@ -281,3 +281,26 @@ def test_the_teacher_loses_nothing_along_its_own_path(make_task: MakeTask, pipel
     assert validation_loss(task, pipeline.transformer, student, spec) == 0
     quantize_(student)
     assert validation_loss(task, pipeline.transformer, student, spec) > 0
+
+
+def test_columns_of_drawn_levels_weigh_the_loss_and_reach_no_model(task: DiffusionTask, pipeline) -> None:
+    batch, place = task.validation_batches(8)[0], torch.linspace(0.05, 0.95, 8, dtype=torch.float64)
+    inputs = task.make_inputs_at(batch, place, torch.Generator().manual_seed(1))
+    assert torch.allclose(inputs["timestep"] / 1000, place.float())  # Sana's levels are uniform
+    student = copy.deepcopy(pipeline.transformer)
+    quantize_(student)
+    weight = torch.arange(8.0)
+    weighted = {**inputs, "loss_weight": weight, "timestep_bin": torch.arange(8)}
+    with torch.no_grad():
+        ours, theirs = task.predict(student, weighted), task.predict(pipeline.transformer, inputs)
+        assert torch.equal(ours["output"], task.predict(student, inputs)["output"])
+    errors = task.sample_errors(ours, theirs)
+    for name, wanted in (("mse", (weight * errors).mean()), ("huber", (weight * errors).mean() / 2)):
+        assert torch.allclose(task.loss(ours, theirs, weighted, (LossSpec(name),)), wanted, rtol=1e-5)
+    assert torch.allclose(task.loss(ours, theirs, inputs, (LossSpec(),)), errors.mean())
+    parts = task.split_inputs(weighted, 2)
+    assert [part["loss_weight"].tolist() for part, _ in parts] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_a_sampling_path_has_levels_of_its_own(make_task: MakeTask) -> None:
+    assert make_task().draws_noise_levels and not make_task(learn_from="sampling_path").draws_noise_levels

@@ -81,3 +81,17 @@ def test_the_distribution_is_the_familys_own_unless_it_is_given() -> None:
     assert noise_process("SanaTransformer2DModel", SamplerSpec(), CONSTANTS).timesteps == "uniform"
     given = SamplerSpec(timesteps="uniform")
     assert noise_process("SD3Transformer2DModel", given, CONSTANTS).timesteps == "uniform"
+
+
+@pytest.mark.parametrize("timesteps", ["uniform", "logit_normal", "sampler"])
+def test_levels_at_uniform_places_are_those_that_are_drawn(timesteps: str) -> None:
+    constants = {**CONSTANTS, "times": torch.tensor([1.0, 0.75, 0.5, 0.25])}
+    sampler = SamplerSpec(timesteps=timesteps, timestep_shift=1.0 if timesteps == "sampler" else 3.0)
+    process = noise_process("FluxTransformer2DModel", sampler, constants)
+    num = 4000
+    levels = process.at((torch.arange(num, dtype=torch.float64) + 0.5) / num)
+    assert levels.dtype == torch.float32 and bool((levels.diff() >= 0).all())
+    drawn = process.draw(num, generator()).sort().values
+    assert float((levels - drawn).abs().mean()) < 0.02
+    ends = process.at(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    assert bool(torch.isfinite(ends).all()) and float(ends.min()) >= 0 and float(ends.max()) <= 1

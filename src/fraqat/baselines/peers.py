@@ -236,6 +236,13 @@ def _check_settings(peer: PeerName, num_steps: int, spec: TrainSpec, parq: ParqS
             allowed=f"computed for {peer}, whose loop asks the teacher at every step",
             fix="set train.teacher.outputs: computed, or leave the method out",
         )
+    if num_steps and spec.timestep_importance is not None:
+        raise config_error(
+            "train.timestep_importance",
+            "set",
+            allowed=f"null for {peer}, which draws noise levels as the task does",
+            fix="remove train.timestep_importance, or leave the method out",
+        )
     if spec.low_rank is not None:
         raise config_error("train.low_rank", spec.low_rank, allowed="null: peers train the weights", fix="drop it")
     if spec.ema_decay is not None:

@@ -97,6 +97,11 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 {"schedule": {"kind": "constant"}, "train": _COSINE | _ADAPTED},
             ),
             Method(
+                "timestep-importance",
+                "vanilla QAT with noise levels drawn where the student errs most, losses weighted back",
+                {"schedule": {"kind": "constant"}, "train": _COSINE | {"timestep_importance": {}}},
+            ),
+            Method(
                 "final-grid",
                 "Table 4's widths as shares of the final grid's error, cosine learning rate",
                 {"schedule": {"kind": "fractional", "grid": "final"}, "train": _COSINE},
@@ -160,6 +165,15 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 "svdqat",
                 "SVDQuant's residual and branch, both trained, cosine",
                 {"quantization": _SVDQUANT, "schedule": {"kind": "constant"}, "train": _COSINE},
+            ),
+            Method(
+                "rank-decay",
+                "vanilla QAT from SVDQuant's branch, whose components are folded into the weights until none is left",
+                {
+                    "quantization": {"branch": {"rank": _RANK, "rank_schedule": {"kind": "linear"}}},
+                    "schedule": {"kind": "constant"},
+                    "train": _COSINE,
+                },
             ),
             Method(
                 "ditas",

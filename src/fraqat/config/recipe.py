@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fraqat.config.branches import check_branch
 from fraqat.config.layer_widths import LayerWidthsSpec, with_chosen_widths
 from fraqat.config.methods import METHODS, method_named
 from fraqat.config.problems import explain_problems
@@ -173,7 +174,7 @@ class Recipe(BaseModel, ABC):
         if self.train.steps and self.schedule.unit is not StageUnit.EPOCHS:
             self.schedule.resolve(target, self.train.steps)
         _check_rules(self.quantization)
-        _check_branch(self)
+        check_branch(self)
         _check_training(self)
         _check_target(self)
         for name in self.baselines:
@@ -341,28 +342,6 @@ def _check_rules(quantization: QuantizationSpec) -> None:
             )
 
 
-def _check_branch(recipe: Recipe) -> None:
-    """Branch and smoothing are more than a target computes, and a branch is one low-rank product, an adapter another."""
-    for name in ("branch", "smoothing"):
-        if getattr(recipe.quantization, name) is None:
-            continue
-        if recipe.schedule.kind is ScheduleKind.SEVERAL:
-            raise config_error(
-                f"quantization.{name}", "set", allowed="null with schedule.kind: several", fix="remove one of the two"
-            )
-        if recipe.target is not None:
-            raise config_error(
-                f"quantization.{name}",
-                "set",
-                allowed=f"null for target {recipe.target}, which computes quantized products alone",
-                fix=f"remove quantization.{name}, or remove target and run the student with fraqat itself",
-            )
-        if recipe.train.low_rank is not None:
-            raise config_error(
-                f"quantization.{name}", "set", allowed="null with train.low_rank", fix="remove one of the two"
-            )
-
-
 def _check_target(recipe: Recipe) -> None:
     """The grid that every layer has unless a rule changes it must be one that the target computes."""
     if recipe.target is None:
@@ -396,7 +375,10 @@ def _check_training(recipe: Recipe) -> None:
             fix="leave log_code_flips out",
         )
     if recipe.train.teacher.outputs == "recorded":
-        check_recordable(is_automatic=recipe.schedule.kind is ScheduleKind.AUTOMATIC)
+        check_recordable(
+            is_automatic=recipe.schedule.kind is ScheduleKind.AUTOMATIC,
+            draws_by_error=recipe.train.timestep_importance is not None,
+        )
     if recipe.train.ema_decay is not None and recipe.quantization.weight.range_method is RangeMethod.LEARNED:
         raise config_error(
             "train.ema_decay",

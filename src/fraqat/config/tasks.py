@@ -48,6 +48,14 @@ class ImageRecipe(Recipe):
         return self.data.learn_from == "sampling_path"
 
     @model_validator(mode="after")
+    def _check_levels(self) -> Self:
+        if self._of_paths:
+            _refuse_timestep_importance(
+                self, "data.learn_from: sampling_path, whose samples have timesteps of their own"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_size(self) -> Self:
         size = IMAGE_SIZES.get(self.data.source)
         wanted = (self.sampler.height, self.sampler.width)
@@ -120,8 +128,17 @@ class SpeechRecipe(Recipe):
         return self.data.num_train
 
 
+def _refuse_timestep_importance(recipe: Recipe, what: str) -> None:
+    """Noise levels can be drawn by error only where training draws them."""
+    if recipe.train.timestep_importance is not None:
+        raise config_error(
+            "train.timestep_importance", "set", allowed=f"null for {what}", fix="remove train.timestep_importance"
+        )
+
+
 def _refuse_pipeline_settings(recipe: Recipe) -> None:
-    """A model of transformers has no separate encoders, and is loaded from its own folder."""
+    """A model of transformers has no noise levels and no separate encoders, and is loaded from its own folder."""
+    _refuse_timestep_importance(recipe, f"task {recipe.task}, which has no timesteps")
     if recipe.model.single_file is not None:
         raise config_error(
             "model.single_file", recipe.model.single_file, allowed="null for a model of transformers", fix="remove it"

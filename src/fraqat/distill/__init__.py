@@ -3,6 +3,7 @@
 from fraqat.distill.checkpoint import CheckpointStore, describe_difference
 from fraqat.distill.checkpointing import checkpoint_blocks_, keep_products, repeated_blocks
 from fraqat.distill.code_flips import CODES_EVENT, CodeFlips, FlipCount
+from fraqat.distill.importance import TimestepImportance, TimestepImportanceSpec
 from fraqat.distill.log import LOG_FILE, StepRecord, read_log
 from fraqat.distill.losses import LANGUAGE_LOSSES, OUTPUT_LOSSES, LossSpec, distillation_loss
 from fraqat.distill.optimizers import DeviceOptimizer, HostOptimizer, TrainOptimizer, make_optimizer
@@ -44,6 +45,8 @@ __all__ = [
     "StoredWeight",
     "TeacherMemory",
     "TeacherSpec",
+    "TimestepImportance",
+    "TimestepImportanceSpec",
     "TrainOptimizer",
     "TrainSpec",
     "WandbSpec",

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from fraqat.distill.importance import make_importance
 from fraqat.distill.parallel import TrainedModels
 from fraqat.distill.parts import part_inputs, to_device
 from fraqat.distill.precision import autocast
 from fraqat.distill.spec import TrainSpec
-from fraqat.distill.task import Batch, DistillTask, Prediction, SplittableTask
+from fraqat.distill.task import Batch, DistillTask, Prediction, SplittableTask, TimestepTask
 from fraqat.distill.teacher_outputs import TeacherOutputs
 from fraqat.distill.workers import Workers
 
@@ -25,10 +26,12 @@ class BatchLosses:
     Args:
         losses: Of every part: first of those of this process, and by `share_` of those of all, in the order of the processes.
         suspect: Inputs of the first piece of this process whose loss is not finite; where all are, of the last.
+        errors: `TimestepImportance.sums` of every piece of this process; empty where noise levels are not drawn by error.
     """
 
     losses: tuple[float, ...]
     suspect: Batch
+    errors: tuple[tuple[float, ...], ...] = ()
 
     @property
     def mean(self) -> float:
@@ -54,6 +57,12 @@ class BatchGradients:
         workers: Share the parts; gradients are averaged over them.
         parts: Numbers of this process' parts.
         device: Of the models.
+
+    Attributes:
+        importance: Draws noise levels by the student's error; None: the task draws them.
+
+    Raises:
+        ConfigError: They should be drawn by error, and the task draws none.
     """
 
     def __init__(
@@ -69,6 +78,7 @@ class BatchGradients:
         self._task, self._models, self._spec, self._workers = task, models, spec, workers
         self._outputs = outputs
         self._last_part, self._device = parts[-1], device
+        self.importance = make_importance(task, spec.timestep_importance)
 
     def add_(self, parts: Sequence[tuple[int, Batch]], step: int, num_splits: int) -> BatchLosses:
         """Adds the gradient of this process' parts of a batch to what the parameters have; see `share_`.
@@ -79,6 +89,7 @@ class BatchGradients:
             num_splits: Pieces in which a part is computed.
         """
         losses: list[float] = []
+        errors: list[tuple[float, ...]] = []
         suspect: Batch = {}
         num_summed = self._spec.accumulation // self._workers.num
         for part, batch in parts:
@@ -90,16 +101,21 @@ class BatchGradients:
                     suspect = inputs
                 is_last = part == self._last_part and number == len(pieces) - 1
                 with self._models.part(is_last=is_last):
-                    loss = self._loss(inputs, self._outputs.of_part(step, part, inputs))
+                    loss, sums = self._loss(inputs, self._outputs.of_part(step, part, inputs))
                     (loss * share / num_summed if num_splits > 1 else loss / num_summed).backward()
                 part_loss += share * loss.item()
+                errors.append(sums)
             losses.append(part_loss)
-        return BatchLosses(tuple(losses), suspect)
+        return BatchLosses(tuple(losses), suspect, tuple(errors))
 
     def share_(self, batch: BatchLosses) -> BatchLosses:
         """Lets every process have gradient and losses of the whole batch, once each has computed its parts."""
         self._models.average_gradients_()
-        return BatchLosses(self._told(batch.losses), batch.suspect)
+        if self.importance is not None:
+            num = 2 * self.importance.spec.bins
+            told = self._told([value for row in batch.errors for value in row])
+            self.importance.update_([told[start : start + num] for start in range(0, len(told), num)])
+        return replace(batch, losses=self._told(batch.losses))
 
     def measure(
         self, parts: Sequence[tuple[int, Batch]], step: int, num_splits: int, loss: Callable[[Batch], float]
@@ -124,13 +140,20 @@ class BatchGradients:
 
     def _pieces(self, part: int, batch: Batch, step: int, num_splits: int) -> list[tuple[Batch, float]]:
         """The inputs of a part in pieces, with the share of each. torch's own random numbers begin anew."""
-        inputs = part_inputs(self._task, self._spec, step, part, batch)
+        inputs = part_inputs(self._task, self._spec, step, part, batch, self.importance)
         if num_splits == 1:
             return [(inputs, 1.0)]
         assert isinstance(self._task, SplittableTask)
         return self._task.split_inputs(inputs, num_splits)
 
-    def _loss(self, inputs: Batch, teacher_output: Prediction) -> Tensor:
+    def _loss(self, inputs: Batch, teacher_output: Prediction) -> tuple[Tensor, tuple[float, ...]]:
+        """The loss, and what the student's errors add to the means of `importance`."""
         with autocast(self._spec.autocast, self._device.type):
             student_output = self._models.student(inputs)
-            return self._task.loss(student_output, teacher_output, inputs, self._spec.losses)
+            loss = self._task.loss(student_output, teacher_output, inputs, self._spec.losses)
+        if self.importance is None:
+            return loss, ()
+        assert isinstance(self._task, TimestepTask)
+        with torch.no_grad():
+            errors = self._task.sample_errors(student_output, teacher_output)
+        return loss, tuple(self.importance.sums(errors, inputs))

@@ -13,12 +13,12 @@ from torch import Tensor
 from fraqat.errors import config_error
 from fraqat.nn import STRICT_KEYS
 
-OUTPUT_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+OUTPUT_LOSSES: dict[str, Callable[..., Tensor]] = {
     "mse": F.mse_loss,
     "l1": F.l1_loss,
     "huber": F.huber_loss,
 }
-"""Name -> mean distance of (student, teacher) outputs in float32."""
+"""Name -> mean distance of (student, teacher) outputs in float32, of each element with `reduction="none"`."""
 
 LANGUAGE_LOSSES = ("kl", "hidden_mse")
 """Terms that a language model's task computes itself: of next-token distributions, and of hidden states."""
@@ -43,13 +43,16 @@ class LossSpec:
             )
 
 
-def distillation_loss(student: Tensor, teacher: Tensor, terms: Sequence[LossSpec]) -> Tensor:
+def distillation_loss(
+    student: Tensor, teacher: Tensor, terms: Sequence[LossSpec], weight_N: Tensor | None = None
+) -> Tensor:
     """Weighted sum of the terms.
 
     Args:
         student: Output of the student, any shape.
         teacher: Output of the teacher, the same shape, without gradient.
         terms: At least one.
+        weight_N: What the distance of each sample counts, of N on the first axis; None: 1.
 
     Returns:
         0-dim float32.
@@ -57,5 +60,10 @@ def distillation_loss(student: Tensor, teacher: Tensor, terms: Sequence[LossSpec
     student, teacher = student.float(), teacher.float()
     total = student.new_zeros(())
     for term in terms:
-        total = total + term.weight * OUTPUT_LOSSES[term.name](student, teacher)
+        distance = OUTPUT_LOSSES[term.name]
+        if weight_N is None:
+            total = total + term.weight * distance(student, teacher)
+        else:
+            distance_N = distance(student, teacher, reduction="none").flatten(1).mean(1)
+            total = total + term.weight * (weight_N * distance_N).mean()
     return total

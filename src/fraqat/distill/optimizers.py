@@ -50,6 +50,10 @@ class TrainOptimizer(Protocol):
         """Undoes `state_dict`; the parameters hold their own restored values already."""
         ...
 
+    def parameters_changed_(self) -> None:
+        """Call it when something else has changed the parameters; the state stays."""
+        ...
+
     def state_tensors(self) -> list[Tensor]:
         """The state as plain tensors, for counting their memory."""
         ...
@@ -128,6 +132,9 @@ class DeviceOptimizer:
         states = {key: {name: _from_plain(v) for name, v in part.items()} for key, part in state["state"].items()}
         self._inner.load_state_dict({**state, "state": states})
 
+    def parameters_changed_(self) -> None:
+        """Nothing: the parameters are held here alone."""
+
     def state_tensors(self) -> list[Tensor]:
         """The state as plain tensors."""
         states = cast("dict[Any, dict[str, Any]]", self._inner.state)
@@ -189,6 +196,10 @@ class HostOptimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Undoes `state_dict`, and takes the parameters as they are now."""
         self._inner.load_state_dict(state)
+        self._copy_to_host_()
+
+    def parameters_changed_(self) -> None:
+        """Takes the parameters as they are now."""
         self._copy_to_host_()
 
     def state_tensors(self) -> list[Tensor]:

@@ -7,14 +7,22 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fraqat.distill.importance import TimestepImportance
 from fraqat.distill.spec import TrainSpec
-from fraqat.distill.task import Batch, DistillTask
+from fraqat.distill.task import Batch, DistillTask, TimestepTask
 from fraqat.distill.workers import Workers
 
 VALIDATION_SEED = 20_251_014
 
 
-def part_inputs(task: DistillTask, spec: TrainSpec, step: int, part: int, batch: Batch) -> Batch:
+def part_inputs(
+    task: DistillTask,
+    spec: TrainSpec,
+    step: int,
+    part: int,
+    batch: Batch,
+    importance: TimestepImportance | None = None,
+) -> Batch:
     """What `task` makes of a part of a training batch.
 
     All that is random in it, torch's own generator for what comes after among it, is drawn from the part's own seed, so that
@@ -26,10 +34,16 @@ def part_inputs(task: DistillTask, spec: TrainSpec, step: int, part: int, batch:
         step: Number of finished steps.
         part: Number in the batch.
         batch: Its samples.
+        importance: Draws the noise levels instead of `task`.
     """
     seed = (spec.seed << 32) + step * spec.accumulation + part
     torch.manual_seed(seed)
-    return task.make_inputs(batch, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    if importance is None:
+        return task.make_inputs(batch, generator)
+    assert isinstance(task, TimestepTask)
+    place_N, columns = importance.draw(step, len(next(iter(batch.values()))), generator)
+    return {**task.make_inputs_at(batch, place_N, generator), **columns}
 
 
 class HeldOutInputs:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
+from fraqat.distill.importance import TimestepImportanceSpec
 from fraqat.distill.losses import LossSpec
 from fraqat.distill.precision import Autocast
 from fraqat.distill.watch_spec import NonFiniteSpec, OutOfMemory, ProfileSpec, WandbSpec
@@ -119,6 +120,7 @@ class TrainSpec:
         accumulation: Parts in which a batch is computed; `batch_size` must be a multiple. Several processes share the parts.
         learning_rate: Peak and course.
         losses: Weighted terms on the outputs.
+        timestep_importance: Draw noise levels where the student errs most (diffusion); null: as `sampler.timesteps` says.
         optimizer: `adamw`; `adamw_adapted`, which moves a weight less where its gradients cancel (`VarianceAdaptedAdamW`); or
             `adamw_8bit` with its state in 8 bits (needs torchao). Master weights are float32 with all.
         optimizer_device: Where its state is and its step runs: `same` as the model, or `host`, for a model on a GPU.
@@ -161,6 +163,7 @@ class TrainSpec:
     accumulation: int = 1
     learning_rate: LearningRateSpec = field(default_factory=LearningRateSpec)
     losses: tuple[LossSpec, ...] = (LossSpec(),)
+    timestep_importance: TimestepImportanceSpec | None = None
     optimizer: OptimizerName = "adamw"
     optimizer_device: OptimizerDevice = "same"
     scale_rate: float = 0.1

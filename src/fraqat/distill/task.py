@@ -16,6 +16,10 @@ Batch = Mapping[str, Any]
 Prediction = Mapping[str, Tensor]
 """What a model's forward pass gives for distillation, by name."""
 
+LOSS_WEIGHT, TIMESTEP_BIN = "loss_weight", "timestep_bin"
+"""Columns that inputs of a `TimestepTask` may have: what a sample's loss counts, and the part of the distribution of noise
+levels that it was drawn from. They are no arguments of a model."""
+
 
 class BatchStream(Protocol):
     """An endless stream of training batches that can be saved and put back."""
@@ -80,6 +84,35 @@ class SplittableTask(Protocol):
         Returns:
             Each piece, and its share of the loss: the loss of the whole is the sum of shares times losses.
         """
+        ...
+
+
+@runtime_checkable
+class TimestepTask(Protocol):
+    """A task on noisy samples.
+
+    Its `predict` passes over the columns `LOSS_WEIGHT` and `TIMESTEP_BIN`, and its `loss` is the mean over the batch of each
+    sample's loss times its `LOSS_WEIGHT`.
+    """
+
+    @property
+    def draws_noise_levels(self) -> bool:
+        """Whether levels are drawn in training; not where they belong to the data."""
+        ...
+
+    def make_inputs_at(self, batch: Batch, place_N: Tensor, generator: torch.Generator) -> Batch:
+        """`make_inputs` with given noise levels.
+
+        Args:
+            batch: N samples.
+            place_N: Places in [0, 1] in the distribution of levels, from the least noise to the most: uniform places give what
+                `make_inputs` draws from.
+            generator: For everything else.
+        """
+        ...
+
+    def sample_errors(self, student: Prediction, teacher: Prediction) -> Tensor:
+        """Mean squared difference of the outputs of each sample, [N] float32."""
         ...
 
 

@@ -274,16 +274,27 @@ def make_outputs(
     """
     if spec.teacher.outputs == "computed":
         return TeacherOutputs(task, models, teacher, spec, workers, place.folder)
-    check_recordable(is_automatic=schedule.automatic is not None)
+    check_recordable(is_automatic=schedule.automatic is not None, draws_by_error=spec.timestep_importance is not None)
     return RecordedOutputs(task, models, teacher, spec, workers, place)
 
 
-def check_recordable(*, is_automatic: bool) -> None:
-    """Refuses recorded outputs for a schedule that asks the teacher for more than the losses of its steps.
+def check_recordable(*, is_automatic: bool, draws_by_error: bool = False) -> None:
+    """Refuses recorded outputs where the teacher is asked for what only training decides.
+
+    Args:
+        is_automatic: An automatic schedule: where a stage ends, the loss of its last batch is taken at other widths.
+        draws_by_error: Noise levels follow the student's error.
 
     Raises:
-        ConfigError: It is automatic: where a stage ends, the loss of its last batch is taken at other widths.
+        ConfigError: One of them is so.
     """
+    if draws_by_error:
+        raise config_error(
+            "train.teacher.outputs",
+            "recorded",
+            allowed="computed with train.timestep_importance, whose noise levels depend on the student",
+            fix="set train.teacher.outputs: computed, or remove train.timestep_importance",
+        )
     if is_automatic:
         raise config_error(
             "train.teacher.outputs",

@@ -26,6 +26,7 @@ from fraqat.distill.micro_batch import MICRO_BATCH_EVENT, SPLIT_FILE, MicroBatch
 from fraqat.distill.models import check_trainable, make_models
 from fraqat.distill.optimizers import make_optimizer
 from fraqat.distill.precision import precision_name, precision_warning
+from fraqat.distill.ranks import RankDecay
 from fraqat.distill.recording import RunPlace
 from fraqat.distill.recovery import REWIND_EVENT, Recovery
 from fraqat.distill.spec import TrainSpec
@@ -126,6 +127,7 @@ class Distiller:
             self.workers,
             folder / SPLIT_FILE if self.models.meets_in_passes else None,
         )
+        self._ranks = RankDecay(student, schedule.total_steps)
         self.step = 0
         self.bits: float | None = None
         self._log: RunLog | None = None
@@ -177,7 +179,7 @@ class Distiller:
         num_named = -1
         try:
             self._times.train_s += self.outputs.prepare(self.step, log, lambda: guard.signal_number or 0)
-            with StepHooks(self.student, self.spec, log) as hooks:
+            with StepHooks(self.student, self.spec, log, self._gradients.importance) as hooks:
                 if self.recovery.wants_first_checkpoint and self.workers.gather([self.store.is_empty])[0][0]:
                     self._begin_save(log)
                     self._finish_save(log)
@@ -308,11 +310,16 @@ class Distiller:
         self.bits = bits
         if set_bits_(self.student, bits, on_final_grid=self.schedule.on_final_grid):
             self._refresh_codes()
+            if not self.schedule.widths:  # learned scales have new values, not only new places
+                self.optimizer.parameters_changed_()
 
     def _enter_stage(self, log: RunLog) -> Stage:
         stage = self.schedule.stage_at(self.step)
         if stage.bits != self.bits:
             self._set_bits_(stage.bits)
+        if self._ranks.enter_(self.step, log):
+            self._refresh_codes()
+            self.optimizer.parameters_changed_()
         if self.step == stage.first_step:
             bits = self.schedule.stages[stage.index].bits
             log.write_event("stage", self.step, stage=stage.index, bits=bits, num_steps=stage.num_steps)
@@ -370,6 +377,7 @@ class Distiller:
         except NonFiniteLossError:
             self.average = average
             raise
+        self._ranks.finish_()
         if self.integers is not None:
             self.integers.release_()
         stages = tuple((stage.bits, stage.num_steps) for stage in self.schedule.stages)
@@ -391,6 +399,7 @@ class Distiller:
             "stages": self.stages.state_dict(),
             "stream": self.stream.state_dict(),
             "precision": self.precision,
+            "timesteps": importance.state_dict() if (importance := self._gradients.importance) else None,
         }
         self.store.begin(self.step, state, loss)
         if not self.spec.async_checkpoints:
@@ -421,9 +430,12 @@ class Distiller:
         self.recovery.load_state_dict(state["recovery"])
         self.micro_batch.load_state_dict(state["micro_batch"])
         self.stages.load_state_dict(state["stages"])
+        if self._gradients.importance is not None:
+            self._gradients.importance.load_state_dict(state["timesteps"])
         # Before the first step the student still has its final width.
         self._set_bits_(self.schedule.stage_at(self.step - 1).bits if self.step else self.schedule.target_bits)
         self._state.load_student(state)
+        self._ranks.reload_()
         self._refresh_codes()
         self._state.load_rest(state)
         self.stream.load_state_dict(loaded(state["stream"]))

@@ -1,8 +1,14 @@
 """Quantized layers, and the functions that put them into any model."""
 
 from fraqat.nn.adapters import LowRankAdapter, LowRankSpec
-from fraqat.nn.branch import BranchSpec, LowRankBranch
-from fraqat.nn.branches import BranchFit, add_branches_, initialize_branches_
+from fraqat.nn.branch import BranchSpec, LowRankBranch, RankSchedule
+from fraqat.nn.branches import (
+    BranchFit,
+    add_branches_,
+    fold_components_,
+    initialize_branches_,
+    remove_spent_branches_,
+)
 from fraqat.nn.families import ALL, LayerFamilies
 from fraqat.nn.integer import why_not_integer
 from fraqat.nn.integer_layers import EngineSpec, IntegerLayers
@@ -49,6 +55,7 @@ __all__ = [
     "QuantReport",
     "QuantSpec",
     "QuantizedLayer",
+    "RankSchedule",
     "RotationSpec",
     "SmoothingSpec",
     "ValuePath",
@@ -57,6 +64,7 @@ __all__ = [
     "add_branches_",
     "calibrate_",
     "describe",
+    "fold_components_",
     "granularity_label",
     "initialize_branches_",
     "kept_widths",
@@ -64,6 +72,7 @@ __all__ = [
     "packed_codes",
     "quantize_",
     "quantized_layers",
+    "remove_spent_branches_",
     "rotate_value_paths_",
     "scale_parameters",
     "scale_rates",

@@ -23,6 +23,7 @@ from fraqat.nn.branch import BranchSpec, LowRankBranch, low_rank_factors
 from fraqat.nn.integer_layers import shared_parameters
 from fraqat.nn.layers import QuantizedLayer, QuantLinear
 from fraqat.nn.quantizers import WeightQuantizer
+from fraqat.nn.shards import own, own_rows, whole
 from fraqat.nn.smoothing import ChannelMaximum, InputSmoothing, SmoothingSpec, smoothing_factors
 from fraqat.nn.swap import quantized_layers, set_bypassed_
 
@@ -84,6 +85,46 @@ def add_branches_(model: nn.Module, branch: BranchSpec | None = None, smoothing:
         if branch is not None and has_branch:
             layer.branch = LowRankBranch(branch, layer.weight).requires_grad_(layer.weight.requires_grad)
     return len(layers)
+
+
+@torch.no_grad()
+def fold_components_(layer: QuantizedLayer, num_left: int) -> int:
+    """Moves the components of least singular value from a branch whose rank decays into the weight that is quantized.
+
+    W becomes W + U_i D_i with the thin matrices as they were rounded at use, so the layer in floating point computes what it
+    did. A learned scale keeps what was learned as a factor of what MSE clipping gives, s_new = s_old s_mse(after) /
+    s_mse(before), and with `mse` the clipping is searched again. Codes of integer engines are to be made anew. Where processes
+    hold rows each, all must call together.
+
+    Args:
+        layer: With a branch.
+        num_left: Components that stay.
+
+    Returns:
+        How many have left.
+    """
+    branch = layer.branch
+    assert branch is not None
+    num_leaving = branch.num_active - num_left
+    if num_leaving <= 0:
+        return 0
+    before = whole(layer.weight).detach().clone()
+    product_OK = branch.take_out_(num_left)
+    own(layer.weight.detach()).add_(product_OK.view(before.shape)[own_rows(layer.weight)])
+    layer.weight_quantizer.follow_(before, whole(layer.weight).detach())
+    return num_leaving
+
+
+def remove_spent_branches_(model: nn.Module) -> int:
+    """Takes out every branch whose components have all left, so that plain quantized layers remain.
+
+    Returns:
+        How many layers had one.
+    """
+    spent = [layer for _, layer in quantized_layers(model) if layer.branch is not None and layer.branch.is_spent]
+    for layer in spent:
+        layer.branch = None
+    return len(spent)
 
 
 @torch.no_grad()

@@ -82,7 +82,7 @@ class QuantizedLayer(HasIntegerPath):
 
     def with_branch(self, y: Tensor, x: Tensor) -> Tensor:
         """The product y of the codes plus the branch's for the smoothed input x, or y itself."""
-        return y if self.branch is None else y + self.branch(x).to(y.dtype)
+        return y if self.branch is None or self.branch.is_spent else y + self.branch(x).to(y.dtype)
 
     def effective_weight(self, weight: Tensor) -> Tensor:
         """The one matrix that acts on the layer's own input: (W + U D) diag(1 / s) for W = `weight`, or `weight` itself.

@@ -152,11 +152,9 @@ class WeightQuantizer(KeepsBufferDtype):
         if grid_bits == self.grid.bits or self.scale is None or weight.is_meta:
             self._set_grid_(grid_bits)
         else:
-            before = self._searched_scale(weight).double()
+            before = self._searched_scale(weight)
             self._set_grid_(grid_bits)
-            with torch.no_grad():  # float64: exactly the new scale where nothing was learned
-                factor = (self._searched_scale(weight).double() / before)[own_rows(self.scale)]
-                own(self.scale).copy_(own(self.scale) * factor)
+            self._keep_factor_(self.scale, before, weight)
         self.refresh_(weight)
 
     def _exchange_(self, others: OtherWidths, bits: float, weight: Tensor) -> None:
@@ -173,6 +171,18 @@ class WeightQuantizer(KeepsBufferDtype):
         else:
             self.clip_ratio = torch.ones_like(getattr(self, name))
             self.refresh_(weight)
+
+    def follow_(self, before: Tensor, after: Tensor) -> None:
+        """Makes scales fit a whole weight that something else than training has changed, as `set_bits_` fits another width."""
+        if self.scale is not None and not after.is_meta:
+            self._keep_factor_(self.scale, self._searched_scale(before), after)
+        self.refresh_(after)
+
+    @torch.no_grad()
+    def _keep_factor_(self, scale: nn.Parameter, before: Tensor, weight: Tensor) -> None:
+        """Changes a scale as MSE clipping has from `before`; in float64: exactly the new one where nothing was learned."""
+        factor = (self._searched_scale(weight).double() / before.double())[own_rows(scale)]
+        own(scale).copy_(own(scale) * factor)
 
     def refresh_(self, weight: Tensor) -> None:
         """Searches the MSE clipping for `weight` at the current width; nothing to do for the other methods."""

@@ -407,7 +407,10 @@ def _row(name: str, module: nn.Module, families: LayerFamilies) -> LayerRow:
 
 def _extras(layer: QuantizedLayer) -> str:
     smoothed = "" if layer.smoothing is None else ", smoothed"
-    return smoothed if layer.branch is None else f"{smoothed}, rank {layer.branch.up.shape[1]}"
+    if layer.branch is None:
+        return smoothed
+    leaves = " to 0" if layer.branch.spec.rank_schedule.decays else ""
+    return f"{smoothed}, rank {layer.branch.up.shape[1]}{leaves}"
 
 
 def _reason(module: nn.Module) -> str:

@@ -91,12 +91,18 @@ def _scale_bytes(layer: QuantizedLayer) -> int:
 def _other_bytes(model: nn.Module, layers: dict[str, QuantizedLayer], dtype: torch.dtype) -> int:
     skipped = {f"{name}.weight" for name in layers}
     prefixes = tuple(f"{name}.{part}." for name in layers for part in ("weight_quantizer", "activation_quantizer"))
+    prefixes += tuple(f"{name}.branch." for name, layer in layers.items() if _leaves(layer))
     tensors = {**dict(model.named_parameters()), **dict(_saved_buffers(model))}  # a tied parameter comes once
     return sum(
         tensor.numel() * (dtype if tensor.is_floating_point() else tensor.dtype).itemsize
         for name, tensor in tensors.items()
         if name not in skipped and not name.startswith(prefixes)
     )
+
+
+def _leaves(layer: QuantizedLayer) -> bool:
+    """Whether its branch is gone when training ends."""
+    return layer.branch is not None and layer.branch.spec.rank_schedule.decays
 
 
 def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

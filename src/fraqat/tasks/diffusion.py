@@ -18,12 +18,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fraqat.distill import Batch, BatchStream, LossSpec, Prediction, distillation_loss
 from fraqat.distill.micro_batch import shares_of, split_batch
+from fraqat.distill.task import LOSS_WEIGHT, TIMESTEP_BIN
 from fraqat.tasks.conditioning import LATENTS, TIMESTEP, compute_dtype, flattened, nested
 from fraqat.tasks.image_samples import DiffusionSource, drop_captions, open_samples, split_constants
 from fraqat.tasks.noise import NoiseProcess, noise_process
 from fraqat.tasks.pipelines import transformer_class
 
 OUTPUT = "output"
+_COLUMNS = (LOSS_WEIGHT, TIMESTEP_BIN)
 _PLANES = 4  # axes of latents that are pictures
 
 
@@ -77,6 +79,15 @@ class DiffusionTask:
             return {**encoded, **self._constants[0]}
         return self._noisy(encoded, self._process.draw(len(encoded["latents"]), generator), generator)
 
+    @property
+    def draws_noise_levels(self) -> bool:
+        """Not along sampling paths, whose levels belong to the samples."""
+        return not self._source.of_paths
+
+    def make_inputs_at(self, batch: Batch, place_N: Tensor, generator: torch.Generator) -> Batch:
+        """`make_inputs` with noise levels at places [N] of their distribution, from the least noise (0) to the most (1)."""
+        return self._noisy(self._samples.encoded(batch), self._process.at(place_N), generator)
+
     def _noisy(self, encoded: Batch, sigma_N: Tensor, generator: torch.Generator) -> Batch:
         call, empty, _ = self._constants
         inputs = {name: value for name, value in encoded.items() if name != "latents"}
@@ -88,11 +99,15 @@ class DiffusionTask:
 
     def predict(self, model: nn.Module, inputs: Batch) -> Prediction:
         """`output`: the predicted velocity or noise, in the shape of the latents."""
-        return predict_output(model, inputs)
+        return predict_output(model, {name: value for name, value in inputs.items() if name not in _COLUMNS})
 
     def loss(self, student: Prediction, teacher: Prediction, inputs: Batch, terms: Sequence[LossSpec]) -> Tensor:
-        """Weighted distances of the outputs."""
-        return distillation_loss(student[OUTPUT], teacher[OUTPUT], terms)
+        """Weighted distances of the outputs; of each sample times its `LOSS_WEIGHT` where the inputs have that column."""
+        return distillation_loss(student[OUTPUT], teacher[OUTPUT], terms, inputs.get(LOSS_WEIGHT))
+
+    def sample_errors(self, student: Prediction, teacher: Prediction) -> Tensor:
+        """Mean squared difference of the outputs of each sample, [N] float32."""
+        return (student[OUTPUT].float() - teacher[OUTPUT].float()).square().flatten(1).mean(1)
 
     def split_inputs(self, inputs: Batch, num_parts: int) -> list[tuple[Batch, float]]:
         """Pieces with their share of the samples."""

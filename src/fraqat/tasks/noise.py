@@ -50,9 +50,18 @@ class NoiseProcess:
         sigma_N = torch.rand(num, generator=generator)
         if self.timesteps == "logit_normal":
             sigma_N = torch.sigmoid(torch.randn(num, generator=generator))
-        if self.shift != 1:
-            sigma_N = self.shift * sigma_N / (1 + (self.shift - 1) * sigma_N)
-        return sigma_N
+        return self._shifted(sigma_N)
+
+    def _shifted(self, sigma_N: Tensor) -> Tensor:
+        return sigma_N if self.shift == 1 else self.shift * sigma_N / (1 + (self.shift - 1) * sigma_N)
+
+    def at(self, place_N: Tensor) -> Tensor:
+        """The noise levels, [N] float32, below which shares `place_N` of the distribution of `draw` lie, float64 in [0, 1]."""
+        if self.timesteps == "sampler":
+            levels = torch.tensor(self.sampler_sigmas).sort().values
+            return levels[(place_N * len(levels)).long().clamp(max=len(levels) - 1)]
+        sigma_N = torch.sigmoid(torch.special.ndtri(place_N)) if self.timesteps == "logit_normal" else place_N
+        return self._shifted(sigma_N).float()
 
     def add(self, latents: Tensor, noise: Tensor, sigma_N: Tensor) -> tuple[Tensor, Tensor]:
         """Noisy latents of the same shape, and the time [N] that the transformer is given."""

@@ -216,7 +216,7 @@ def _whole_student(session: Session[Any], recipe: Recipe, distiller: Distiller) 
     state = distiller.models.full_state(keeps=distiller.workers.is_first)
     if not distiller.workers.is_first:
         return distiller.student
-    student, _ = session.new_student(recipe)
+    student, _ = session.new_student(recipe, is_trained=True)
     student.load_state_dict(state)
     return student.eval()
 

@@ -217,15 +217,16 @@ class Session(ABC, Generic[RecipeT]):
                 delattr(self, name)
         release_memory()
 
-    def new_student(self, recipe: Recipe) -> tuple[nn.Module, QuantReport]:
+    def new_student(self, recipe: Recipe, *, is_trained: bool = False) -> tuple[nn.Module, QuantReport]:
         """A model quantized at its final width as `recipe` says, and the report.
 
         float32, but in low-rank training, where the frozen weights have the teacher's precision and can be held once.
+        `is_trained`: see `quantize`.
         """
         dtype = torch.float32 if recipe.train.low_rank is None else self.recipe.model.dtype
         student = self.load_model(dtype).requires_grad_(True)
         _rotate_(student, recipe)
-        report = self.quantize(student, recipe)
+        report = self.quantize(student, recipe, is_trained=is_trained)
         self._add_adapters_(student, recipe)
         return student, report
 
@@ -259,8 +260,14 @@ class Session(ABC, Generic[RecipeT]):
         _rotate_(model, recipe)
         return model
 
-    def quantize(self, student: nn.Module, recipe: Recipe) -> QuantReport:
-        """Quantizes a model of the session as a recipe says."""
+    def quantize(self, student: nn.Module, recipe: Recipe, *, is_trained: bool = False) -> QuantReport:
+        """Quantizes a model of the session as a recipe says.
+
+        Args:
+            student: Changed in place.
+            recipe: Says how.
+            is_trained: Makes the layers that training leaves: branches whose rank decays are gone then.
+        """
         quantization = recipe.quantization
         exceptions = (*(self.family_rules if quantization.family_rules else ()), *quantization.rules)
         rules = (*exceptions, *quantization.width_rules)
@@ -276,7 +283,9 @@ class Session(ABC, Generic[RecipeT]):
             check_covered(student, quantization.layer_widths)
         if recipe.schedule.widths:
             serve_widths_(student, recipe.schedule.widths)
-        add_branches_(student, quantization.branch, quantization.smoothing)
+        branch = quantization.branch
+        has_left = is_trained and branch is not None and branch.rank_schedule.decays
+        add_branches_(student, None if has_left else branch, quantization.smoothing)
         return describe(student, self.families)
 
     def load_student(
@@ -296,7 +305,7 @@ class Session(ABC, Generic[RecipeT]):
         """
         check_served(recipe, bits)
         student = self.load_model(torch.float32)
-        self.quantize(student, recipe)
+        self.quantize(student, recipe, is_trained=True)
         try:
             student.load_state_dict(load_file(path))
         except (OSError, RuntimeError, SafetensorError) as error:
