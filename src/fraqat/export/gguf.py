@@ -23,6 +23,7 @@ from fraqat.export.gguf_gemma2 import (
     add_vocabulary,
     gemma2_tensors,
 )
+from fraqat.export.gguf_header import check_header
 from fraqat.export.gguf_names import NAME_TABLES, FileTensor, diffusion_tensors
 from fraqat.export.packed import float_tensors, tied_names
 from fraqat.export.packed_target import OpenedModel
@@ -255,6 +256,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     import numpy as np
 
     try:
+        check_header(path)
         reader = gguf.GGUFReader(path)
     except (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
         raise ModelError(f"{path} is no GGUF file: {error!r}. Fix: export again.") from error
