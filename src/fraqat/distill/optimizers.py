@@ -25,6 +25,8 @@ _RATE_FACTOR = "rate_factor"
 
 Scales = Sequence[nn.Parameter] | Mapping[nn.Parameter, float]
 """Learned scales, or each with a factor of its learning rate."""
+SumRows = Callable[[Tensor], None]
+"""Adds a tensor up, in place, over the processes that hold rows of the same parameters."""
 
 
 class TrainOptimizer(Protocol):
@@ -59,7 +61,9 @@ class TrainOptimizer(Protocol):
         ...
 
 
-def make_optimizer(parameters: Sequence[nn.Parameter], spec: TrainSpec, scales: Scales = ()) -> TrainOptimizer:
+def make_optimizer(
+    parameters: Sequence[nn.Parameter], spec: TrainSpec, scales: Scales = (), sum_rows_: SumRows | None = None
+) -> TrainOptimizer:
     """The optimizer that a recipe names.
 
     Args:
@@ -67,12 +71,13 @@ def make_optimizer(parameters: Sequence[nn.Parameter], spec: TrainSpec, scales: 
         spec: Names it and gives its settings.
         scales: Those of `parameters` that are learned scales: they have a rate of their own and no weight decay. With a
             number for each, as `scale_rates` gives it, that is a further factor of its rate.
+        sum_rows_: Where `parameters` are rows of others, which several processes share.
 
     Raises:
         ConfigError: torchao is not installed, or the state should leave for the host where the parameters are.
     """
     if spec.optimizer_device == "same":
-        return DeviceOptimizer(parameters, spec, scales)
+        return DeviceOptimizer(parameters, spec, scales, sum_rows_)
     if _is_host(parameters[0].device):
         raise config_error(
             "train.optimizer_device",
@@ -80,7 +85,7 @@ def make_optimizer(parameters: Sequence[nn.Parameter], spec: TrainSpec, scales: 
             allowed="same for a model on the CPU, which is the host",
             fix="set train.optimizer_device: same, or train on a GPU",
         )
-    return HostOptimizer(parameters, spec, scales)
+    return HostOptimizer(parameters, spec, scales, sum_rows_)
 
 
 class DeviceOptimizer:
@@ -93,11 +98,18 @@ class DeviceOptimizer:
             float32 where a tensor has fewer than 4096 elements or no multiple of 256. Its update is compiled, one graph for
             each shape, if `spec.compile` is not `none`.
         scales: Those of `parameters` that are learned scales.
+        sum_rows_: See `make_optimizer`.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], spec: TrainSpec, scales: Scales = ()):
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        spec: TrainSpec,
+        scales: Scales = (),
+        sum_rows_: SumRows | None = None,
+    ):
         groups = _groups(parameters, spec, scales)
-        self._inner = _MAKERS[spec.optimizer](groups, spec)
+        self._inner = _MAKERS[spec.optimizer](groups, spec, sum_rows_)
         # torchao compiles its update whatever we say; without train.compile there may be no compiler here.
         self._stance: Callable[[], AbstractContextManager[Any]] = nullcontext
         if spec.optimizer == "adamw_8bit":
@@ -153,9 +165,16 @@ class HostOptimizer:
         parameters: On a device; updated in place.
         spec: Which AdamW, as in `DeviceOptimizer`.
         scales: Those of `parameters` that are learned scales.
+        sum_rows_: See `make_optimizer`.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], spec: TrainSpec, scales: Scales = ()):
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        spec: TrainSpec,
+        scales: Scales = (),
+        sum_rows_: SumRows | None = None,
+    ):
         self._parameters = list(parameters)
         self._device = self._parameters[0].device
         self._twins = [nn.Parameter(self._host_like(parameter)) for parameter in self._parameters]
@@ -163,7 +182,7 @@ class HostOptimizer:
         factors = _factors(scales)
         pairs = zip(self._twins, self._parameters, strict=True)
         twins = {twin: factors[own] for twin, own in pairs if own in factors}
-        self._inner = DeviceOptimizer(self._twins, spec, twins)
+        self._inner = DeviceOptimizer(self._twins, spec, twins, sum_rows_)
         self._copy_to_host_()
 
     def set_learning_rate_(self, learning_rate: float) -> None:
@@ -238,7 +257,7 @@ def _factors(scales: Scales) -> dict[nn.Parameter, float]:
     return dict(scales) if isinstance(scales, Mapping) else dict.fromkeys(scales, 1.0)
 
 
-def _adamw(groups: list[dict[str, Any]], spec: TrainSpec) -> torch.optim.Optimizer:
+def _adamw(groups: list[dict[str, Any]], spec: TrainSpec, sum_rows_: SumRows | None) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
         groups,
         lr=spec.learning_rate.peak,
@@ -249,7 +268,7 @@ def _adamw(groups: list[dict[str, Any]], spec: TrainSpec) -> torch.optim.Optimiz
     )
 
 
-def _adamw_8bit(groups: list[dict[str, Any]], spec: TrainSpec) -> torch.optim.Optimizer:
+def _adamw_8bit(groups: list[dict[str, Any]], spec: TrainSpec, sum_rows_: SumRows | None) -> torch.optim.Optimizer:
     if find_spec("torchao") is None:
         raise config_error(
             "train.optimizer",
@@ -274,11 +293,12 @@ def _adamw_8bit(groups: list[dict[str, Any]], spec: TrainSpec) -> torch.optim.Op
     )
 
 
-def _adamw_adapted(groups: list[dict[str, Any]], spec: TrainSpec) -> torch.optim.Optimizer:
-    return VarianceAdaptedAdamW(groups, spec.learning_rate.peak, spec.betas, spec.eps, spec.weight_decay)
+def _adamw_adapted(groups: list[dict[str, Any]], spec: TrainSpec, sum_rows_: SumRows | None) -> torch.optim.Optimizer:
+    return VarianceAdaptedAdamW(groups, spec.learning_rate.peak, spec.betas, spec.eps, spec.weight_decay, sum_rows_)
 
 
-_MAKERS: Mapping[OptimizerName, Callable[[list[dict[str, Any]], TrainSpec], torch.optim.Optimizer]] = {
+_Maker = Callable[[list[dict[str, Any]], TrainSpec, SumRows | None], torch.optim.Optimizer]
+_MAKERS: Mapping[OptimizerName, _Maker] = {
     "adamw": _adamw,
     "adamw_adapted": _adamw_adapted,
     "adamw_8bit": _adamw_8bit,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -74,6 +74,11 @@ class TrainedModels:
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """What this process trains, by name: parameters, or the rows of them that it holds."""
         return dict(self._trained)
+
+    @property
+    def sum_rows_(self) -> Callable[[Tensor], None] | None:
+        """Adds a tensor up over the processes that hold rows of the same parameters, in place; None where these are whole."""
+        return None
 
     def shared_parameters(self) -> dict[str, Tensor]:
         """The parameters that `trained_parameters` are parts of; the same where they are whole."""

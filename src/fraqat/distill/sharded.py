@@ -5,6 +5,7 @@ Shape suffixes: O output channels, K input channels, P rows that a process holds
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -153,6 +154,13 @@ class ShardedModels(TrainedModels):
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         return self._own
 
+    @property
+    def sum_rows_(self) -> Callable[[Tensor], None]:
+        return self._sum_rows_
+
+    def _sum_rows_(self, tensor: Tensor) -> None:
+        dist.all_reduce(tensor, group=self.mesh.get_group(_SHARD))
+
     def shared_parameters(self) -> dict[str, Tensor]:
         return dict(self._shared)
 
@@ -168,7 +176,7 @@ class ShardedModels(TrainedModels):
         squares = [gradient.square().sum(dtype=torch.float64) for gradient in gradients]
         device = next(self._model.parameters()).device
         total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=device)
-        dist.all_reduce(total, group=self.mesh.get_group(_SHARD))
+        self._sum_rows_(total)
         return total.sqrt().float()
 
     def weights_changed_(self) -> None:

@@ -106,7 +106,7 @@ class Distiller:
         # As the optimizer numbers them: weights, then scales by falling rate.
         order = sorted(self.trained, key=lambda name: -factors.get(name, math.inf))
         rates = {self.trained[name]: factor for name, factor in factors.items()}
-        self.optimizer = make_optimizer(list(self.trained.values()), spec, rates)
+        self.optimizer = make_optimizer(list(self.trained.values()), spec, rates, self.models.sum_rows_)
         self.average = ParameterAverage(self.trained, spec.ema_decay) if spec.ema_decay is not None else None
         self._state = TrainedState(
             self.models, student, self.optimizer, order, self.average, spec.optimizer == "adamw_8bit"

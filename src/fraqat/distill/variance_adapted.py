@@ -6,9 +6,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 _STEP, _MEAN, _SQUARE = "step", "exp_avg", "exp_avg_sq"
 
@@ -24,16 +22,26 @@ class VarianceAdaptedAdamW(torch.optim.AdamW):
     move as AdamW moves them.
 
     State and arguments are AdamW's, so that a checkpoint of one is read by the other. A step takes memory for two tensors of
-    the largest parameter's size beside that. Where processes hold rows of a parameter (FSDP2), one sum over them in each step
-    gives all norms.
+    the largest parameter's size beside that.
 
     Args:
         params: As AdamW's: parameters, or groups of them.
         lr, betas, eps, weight_decay: As AdamW's.
+        sum_rows_: Where each process holds rows of the parameters: adds a tensor up over the processes that share them, in
+            place. It is called once a step, with the squares of all norms.
     """
 
-    def __init__(self, params: Any, lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        sum_rows_: Callable[[Tensor], None] | None = None,
+    ):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        self._sum_rows_ = sum_rows_
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -47,30 +55,31 @@ class VarianceAdaptedAdamW(torch.optim.AdamW):
         """
         if closure is not None:
             raise ValueError("closure is given; allowed is None. Fix: compute the gradients, then call step().")
-        sharded: list[tuple[Tensor, dict[str, Any]]] = []
+        in_rows: list[tuple[Tensor, dict[str, Any]]] = []
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
                 self._gather_moments_(parameter, group)
-                if parameter.ndim < 2:
-                    _move_(parameter, self._update(parameter, group), group)
-                elif isinstance(parameter, DTensor):
-                    sharded.append((parameter, group))
-                else:
-                    update = self._update(parameter, group)
-                    powered = update.abs().mul_(update)
-                    _move_(parameter, powered.mul_(_ratio(_squares(update), _squares(powered))), group)
-        if sharded:
-            self._step_sharded_(sharded)
+                if parameter.ndim > 1 and self._sum_rows_ is not None:
+                    in_rows.append((parameter, group))
+                    continue
+                update = self._update(parameter, group)
+                if parameter.ndim > 1:
+                    own = _squares(update)
+                    update.mul_(update.abs())
+                    update.mul_(_ratio(own, _squares(update)))
+                _move_(parameter, update, group)
+        if in_rows:
+            self._step_rows_(in_rows)
 
-    def _step_sharded_(self, sharded: list[tuple[Tensor, dict[str, Any]]]) -> None:
+    def _step_rows_(self, in_rows: list[tuple[Tensor, dict[str, Any]]]) -> None:
         """All norms first, by one sum over the processes; updates are computed twice instead of being kept."""
-        updates = (self._update(*pair) for pair in sharded)
-        found = [torch.stack((_squares(update), _squares(update.square()))) for update in updates]
-        squares = torch.stack(found)
-        dist.all_reduce(squares, group=_group_of_rows(cast(DTensor, sharded[0][0])))
-        for (parameter, group), (own, powered) in zip(sharded, squares.unbind(), strict=True):
+        assert self._sum_rows_ is not None
+        updates = (self._update(*pair) for pair in in_rows)
+        squares = torch.stack([torch.stack((_squares(update), _squares(update.square()))) for update in updates])
+        self._sum_rows_(squares)
+        for (parameter, group), (own, powered) in zip(in_rows, squares.unbind(), strict=True):
             update = self._update(parameter, group)
             _move_(parameter, update.mul_(update.abs()).mul_(_ratio(own, powered)), group)
 
@@ -80,30 +89,25 @@ class VarianceAdaptedAdamW(torch.optim.AdamW):
             state[_STEP] = torch.zeros((), dtype=torch.float32)
             state[_MEAN] = torch.zeros_like(parameter)
             state[_SQUARE] = torch.zeros_like(parameter)
-        assert parameter.grad is not None
+        gradient = parameter.grad
+        assert gradient is not None
         beta1, beta2 = group["betas"]
-        gradient = _rows(parameter.grad)
         state[_STEP] += 1
-        _rows(state[_MEAN]).lerp_(gradient, 1 - beta1)
-        _rows(state[_SQUARE]).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        state[_MEAN].lerp_(gradient, 1 - beta1)
+        state[_SQUARE].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-        """u, of the rows of this process."""
+        """u."""
         state = cast("dict[str, Tensor]", self.state[parameter])
-        step = state[_STEP].item()
+        step = state[_STEP].double()  # a tensor: the planner traces a step without values
         beta1, beta2 = group["betas"]
-        divisor = (_rows(state[_SQUARE]) / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        return torch.div(_rows(state[_MEAN]), divisor, out=divisor).div_(1 - beta1**step)
+        divisor = (state[_SQUARE] / (1 - beta2**step)).sqrt_().add_(group["eps"])
+        return torch.div(state[_MEAN], divisor, out=divisor).div_(1 - beta1**step)
 
 
 def _move_(parameter: Tensor, update: Tensor, group: dict[str, Any]) -> None:
     rate = group["lr"]
-    _rows(parameter).mul_(1 - rate * group["weight_decay"]).sub_(update, alpha=rate)
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    parameter.mul_(1 - rate * group["weight_decay"]).sub_(update, alpha=rate)
 
 
 def _squares(tensor: Tensor) -> Tensor:
@@ -114,8 +118,3 @@ def _squares(tensor: Tensor) -> Tensor:
 def _ratio(own: Tensor, powered: Tensor) -> Tensor:
     """Norm of u over that of u |u|; 0 where there is no gradient."""
     return torch.where(powered > 0, (own / powered).sqrt(), 0.0).float()
-
-
-def _group_of_rows(parameter: DTensor) -> dist.ProcessGroup:
-    mesh = parameter.device_mesh
-    return next(mesh.get_group(i) for i, place in enumerate(parameter.placements) if place.is_shard())
