@@ -16,7 +16,7 @@ from fraqat.distill.spec import CompileMode
 from fraqat.errors import config_error
 
 BACKEND: Any = "inductor"
-"""Of torch.compile, for blocks."""
+"""Of torch.compile."""
 _numbers = itertools.count()
 
 
@@ -24,7 +24,7 @@ def compiled(model: nn.Module, mode: CompileMode) -> nn.Module:
     """The model as training calls it: itself, or compiled as a whole."""
     if mode in ("none", "blocks"):
         return model
-    options: Any = torch.compile(model, mode="reduce-overhead" if mode == "cuda_graphs" else "default")
+    options: Any = torch.compile(model, backend=BACKEND, mode="reduce-overhead" if mode == "cuda_graphs" else "default")
     return options
 
 
