@@ -45,6 +45,9 @@ class WeightInCodes(Tensor):
     def __init__(self, shape: torch.Size, inner: Tensor):
         self._inner = inner
 
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"{type(self).__name__}({tuple(self.shape)}, {self.dtype})"  # asked for where torch.compile is traced
+
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         return ["_inner"], None
 
