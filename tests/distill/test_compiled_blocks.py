@@ -1,4 +1,4 @@
-"""Laws of `train.compile: blocks`: one graph for equal blocks and all widths, whole or sharded, that trains as eager blocks do."""
+"""Laws of `train.compile: blocks`: one graph for equal blocks and all widths, whole or sharded, trains as eager ones do."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ from fraqat.schedules import Schedule, Stage
 pytestmark = [
     # torch._dynamo instantiates torch.autograd.Function itself and warns about it.
     pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),  # read by dynamo
+    pytest.mark.filterwarnings(
+        "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+    ),  # read by dynamo
     pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),  # inductor's own
     pytest.mark.xdist_group("parallel"),
 ]
@@ -172,7 +174,7 @@ def test_two_processes_with_compiled_blocks_train_what_one_trains_without(tmp_pa
             found = load_file(folder / f"rank{rank}.safetensors")
             assert found.keys() == wanted.keys()
             assert all(torch.equal(found[name], value) for name, value in wanted.items())
-            # One trains the student at all nine widths, two validate it (its first block is given a view), two are the teacher's.
+            # One trains the student at all widths, two validate it (its first block is given a view), two are the teacher's.
             assert json.loads((folder / f"graphs{rank}.json").read_text()) == 5
 
 

@@ -72,7 +72,7 @@ class TrainedModels:
         self.student: nn.Module = Predictor(task, compiled(student, spec.compile))
 
     def compile_blocks_(self) -> Callable[[], None]:
-        """Compiles the blocks of both models, as they compute now, where `train.compile` says so; gives a call that undoes it."""
+        """Compiles the blocks of both models, as they compute now, where `train.compile` says so; the call given undoes it."""
         undo = ExitStack()
         if self._compiles_blocks:
             for model in (self._teacher, self._model):

@@ -223,7 +223,7 @@ class ShardedModels(TrainedModels):
 
 
 def _renew_codes_before_blocks_(student: nn.Module) -> None:
-    """Makes codes of a gathered weight before its block is called, not inside it: that takes a lock, where a graph would end."""
+    """Makes codes of gathered weights before their block is called: inside it, that takes a lock, where a graph would end."""
 
     def renew(block: nn.Module, args: Any) -> None:
         for _, layer in quantized_layers(block):
