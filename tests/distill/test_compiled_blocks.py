@@ -135,7 +135,7 @@ def test_one_graph_trains_sharded_blocks_at_every_width(gather: str) -> None:
     for ours, theirs in zip(found, wanted, strict=True):
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
-            assert value is not None and torch.equal(ours[name], value), name  # pyright: ignore[reportArgumentType]
+            assert value is not None and torch.equal(ours[name], value), name
     assert graphs.frame_count == 1
 
 
@@ -216,4 +216,4 @@ def test_a_model_without_blocks_is_refused(make_distiller: Any) -> None:
 
 def test_another_value_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"train\.compile = 'all' .* none, default, blocks, cuda_graphs"):
-        TrainSpec(compile="all")  # pyright: ignore[reportArgumentType]
+        TrainSpec(compile="all")
