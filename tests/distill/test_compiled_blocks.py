@@ -153,14 +153,10 @@ def test_inductor_gives_the_gradients_of_eager_blocks(monkeypatch: pytest.Monkey
     assert graphs.frame_count == 1
 
 
-COMPILED = {"compile": "blocks"}
+COMPILED = {"compile": "blocks", "backend": "aot_eager"}
 TWO_PROCESSES: list[Job] = [
-    ("learned", {"mode": "fsdp2", "gather": "codes", "teacher": "shard"}, {**COMPILED, "backend": "aot_eager"}),
-    (
-        "plain",
-        {"mode": "hybrid", "shards": 1},
-        {**COMPILED, "activation_checkpointing": "blocks", "backend": "eager"},
-    ),
+    ("learned", {"mode": "fsdp2", "gather": "codes", "teacher": "shard"}, COMPILED),
+    ("plain", {"mode": "hybrid", "shards": 1}, {**COMPILED, "activation_checkpointing": "blocks"}),
 ]
 
 
@@ -201,7 +197,7 @@ def test_blocks_that_are_built_alike_share_a_graph() -> None:
             return x
 
     model, graphs = Several(), count_graphs("eager")
-    x = torch.randn(2, 8)
+    x = torch.randn(2, 8, requires_grad=True)
     wanted = model(x)
     undo = compile_blocks_(model)
     assert torch.equal(model(x), wanted) and graphs.frame_count == 2
