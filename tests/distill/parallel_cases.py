@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +51,8 @@ from fraqat.nn import (
 from fraqat.nn.shards import own
 from fraqat.schedules import AutomaticSpec
 
+Job = tuple[str, dict[str, Any], dict[str, Any]]
+"""Case, values of `ParallelSpec`, changes of the case; `backend` of torch.compile among them."""
 NUM_PARTS = 2
 STEPS = 9
 """One of each of the nine stages."""
@@ -258,6 +262,39 @@ def losses(folder: Path) -> list[float]:
     return [event["loss"] for event in read_log(folder) if event["event"] == "step"]
 
 
+def run_processes(num: int, out: Path, jobs: list[Job], **environment: str) -> list[tuple[int, str]]:
+    """Runs jobs in so many processes over gloo, as `torchrun` would start them: exit code and output of each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(num),
+        "LOCAL_WORLD_SIZE": str(num),
+        **environment,
+    }
+    command = [sys.executable, "-W", "error::UserWarning:fraqat", __file__, str(out), json.dumps(jobs)]
+    processes = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(num)
+    ]
+    outputs = [process.communicate(timeout=900)[0] for process in processes]
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def spawn(num: int, out: Path, jobs: list[Job]) -> None:
+    """Runs jobs in so many processes, none of which may fail."""
+    for code, output in run_processes(num, out, jobs):
+        assert code == 0, output[-4000:]
+
+
 FAILURES: dict[str, BaseException] = {
     "value-error": ValueError("no such thing"),
     "config-error": ConfigError("no such setting"),
@@ -287,6 +324,16 @@ def newest_as_seen(folder: Path, workers: Workers) -> list[Any]:
     return [found and found.step, found and found.whole()["x"].tolist(), said]
 
 
+def count_graphs(backend: str) -> Any:
+    """Lets this backend make the graphs of `train.compile` from now on; gives what counts them in `frame_count`."""
+    from torch._dynamo.testing import CompileCounterWithBackend  # slow to import
+
+    from fraqat.distill import compiling
+
+    compiling.BACKEND = CompileCounterWithBackend(backend)
+    return compiling.BACKEND
+
+
 def main(out: Path, jobs: list[list[Any]]) -> None:
     """Runs jobs, [case, values of `ParallelSpec`, changes of the case], as one process of several."""
     torch.set_num_threads(1)
@@ -301,7 +348,10 @@ def main(out: Path, jobs: list[list[Any]]) -> None:
                 (out / f"{name}-rank{workers.rank}.json").write_text(json.dumps([seen, workers.tell(lambda: [1, "a"])]))
                 continue
             folder = out / job_folder(name, values, changes)
+            graphs = count_graphs(changes.pop("backend")) if "backend" in changes else None
             found = train_case(name, folder, ParallelSpec(**values), **changes)
+            if graphs is not None:
+                (folder / f"graphs{workers.rank}.json").write_text(json.dumps(graphs.frame_count))
             if found:
                 save_file(found, folder / f"rank{workers.rank}.safetensors")
 

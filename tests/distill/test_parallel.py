@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from parallel_cases import CASES, FAILURES, job_folder, losses, train_case
+from parallel_cases import CASES, FAILURES, Job, job_folder, losses, run_processes, spawn, train_case
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed import TCPStore
@@ -21,44 +18,8 @@ from torch.distributed import TCPStore
 from fraqat.distill import CheckpointStore, ParallelSpec, Workers, read_log
 from fraqat.errors import ConfigError
 
-Job = tuple[str, dict[str, Any], dict[str, Any]]
-"""Case, values of `ParallelSpec`, changes of the case."""
-WORKER = Path(__file__).parent / "parallel_cases.py"
 PLAIN = ParallelSpec()
 pytestmark = pytest.mark.xdist_group("parallel")  # one worker, which starts the processes once
-
-
-def run_processes(num: int, out: Path, jobs: list[Job], **environment: str) -> list[tuple[int, str]]:
-    """Runs jobs in so many processes over gloo, as `torchrun` would start them: exit code and output of each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(num),
-        "LOCAL_WORLD_SIZE": str(num),
-        **environment,
-    }
-    command = [sys.executable, "-W", "error::UserWarning:fraqat", str(WORKER), str(out), json.dumps(jobs)]
-    processes = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(num)
-    ]
-    outputs = [process.communicate(timeout=900)[0] for process in processes]
-    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
-
-
-def spawn(num: int, out: Path, jobs: list[Job]) -> None:
-    """Runs jobs in so many processes, none of which may fail."""
-    for code, output in run_processes(num, out, jobs):
-        assert code == 0, output[-4000:]
 
 
 @pytest.fixture(scope="module")

@@ -144,7 +144,9 @@ def test_weights_without_codes_cannot_travel_as_codes(changes: dict[str, Any], m
 
 
 def test_settings_that_sharded_models_do_not_have_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"train\.compile = 'default' .* none with sharded models"):
+    with pytest.raises(
+        ConfigError, match=r"train\.compile = 'default' .* none or blocks with .* set train\.compile: blocks"
+    ):
         make(ParallelSpec("fsdp2"), compile="default")
     weight = WeightSpec(granularity="tensor", range_method="three_sigma")
     with pytest.raises(ConfigError, match=r"ddp where one scale of a whole weight is found by three_sigma \(enter\)"):

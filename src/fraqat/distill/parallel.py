@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
-from fraqat.distill.spec import CompileMode, TrainSpec
+from fraqat.distill.compiling import check_has_blocks, compile_blocks_, compiled
+from fraqat.distill.spec import TrainSpec
 from fraqat.distill.task import Batch, DistillTask, Prediction
 from fraqat.distill.workers import Workers
 from fraqat.errors import ConfigError
@@ -61,11 +62,22 @@ class TrainedModels:
     """Whether forward and backward passes exchange tensors, so that no process can break one off alone."""
 
     def __init__(self, task: DistillTask, teacher: nn.Module, student: nn.Module, spec: TrainSpec):
-        self._model = student
+        self._model, self._teacher = student, teacher
+        self._compiles_blocks = spec.compile == "blocks"
+        if self._compiles_blocks:
+            check_has_blocks(student)
         # Kept: a scale changes its name with the width where a model serves several.
         self._trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
         self.teacher: nn.Module = Predictor(task, compiled(teacher, spec.compile))
         self.student: nn.Module = Predictor(task, compiled(student, spec.compile))
+
+    def compile_blocks_(self) -> Callable[[], None]:
+        """Compiles the blocks of both models, as they compute now, where `train.compile` says so; the call given undoes it."""
+        undo = ExitStack()
+        if self._compiles_blocks:
+            for model in (self._teacher, self._model):
+                undo.callback(compile_blocks_(model))
+        return undo.close
 
     def part(self, *, is_last: bool) -> AbstractContextManager[Any]:
         """Around forward and backward pass of a part of a batch; gradients travel in the last one alone."""
@@ -201,11 +213,3 @@ def _sum(tensor: Tensor) -> float:
 
 def _ddp_arguments() -> frozenset[str]:
     return frozenset(inspect.signature(DistributedDataParallel.__init__).parameters)
-
-
-def compiled(model: nn.Module, mode: CompileMode) -> nn.Module:
-    """The model as training calls it: itself, or compiled."""
-    if mode == "none":
-        return model
-    options: Any = torch.compile(model, mode="reduce-overhead" if mode == "cuda_graphs" else "default")
-    return options

@@ -142,6 +142,8 @@ class ShardedModels(TrainedModels):
         self._serves_widths = bool(schedule.widths)
         if integers is not None:
             integers.is_sharded = True
+        if spec.compile == "blocks":
+            _renew_codes_before_blocks_(student)
         self.num_as_codes = travel_as_codes_(integers) if self._as_codes and integers is not None else 0
         self.weights_changed_()
 
@@ -228,10 +230,27 @@ class ShardedModels(TrainedModels):
             layer.weight_quantizer.known_max = largest.view([1] * layer.weight.ndim)
 
 
+def _renew_codes_before_blocks_(student: nn.Module) -> None:
+    """Makes codes of gathered weights before their block is called: inside it, that takes a lock, where a graph would end."""
+
+    def renew(block: nn.Module, args: Any) -> None:
+        for _, layer in quantized_layers(block):
+            if layer.integer is not None and not layer.integer.is_current:
+                layer.renew_codes_()
+
+    for block in repeated_blocks(student):
+        block.register_forward_pre_hook(renew)  # after FSDP's, which gathers the weights
+
+
 def _check_settings(student: nn.Module, spec: TrainSpec, integers: IntegerLayers | None, schedule: Schedule) -> None:
     parallel = spec.parallel
-    if spec.compile != "none":
-        raise config_error("train.compile", spec.compile, allowed="none with sharded models", fix="leave it out")
+    if spec.compile not in ("none", "blocks"):
+        raise config_error(
+            "train.compile",
+            spec.compile,
+            allowed="none or blocks with sharded models, whose blocks are gathered and let go between graphs",
+            fix="set train.compile: blocks",
+        )
     for name, layer in quantized_layers(student):
         weight = layer.weight_quantizer.spec
         if weight.granularity is Granularity.TENSOR and weight.range_method not in (

@@ -14,7 +14,7 @@ from fraqat.errors import check_seed, config_error
 from fraqat.nn import STRICT_KEYS, EngineSpec, LowRankSpec
 from fraqat.schedules import LearningRateSpec
 
-CompileMode = Literal["none", "default", "cuda_graphs"]
+CompileMode = Literal["none", "default", "blocks", "cuda_graphs"]
 OptimizerName = Literal["adamw", "adamw_adapted", "adamw_8bit"]
 OptimizerDevice = Literal["same", "host"]
 TeacherDtype = Literal["model", "bfloat16", "int8"]
@@ -139,7 +139,8 @@ class TrainSpec:
         engine: How the products of quantized layers are computed in training.
         parallel: How several processes train together.
         compile: `none`; `default` compiles student and teacher once for all widths (needs a C++ compiler on a CPU, Triton on
-            CUDA; minutes at the start); `cuda_graphs` also records CUDA graphs.
+            CUDA; minutes at the start); `blocks` compiles their repeated blocks alone, equal ones together, and is the way of
+            sharded models; `cuda_graphs` compiles all and records CUDA graphs.
         seed: Decides data order, noise, timesteps and dropped captions.
         validate_every, checkpoint_every: Steps between two; both also happen at the end.
         num_checkpoints_kept: Older ones are removed.
@@ -214,6 +215,7 @@ class TrainSpec:
             self.on_out_of_memory == "stop" or self.teacher.outputs == "computed",
             "stop with train.teacher.outputs: recorded, which are those of whole parts",
         )
+        _check_choice("train.compile", self.compile, CompileMode)
         _check_choice("train.activation_checkpointing", self.activation_checkpointing, CheckpointedModules)
         _check("train.losses", self.losses, len(self.losses) > 0, "at least one term")
         _check("train.betas", self.betas, all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")

@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -154,7 +155,10 @@ class Distiller:
 
     def _run_from_newest(self, guard: InterruptGuard) -> DistillResult:
         torch.manual_seed(self.spec.seed)
-        undo = checkpoint_blocks_(self.student) if self.spec.activation_checkpointing == "blocks" else lambda: None
+        undo = ExitStack()
+        if self.spec.activation_checkpointing == "blocks":
+            undo.callback(checkpoint_blocks_(self.student))
+        undo.callback(self.models.compile_blocks_())
         self._resume()
         spec = self.spec
         log = RunLog(
@@ -223,7 +227,7 @@ class Distiller:
                     self._finish_save(log)
             finally:
                 log.close()
-                undo()
+                undo.close()
 
     def _name_precision(self, log: RunLog) -> None:
         log.write_event("precision", self.step, products=self.precision)

@@ -26,18 +26,43 @@ _ALIASES = (_aten.detach.default, _aten.alias.default, _aten.as_strided.default)
 
 
 class WeightInCodes(Tensor):
-    """Stands for a whole weight that is there as codes alone: it takes gradients, and has shape, dtype and no values."""
+    """Stands for a whole weight that is there as codes alone: it takes gradients, and has shape, dtype and no values.
+
+    It can be taken apart (`__tensor_flatten__`): a tensor of another class that cannot is to torch.compile no tensor but an
+    object, so that a compiled layer would have no gradient for its weight, without a word.
+
+    Args:
+        shape: Of the weight.
+        inner: Empty, of the weight's dtype and device.
+    """
+
+    _inner: Tensor
 
     @staticmethod
-    def __new__(cls: type[WeightInCodes], shape: torch.Size, dtype: torch.dtype, device: torch.device) -> WeightInCodes:
-        return cast(Any, Tensor)._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+    def __new__(cls: type[WeightInCodes], shape: torch.Size, inner: Tensor) -> WeightInCodes:
+        return cast(Any, Tensor)._make_wrapper_subclass(cls, shape, dtype=inner.dtype, device=inner.device)
+
+    def __init__(self, shape: torch.Size, inner: Tensor):
+        self._inner = inner
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"{type(self).__name__}({tuple(self.shape)}, {self.dtype})"  # asked for where torch.compile is traced
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["_inner"], None
+
+    @classmethod
+    def __tensor_unflatten__(
+        cls, inner: dict[str, Tensor], context: None, size: torch.Size, stride: tuple[int, ...]
+    ) -> WeightInCodes:
+        return cls(size, inner["_inner"])
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _ALIASES:
-            return cls(args[0].shape, args[0].dtype, args[0].device)
+            return cls(args[0].shape, args[0]._inner.detach())
         if func in (_aten.zeros_like.default, _aten.empty_like.default):
-            plain = tree_map_only(cls, lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device), args)
+            plain = tree_map_only(cls, lambda t: t._inner.new_empty(t.shape), args)
             return func(*plain, **(kwargs or {}))
         raise RuntimeError(
             f"{func} needs the values of a weight that travels as codes: its layer computes by integers. Use "
@@ -81,7 +106,7 @@ class _CodesInTransit:
         self._integer.set_(codes, scale_bytes.contiguous().view(torch.float32))
         if out is not None:
             return None
-        return WeightInCodes(self._layer.weight.shape, dtype, packed.device), ()
+        return WeightInCodes(self._layer.weight.shape, torch.empty(0, dtype=dtype, device=packed.device)), ()
 
 
 def travel_as_codes_(integers: IntegerLayers) -> int:
