@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
+
 from torch import nn
 
+from fraqat.distill.checkpointing import checkpoint_blocks_
 from fraqat.distill.parallel import ReplicatedModels, TrainedModels, check_same_start
 from fraqat.distill.spec import TrainSpec
 from fraqat.distill.task import DistillTask
@@ -60,3 +64,21 @@ def check_trainable(student: nn.Module, spec: TrainSpec) -> None:
         raise config_error(
             "train.ema_decay", spec.ema_decay, allowed="null with learned scales", fix="use range_method: mse"
         )
+
+
+def prepare_blocks_(student: nn.Module, models: TrainedModels, spec: TrainSpec) -> Callable[[], None]:
+    """Lets repeated blocks recompute and compiles them, as a recipe wants it, for as long as training lasts.
+
+    Args:
+        student: The whole of it.
+        models: As `make_models` gave them.
+        spec: `activation_checkpointing` and `compile`.
+
+    Returns:
+        A call that undoes it.
+    """
+    undo = ExitStack()
+    if spec.activation_checkpointing == "blocks":
+        undo.callback(checkpoint_blocks_(student))
+    undo.callback(models.compile_blocks_())
+    return undo.close

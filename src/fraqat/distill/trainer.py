@@ -6,7 +6,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,7 +14,6 @@ from torch import nn
 
 from fraqat.distill.checkpoint import CheckpointStore, LoadedCheckpoint
 from fraqat.distill.checkpoint_files import DamagedError, loaded
-from fraqat.distill.checkpointing import checkpoint_blocks_
 from fraqat.distill.diagnose import non_finite_message
 from fraqat.distill.ema import ParameterAverage
 from fraqat.distill.finite import FiniteChecks
@@ -24,7 +22,7 @@ from fraqat.distill.identity import identity
 from fraqat.distill.interrupt import InterruptGuard, interrupted
 from fraqat.distill.log import RunLog, StepRecord
 from fraqat.distill.micro_batch import MICRO_BATCH_EVENT, SPLIT_FILE, MicroBatch, check_splitting
-from fraqat.distill.models import check_trainable, make_models
+from fraqat.distill.models import check_trainable, make_models, prepare_blocks_
 from fraqat.distill.optimizers import make_optimizer
 from fraqat.distill.precision import precision_name, precision_warning
 from fraqat.distill.ranks import RankDecay
@@ -155,10 +153,7 @@ class Distiller:
 
     def _run_from_newest(self, guard: InterruptGuard) -> DistillResult:
         torch.manual_seed(self.spec.seed)
-        undo = ExitStack()
-        if self.spec.activation_checkpointing == "blocks":
-            undo.callback(checkpoint_blocks_(self.student))
-        undo.callback(self.models.compile_blocks_())
+        undo = prepare_blocks_(self.student, self.models, self.spec)
         self._resume()
         spec = self.spec
         log = RunLog(
@@ -227,7 +222,7 @@ class Distiller:
                     self._finish_save(log)
             finally:
                 log.close()
-                undo.close()
+                undo()
 
     def _name_precision(self, log: RunLog) -> None:
         log.write_event("precision", self.step, products=self.precision)
