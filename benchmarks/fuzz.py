@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import signal
 import sys
 import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,13 @@ from fraqat import __version__
 from fraqat.errors import FraqatError
 from fuzz_targets import TARGETS, run_once
 from machine import commit
+
+INPUT_LIMIT_S = 60.0
+"""An input that takes longer is a finding: a count in a damaged file that is believed, for example."""
+
+
+class TooSlowError(Exception):
+    """An input took longer than `INPUT_LIMIT_S`."""
 
 
 @dataclass
@@ -53,9 +62,10 @@ def fuzz(name: str, seed: int, *, seconds: float = float("inf"), num_inputs: int
         seconds, num_inputs: When to stop.
     """
     found, start, number = Fuzzed(), time.monotonic(), 0
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _alarm():
         while time.monotonic() - start < seconds and (num_inputs is None or number < num_inputs):
             one = f"{seed}/{number}"
+            signal.setitimer(signal.ITIMER_REAL, INPUT_LIMIT_S)
             try:
                 found.counts[run_once(name, one, Path(folder) / "run")] += 1
             except FraqatError as error:
@@ -65,6 +75,19 @@ def fuzz(name: str, seed: int, *, seconds: float = float("inf"), num_inputs: int
             number += 1
     found.seconds = time.monotonic() - start
     return found
+
+
+@contextmanager
+def _alarm() -> Generator[None]:
+    def stop(number: int, frame: object) -> None:
+        raise TooSlowError(f"more than {INPUT_LIMIT_S:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _note(found: Fuzzed, seed: str, error: Exception) -> None:
