@@ -10,6 +10,7 @@ of its test loss to vanilla QAT's in each family, and over all families the geom
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import statistics
@@ -24,6 +25,7 @@ from fraqat.workflows import CompareOptions, Comparison, SilentProgress, compare
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 FAMILIES = ("sana-600m", "sd3.5-medium", "pixart-sigma", "flux-schnell", "gemma-2-2b-it", "speecht5")
+PRESET = "fraqat"
 SETTINGS = ("train.batch_size=16", "quantization.weight.range_method=learned")
 """The same scales for all methods that do not choose them, and a batch that lets many runs fit into an hour."""
 
@@ -43,18 +45,41 @@ def overall(comparisons: Mapping[str, Comparison], method: str) -> SeedMean | No
     whole = [statistics.fmean(values) for values in logs.values() if len(values) == len(comparisons)]
     if not whole:
         return None
-    interval = mean_over_seeds(whole)
+    return exponential(mean_over_seeds(whole))
+
+
+def half_ratios(comparisons: Mapping[str, Comparison], halves: Mapping[str, Comparison]) -> list[SeedMean]:
+    """Loss of the preset after half of the steps over that of the reference after all: by family, and over all families."""
+    logs: dict[str, dict[int, float]] = {}
+    for family, comparison in comparisons.items():
+        base = {record.seed: record.test_loss for record in comparison.reference.records}
+        found = {record.seed: record.test_loss for record in halves[family].results[0].records}
+        logs[family] = {
+            seed: math.log(loss / reference)
+            for seed, loss in found.items()
+            if loss is not None and (reference := base.get(seed)) is not None
+        }
+    seeds = set.intersection(*(set(values) for values in logs.values()))
+    whole = [statistics.fmean(values[seed] for values in logs.values()) for seed in sorted(seeds)]
+    intervals = [mean_over_seeds(list(values.values())) for values in logs.values()]
+    return [exponential(interval) for interval in (*intervals, mean_over_seeds(whole))]
+
+
+def exponential(interval: SeedMean) -> SeedMean:
+    """Of a mean of logarithms and its ends."""
     low, high = (None if end is None else math.exp(end) for end in (interval.low, interval.high))
     return SeedMean(math.exp(interval.mean), low, high)
 
 
-def markdown(comparisons: Mapping[str, Comparison], command: str, date: str) -> str:
+def markdown(comparisons: Mapping[str, Comparison], halves: Mapping[str, Comparison], command: str, date: str) -> str:
     """The page: the joint table, then the tables of every family."""
     names = list(dict.fromkeys(result.method for c in comparisons.values() for result in c.results))
     rows: list[Sequence[Any]] = []
     for name in names:
         ratios = [ratio_to_reference(comparison, name) for comparison in comparisons.values()]
         rows.append((name, *map(text_of, ratios), text_of(overall(comparisons, name))))
+    if halves:
+        rows.append((f"{PRESET}, half of the steps", *map(text_of, half_ratios(comparisons, halves))))
     note = (
         "Ratio of the distillation loss on held-out data that chose nothing to that of vanilla QAT: geometric mean over "
         "seeds, in brackets its 95 % interval. All families: geometric mean over families, interval over seeds."
@@ -63,6 +88,9 @@ def markdown(comparisons: Mapping[str, Comparison], command: str, date: str) -> 
     parts = [f"# Quality, {date}", f"```\n{command}\n```", markdown_table(joint)]
     for family, comparison in comparisons.items():
         parts += [f"## {family}", markdown_table(comparison.to_table()), markdown_table(comparison.rates_table())]
+        if family in halves:
+            half = halves[family]
+            parts += [f"### {family}, half of the steps", *map(markdown_table, (half.to_table(), half.rates_table()))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -107,6 +135,9 @@ def main() -> None:
         metavar="FAMILY=RATES",
         help="other rates for a family, for all methods",
     )
+    parser.add_argument(
+        "--half", action="store_true", help="also the preset in half of the steps, against all methods' in all"
+    )
     parser.add_argument("--set", dest="settings", action="append", default=[], help="further change of the recipes")
     arguments = parser.parse_args()
     families = arguments.families or list(FAMILIES)
@@ -117,6 +148,7 @@ def main() -> None:
             f"--rates-of {', '.join(sorted(unknown))}: allowed are the families compared: {', '.join(families)}"
         )
     comparisons: dict[str, Comparison] = {}
+    halves: dict[str, Comparison] = {}
     for family in families:
         options = CompareOptions(
             methods=tuple(arguments.methods.split(",")),
@@ -125,16 +157,23 @@ def main() -> None:
         )
         recipe = load_recipe(f"{family}-tiny", settings)
         comparisons[family] = compare(recipe, arguments.work / family, options, SilentProgress())
+        if arguments.half:
+            assert recipe.train.steps is not None
+            recipe = load_recipe(f"{family}-tiny", (*settings, f"train.steps={recipe.train.steps // 2}"))
+            only = dataclasses.replace(options, methods=(PRESET,))
+            halves[family] = compare(recipe, arguments.work / f"{family}-half", only, SilentProgress())
     chosen = " ".join(f"--family {family}" for family in families)
     changes = "".join(f" --rates-of {given}" for given in arguments.rates_of)
+    changes += " --half" * arguments.half
     changes += "".join(f" --set {setting}" for setting in arguments.settings)
     command = (
         f"OMP_NUM_THREADS=1 python benchmarks/quality.py --work runs/quality --date {arguments.date} {chosen} "
         f"--methods {arguments.methods} --seeds {arguments.seeds} --rates {arguments.rates}{changes}"
     )
     target = RESULTS / f"quality_{arguments.date}.md"
-    target.write_text(markdown(comparisons, command, arguments.date))
+    target.write_text(markdown(comparisons, halves, command, arguments.date))
     values = {family: comparison.to_json() for family, comparison in comparisons.items()}
+    values |= {f"{family}, half of the steps": comparison.to_json() for family, comparison in halves.items()}
     target.with_suffix(".json").write_text(json.dumps(values, indent=1) + "\n")
     print(target.read_text())
 
