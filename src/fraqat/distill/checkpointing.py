@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -85,9 +85,24 @@ def checkpoint_blocks_(
             allowed=f"none for {type(model).__name__}, which has no list of two or more equal blocks",
             fix="set train.activation_checkpointing: none",
         )
+    return replace_forwards_(blocks, lambda block: _checkpointed(block, contexts or keep_products, keeps_random_state))
+
+
+def replace_forwards_(
+    blocks: Sequence[nn.Module], replacement: Callable[[nn.Module], Callable[..., Any]]
+) -> Callable[[], None]:
+    """Gives every block another `forward`.
+
+    Args:
+        blocks: Changed in place.
+        replacement: Of a block that still has its own.
+
+    Returns:
+        A call that undoes it.
+    """
     own = [block.__dict__.get("forward") for block in blocks]
     for block in blocks:
-        block.forward = _checkpointed(block, contexts or keep_products, keeps_random_state)
+        block.forward = replacement(block)
 
     def undo() -> None:
         for block, forward in zip(blocks, own, strict=True):

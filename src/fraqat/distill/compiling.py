@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fraqat.distill.checkpointing import repeated_blocks
+from fraqat.distill.checkpointing import repeated_blocks, replace_forwards_
 from fraqat.distill.spec import CompileMode
 from fraqat.errors import config_error
 
@@ -54,22 +54,15 @@ def compile_blocks_(model: nn.Module) -> Callable[[], None]:
     Returns:
         A call that undoes it.
     """
-    blocks = repeated_blocks(model)
-    own = [block.__dict__.get("forward") for block in blocks]
     runs: dict[str, Callable[..., Any]] = {}
-    for block in blocks:
+
+    def run_of(block: nn.Module) -> Callable[..., Any]:
         kind = str(block)
         if kind not in runs:
             runs[kind] = torch.compile(_call_of_its_own(), backend=BACKEND)
-        block.forward = partial(runs[kind], block.forward)
+        return partial(runs[kind], block.forward)
 
-    def undo() -> None:
-        for block, forward in zip(blocks, own, strict=True):
-            del block.forward
-            if forward is not None:
-                block.forward = forward
-
-    return undo
+    return replace_forwards_(repeated_blocks(model), run_of)
 
 
 def _call(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
