@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 from toy import toy_spec
 
-from fraqat.distill import DeviceOptimizer, HostOptimizer, TrainOptimizer, TrainSpec, make_optimizer
+from fraqat.distill import (
+    DeviceOptimizer,
+    HostOptimizer,
+    TrainOptimizer,
+    TrainSpec,
+    VarianceAdaptedAdamW,
+    make_optimizer,
+)
 from fraqat.distill import optimizers as optimizers_module
 from fraqat.errors import ConfigError
 
@@ -145,6 +152,20 @@ def test_a_run_of_adamw_goes_on_adapted() -> None:
     take_steps(second, trained, range(3, 4))
     assert second.state_dict()["state"][0]["step"] == 4
     assert all(not torch.equal(p, q) for p, q in zip(trained, start, strict=True))
+
+
+def test_adapted_steps_in_a_loop_of_ones_own_shorten_what_cancels() -> None:
+    weight = nn.Parameter(torch.zeros(1, 2))
+    optimizer = VarianceAdaptedAdamW([weight], lr=1e-2)
+    for step in range(40):
+        weight.grad = torch.tensor([[1.0, 1.0 if step % 2 else -1.0]])
+        optimizer.step()
+        optimizer.zero_grad()
+    steady, cancelling = weight.abs()[0].tolist()
+    assert steady > 0.39
+    assert cancelling < 0.01
+    with pytest.raises(ValueError, match="closure"):
+        optimizer.step(lambda: 0.0)
 
 
 def test_an_adapted_step_without_any_gradient_moves_nothing() -> None:

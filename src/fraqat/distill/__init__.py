@@ -15,6 +15,7 @@ from fraqat.distill.teacher import StoredWeight, TeacherMemory, hold_teacher_, s
 from fraqat.distill.teacher_outputs import OUTPUTS_FOLDER, check_recordable
 from fraqat.distill.trainer import Distiller
 from fraqat.distill.validation import validation_loss
+from fraqat.distill.variance_adapted import VarianceAdaptedAdamW
 from fraqat.distill.watch_spec import NonFiniteSpec, ProfileSpec, WandbSpec
 from fraqat.distill.workers import ALONE, Workers, current_workers, is_first_process, joined
 
@@ -49,6 +50,7 @@ __all__ = [
     "TimestepImportanceSpec",
     "TrainOptimizer",
     "TrainSpec",
+    "VarianceAdaptedAdamW",
     "WandbSpec",
     "Workers",
     "autocast",
