@@ -189,12 +189,8 @@ def joined(spec: ParallelSpec, device: torch.device) -> Generator[Workers]:
     _take_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=spec.timeout_s)
-    store = _store_of_this_start(timeout)
-    if store is None:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=int(os.environ["RANK"]), world_size=num)
     try:
+        _meet(backend, timeout)
         yield current_workers()
     except RuntimeError as error:
         if not _is_lost_connection(error):
@@ -204,7 +200,17 @@ def joined(spec: ParallelSpec, device: torch.device) -> Generator[Workers]:
             "says why. Fix: mend that, then run the same command again; it goes on from the newest checkpoint."
         ) from error
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _meet(backend: str, timeout: timedelta) -> None:
+    store = _store_of_this_start(timeout)
+    if store is None:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        rank, num = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=num)
 
 
 def _store_of_this_start(timeout: timedelta) -> dist.Store | None:
