@@ -75,18 +75,11 @@ def hang_a_process(lab: Lab, **parallel: Any) -> Outcome:
 
 def _disturb(lab: Lab, number: signal.Signals, parallel: Mapping[str, Any], says: str = "") -> Outcome:
     wanted, span = _reference(lab, parallel)
-    settings = _settings(lab, lab.new_folder(), parallel)
-    pid = start(settings)
-    is_early = lab.random.random() < SHARE_AT_START
-    if is_early:
-        _wait_for(lambda: len(_children(pid)) == NUM_PROCESSES)
-        time.sleep(lab.random.uniform(0.0, 4.0))
-    else:
-        _wait_for(lambda: _num_steps(settings) > 0)
-        time.sleep(lab.random.uniform(0.0, span))
-    processes = _children(pid)
-    if len(processes) < NUM_PROCESSES:
-        return _judge(settings, wait(pid), wanted, f"{number.name} came too late: it had ended")
+    settings, pid, processes = _at_a_moment(lab, parallel, span)
+    while len(processes) < NUM_PROCESSES:  # it had ended: the undisturbed run was slower, and this is no trial
+        if wait(pid) != 0:
+            return Outcome(BROKEN, f"ended undisturbed: {messages(settings)[-600:]}")
+        settings, pid, processes = _at_a_moment(lab, parallel, _span(settings))
     os.kill(lab.random.choice(processes), number)
     num_steps = _num_steps(settings)
     code = wait(pid)
@@ -96,6 +89,19 @@ def _disturb(lab: Lab, number: signal.Signals, parallel: Mapping[str, Any], says
     if says not in messages(settings):
         return Outcome(BROKEN, f"nobody said {says!r}: {messages(settings)[-600:]}")
     return _judge(settings, code, wanted, f"{number.name} {'while training' if num_steps else 'before the first step'}")
+
+
+def _at_a_moment(lab: Lab, parallel: Mapping[str, Any], span: float) -> tuple[Settings, int, list[int]]:
+    """A new run at a moment of its start or of the `span` seconds of its training: its settings, `torchrun`, its processes."""
+    settings = _settings(lab, lab.new_folder(), parallel)
+    pid = start(settings)
+    if lab.random.random() < SHARE_AT_START:
+        _wait_for(lambda: len(_children(pid)) == NUM_PROCESSES)
+        time.sleep(lab.random.uniform(0.0, 4.0))
+    else:
+        _wait_for(lambda: _num_steps(settings) > 0)
+        time.sleep(lab.random.uniform(0.0, span))
+    return settings, pid, _children(pid)
 
 
 def _judge(settings: Settings, code: int, wanted: str, text: str) -> Outcome:
@@ -122,8 +128,13 @@ def _reference(lab: Lab, parallel: Mapping[str, Any]) -> tuple[str, float]:
     if not (folder / "student.safetensors").exists():
         code = wait(start(settings))
         assert code == 0, messages(settings)
-    times = [path.stat().st_mtime for path in (folder / "first_step", folder / "student.safetensors")]
-    return digest(settings), times[1] - times[0]
+    return digest(settings), _span(settings)
+
+
+def _span(settings: Settings) -> float:
+    """Seconds from the first step of a run that has ended to its end."""
+    folder = Path(settings.folder)
+    return (folder / "student.safetensors").stat().st_mtime - (folder / "first_step").stat().st_mtime
 
 
 def _num_steps(settings: Settings) -> int:
