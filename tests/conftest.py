@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [
         item
         for item in items
-        for name in ("faults", "fuzz", "four_processes")
+        for name in ("faults", "fuzz", "four_processes", "compiled")
         if item.get_closest_marker(name) and name not in chosen
     ]
     if left_out:

@@ -139,7 +139,7 @@ def test_one_graph_trains_sharded_blocks_at_every_width(gather: str) -> None:
     assert graphs.frame_count == 1
 
 
-@pytest.mark.slow
+@pytest.mark.compiled
 @pytest.mark.usefixtures("group")
 def test_inductor_gives_the_gradients_of_eager_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel_cases, "Block", Line)
@@ -160,6 +160,7 @@ TWO_PROCESSES: list[Job] = [
 ]
 
 
+@pytest.mark.compiled
 def test_two_processes_with_compiled_blocks_train_what_one_trains_without(tmp_path: Path) -> None:
     spawn(2, tmp_path, TWO_PROCESSES)
     for job in TWO_PROCESSES:
