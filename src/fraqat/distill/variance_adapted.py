@@ -18,15 +18,14 @@ class VarianceAdaptedAdamW(torch.optim.AdamW):
     f = m^2 / v = 1 / (1 + relative variance) is the factor by which a noisy direction should be shortened (Balles and Hennig,
     arXiv 1705.07774). Here it moves by sign(m) f = u |u|, times the number that gives the update of a tensor with two or more
     axes the norm of u, so that the learning rates of AdamW serve: elements whose gradients agree move more, and those whose
-    gradients cancel, which a rounded weight should not follow over a boundary, less. Tensors with one axis (norms, biases)
-    move as AdamW moves them.
+    gradients cancel less. Tensors with one axis (norms, biases) move as AdamW moves them.
 
     State and arguments are AdamW's, so that a checkpoint of one is read by the other. A step takes memory for two tensors of
     the largest parameter's size beside that.
 
     Args:
         params: As AdamW's: parameters, or groups of them.
-        lr, betas, eps, weight_decay: As AdamW's; with a first beta of 0.9 we have seen no gain.
+        lr, betas, eps, weight_decay: As AdamW's; the gain was largest with a first beta of 0.5 (docs/log.md).
         sum_rows_: Where each process holds rows of the parameters: adds a tensor up over the processes that share them, in
             place. It is called once a step, with the squares of all norms.
     """
