@@ -22,10 +22,13 @@ from fraqat.analysis.intervals import SeedMean, mean_over_seeds
 from fraqat.config import load_recipe
 from fraqat.table import Table, format_value
 from fraqat.workflows import CompareOptions, Comparison, SilentProgress, compare
+from fraqat.workflows.comparison import REFERENCE
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
-FAMILIES = ("sana-600m", "sd3.5-medium", "pixart-sigma", "flux-schnell", "gemma-2-2b-it", "speecht5")
+PICTURES = ("sana-600m", "sd3.5-medium", "pixart-sigma", "flux-schnell")
+FAMILIES = (*PICTURES, "gemma-2-2b-it", "speecht5")
 PRESET = "fraqat"
+FRECHET = "frechet"
 SETTINGS = ("train.batch_size=16", "quantization.weight.range_method=learned")
 """The same scales for all methods that do not choose them, and a batch that lets many runs fit into an hour."""
 
@@ -46,6 +49,39 @@ def overall(comparisons: Mapping[str, Comparison], method: str) -> SeedMean | No
     if not whole:
         return None
     return exponential(mean_over_seeds(whole))
+
+
+def frechet_table(sampled: Mapping[str, Comparison]) -> Table:
+    """Frechet distance to the original's pictures over that of vanilla QAT: by family, and over all families."""
+    names = list(dict.fromkeys(result.method for c in sampled.values() for result in c.results))
+    rows: list[Sequence[Any]] = []
+    for name in names:
+        cells: list[str | None] = []
+        logs: dict[int, list[float]] = {}
+        for comparison in sampled.values():
+            result = next(r for r in comparison.results if r.method == name)
+            mean = statistics.fmean(record.quality[FRECHET] or math.nan for record in result.records)
+            cells.append(f"{mean:.4g}; {text_of(frechet_ratio(comparison, name))}")
+            base = {record.seed: record.quality[FRECHET] for record in comparison.reference.records}
+            for record in result.records:
+                found, reference = record.quality[FRECHET], base[record.seed]
+                if found and reference:
+                    logs.setdefault(record.seed, []).append(math.log(found / reference))
+        whole = [statistics.fmean(values) for values in logs.values() if len(values) == len(sampled)]
+        rows.append((name, *cells, text_of(exponential(mean_over_seeds(whole))) if whole else None))
+    num_images = {c.recipe.to_values()["evaluation"]["num_images"] for c in sampled.values()}
+    note = (
+        f"Frechet distance between the pictures of student and original, {', '.join(map(str, sorted(num_images)))} held-out "
+        "prompts with equal seeds, features of the classifier that knows digits and colours; mean over the students of the "
+        "table above; its ratio to vanilla QAT's as there."
+    )
+    return Table("Frechet distance", ("method", *sampled, "all families"), tuple(rows), (note,))
+
+
+def frechet_ratio(comparison: Comparison, method: str) -> SeedMean | None:
+    """A method's ratio of Frechet distances to vanilla QAT in one comparison."""
+    result = next(r for r in comparison.results if r.method == method)
+    return SeedMean(1.0, None, None) if result is comparison.reference else comparison.quality_ratio(result, FRECHET)
 
 
 def half_ratios(comparisons: Mapping[str, Comparison], halves: Mapping[str, Comparison]) -> list[SeedMean]:
@@ -71,7 +107,13 @@ def exponential(interval: SeedMean) -> SeedMean:
     return SeedMean(math.exp(interval.mean), low, high)
 
 
-def markdown(comparisons: Mapping[str, Comparison], halves: Mapping[str, Comparison], command: str, date: str) -> str:
+def markdown(
+    comparisons: Mapping[str, Comparison],
+    halves: Mapping[str, Comparison],
+    sampled: Mapping[str, Comparison],
+    command: str,
+    date: str,
+) -> str:
     """The page: the joint table, then the tables of every family."""
     names = list(dict.fromkeys(result.method for c in comparisons.values() for result in c.results))
     rows: list[Sequence[Any]] = []
@@ -86,6 +128,8 @@ def markdown(comparisons: Mapping[str, Comparison], halves: Mapping[str, Compari
     )
     joint = Table("Ratio to vanilla QAT", ("method", *comparisons, "all families"), tuple(rows), (note,))
     parts = [f"# Quality, {date}", f"```\n{command}\n```", markdown_table(joint)]
+    if sampled:
+        parts.append(markdown_table(frechet_table(sampled)))
     for family, comparison in comparisons.items():
         parts += [f"## {family}", markdown_table(comparison.to_table()), markdown_table(comparison.rates_table())]
         if family in halves:
@@ -138,6 +182,11 @@ def main() -> None:
     parser.add_argument(
         "--half", action="store_true", help="also the preset in half of the steps, against all methods' in all"
     )
+    parser.add_argument(
+        "--sampled",
+        metavar="METHODS",
+        help="methods whose pictures are compared with the original's too, vanilla-qat among them",
+    )
     parser.add_argument("--set", dest="settings", action="append", default=[], help="further change of the recipes")
     arguments = parser.parse_args()
     families = arguments.families or list(FAMILIES)
@@ -147,8 +196,12 @@ def main() -> None:
         parser.error(
             f"--rates-of {', '.join(sorted(unknown))}: allowed are the families compared: {', '.join(families)}"
         )
+    sampled_methods = tuple(arguments.sampled.split(",")) if arguments.sampled else ()
+    if sampled_methods and REFERENCE not in sampled_methods:
+        parser.error(f"--sampled {arguments.sampled}: {REFERENCE} has to be among them, ratios are taken to it")
     comparisons: dict[str, Comparison] = {}
     halves: dict[str, Comparison] = {}
+    sampled: dict[str, Comparison] = {}
     for family in families:
         options = CompareOptions(
             methods=tuple(arguments.methods.split(",")),
@@ -157,6 +210,9 @@ def main() -> None:
         )
         recipe = load_recipe(f"{family}-tiny", settings)
         comparisons[family] = compare(recipe, arguments.work / family, options, SilentProgress())
+        if sampled_methods and family in PICTURES:
+            pictured = dataclasses.replace(options, methods=sampled_methods, measures_quality=True)
+            sampled[family] = compare(recipe, arguments.work / family, pictured, SilentProgress())
         if arguments.half:
             assert recipe.train.steps is not None
             recipe = load_recipe(f"{family}-tiny", (*settings, f"train.steps={recipe.train.steps // 2}"))
@@ -165,15 +221,17 @@ def main() -> None:
     chosen = " ".join(f"--family {family}" for family in families)
     changes = "".join(f" --rates-of {given}" for given in arguments.rates_of)
     changes += " --half" * arguments.half
+    changes += f" --sampled {arguments.sampled}" if arguments.sampled else ""
     changes += "".join(f" --set {setting}" for setting in arguments.settings)
     command = (
         f"OMP_NUM_THREADS=1 python benchmarks/quality.py --work runs/quality --date {arguments.date} {chosen} "
         f"--methods {arguments.methods} --seeds {arguments.seeds} --rates {arguments.rates}{changes}"
     )
     target = RESULTS / f"quality_{arguments.date}.md"
-    target.write_text(markdown(comparisons, halves, command, arguments.date))
+    target.write_text(markdown(comparisons, halves, sampled, command, arguments.date))
     values = {family: comparison.to_json() for family, comparison in comparisons.items()}
     values |= {f"{family}, half of the steps": comparison.to_json() for family, comparison in halves.items()}
+    values |= {f"{family}, pictures": comparison.to_json() for family, comparison in sampled.items()}
     target.with_suffix(".json").write_text(json.dumps(values, indent=1) + "\n")
     print(target.read_text())
 

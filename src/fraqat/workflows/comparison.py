@@ -122,6 +122,19 @@ class Comparison:
         count = max(len(losses), len(base))
         return ratio_over_seeds(*(values * count if len(values) == 1 else values for values in (losses, base)))
 
+    def quality_ratio(self, result: MethodResult, key: str) -> SeedMean | None:
+        """A measured value over the reference's, seed by seed; None where either lacks it for a seed or it is not positive.
+
+        Args:
+            result: Of a method that trains.
+            key: Of a column, as `frechet`.
+        """
+        values, base = ([record.quality.get(key) for record in r.records] for r in (result, self.reference))
+        positive = [[value for value in found if value is not None and value > 0] for found in (values, base)]
+        if not base or any(len(found) != len(base) for found in (values, *positive)):
+            return None
+        return ratio_over_seeds(*positive)
+
     def _row(self, result: MethodResult) -> tuple[Any, ...]:
         loss = self.loss_interval(result)
         ratio = SeedMean(1.0, None, None) if result is self.reference else self.ratio(result)
