@@ -62,6 +62,18 @@ def test_the_page_has_a_row_for_every_arm(record: dict[str, Any], tmp_path: Path
     assert all(f"- `{name}`: " in page for name in ("gguf", "vllm", "qualcomm"))
 
 
+def test_a_run_with_fewer_targets_does_not_replace_a_fuller_one(record: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    fewer = record | {"arms": {BASE: record["arms"][BASE]}, "rounds": 77}
+    newer = record | {"rounds": 88}
+    path.write_text("".join(json.dumps(each) + "\n" for each in (fewer, record, fewer)))
+    write_table(path)
+    assert "77 rounds" not in path.with_suffix(".md").read_text()
+    path.write_text(path.read_text() + json.dumps(newer) + "\n")
+    write_table(path)
+    assert "88 rounds" in path.with_suffix(".md").read_text()
+
+
 @pytest.mark.parametrize("wrong", [lambda y: 1.05 * y, lambda y: y[..., :1], lambda y: y / 0])
 def test_a_wrong_program_is_not_timed(wrong: Any) -> None:
     student = torch.randn(1, 4, 8, 8)
