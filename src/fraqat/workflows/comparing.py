@@ -119,7 +119,7 @@ def compare(
         _check_recordable(recipe, method)
     _claim_folder(folder, recipe)
     with folder_lock(folder):
-        runner = _Runner(recipe, folder, progress, session or open_session(recipe), options)
+        runner = _Runner(recipe, folder, progress, session or open_session(recipe, progress), options)
         results = tuple(_compare_one(runner, method, rates, options.num_seeds) for method in methods)
         comparison = Comparison(recipe, results, runner.columns)
         write_json_atomic(folder / RESULT, comparison.to_json())

@@ -64,7 +64,7 @@ def evaluate(
         raise config_error("num_samples", num_samples, allowed="2 or more", fix="measure on more")
     recipe, methods = run.recipe(), run.methods()
     check_served(recipe, bits)
-    session = session or open_session(recipe)
+    session = session or open_session(recipe, progress)
     evaluator = session.evaluator(num_samples)
     for name in run.untrained_baselines():
         progress.warn(f"baseline {name} is not trained and left out: run `fraqat train --baselines` to add it")
