@@ -400,10 +400,6 @@ def _options(
 ) -> None:
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    # diffusers imports torchao where it is, which warns about libraries that we do not use.
-    logging.getLogger("torchao").setLevel(logging.ERROR)
-    logging.getLogger("diffusers.quantizers.torchao").setLevel(logging.ERROR)
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="(diffusers|transformers|huggingface_hub)")
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # RMS norms under autocast
     for category in _SHOWN_WARNINGS:

@@ -86,6 +86,7 @@ def evaluate(
             *evaluator.notes,
             *((_INTERVAL_NOTE,) if any(row["intervals"] for row in models) else ()),
             _loss_note(recipe),
+            _methods_note(methods),
         ],
         "models": models,
     }
@@ -165,6 +166,20 @@ def _loss_note(recipe: Recipe) -> str:
         f"Distillation loss: {loss.replace('1 mse', 'mean squared error')} to the original's output on held-out data. "
         "Size: file of the quantized model, everything in it."
     )
+
+
+def _methods_note(methods: Mapping[str, RunFolder]) -> str:
+    """What was trained, and how the widths are written."""
+    trained = [f"{label}: {_trained_phrase(run.read_json(run.result_path))}." for label, run in methods.items()]
+    return " ".join([*trained, "W4A8: weights of 4 bits, layer inputs of 8; behind a comma, layers that differ."])
+
+
+def _trained_phrase(result: Mapping[str, Any]) -> str:
+    if not result["num_steps"]:
+        return "quantized without training"
+    served, stages = list(result.get("losses", {})), [f"{bits:g}" for bits, _ in result.get("stages", [])]
+    widths = f"{', '.join(served)} bits, step by step" if len(served) > 1 else f"{', '.join(stages)} bits"
+    return f"{result['num_steps']} training steps at {widths}"
 
 
 def _original_row(session: Session[Any]) -> dict[str, Any]:
