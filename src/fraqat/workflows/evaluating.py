@@ -26,8 +26,8 @@ from fraqat.workflows.sessions import Evaluator, Session, check_served, open_ses
 _FIRST_COLUMNS = ("model", "weights", "size, MB", "distillation loss")
 _LAST_COLUMNS = ("steps", "train, s")
 _INTERVAL_NOTE = (
-    "95 %: interval of the value to its left by bootstrap over the held-out samples of this evaluation, those of one prompt "
-    "and seed together; it does not say how much another training run would differ."
+    "95 %: interval of the value beside or above it by bootstrap over the held-out samples of this evaluation, those of one "
+    "prompt and seed together; it does not say how much another training run would differ."
 )
 
 
