@@ -28,6 +28,7 @@ format: $(STAMP)
 setup: $(STAMP)
 
 $(STAMP): constraints.txt pyproject.toml
+	@echo "Setting up $(VENV), once: downloads torch and the tools of the tests; minutes without a word."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "torch" -e ".[dev]"
 	touch $(STAMP)

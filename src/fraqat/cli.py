@@ -1,8 +1,6 @@
 """The command line: one subcommand per verb, no logic.
 
-Exit codes: 0 done; 1 an error of ours; 2 impossible recipe or argument; 3 model, run or export missing, damaged or unsafe;
-4 checkpoint damaged or of another run; 5 loss or gradient not finite; 6 a place that cannot be written; 7 an export that is
-not what was trained; 130 Ctrl-C and 143 SIGTERM, after a checkpoint.
+Exit codes are those of `fraqat --help`; 130 (Ctrl-C) and 143 (SIGTERM) come after a checkpoint.
 """
 
 from __future__ import annotations
@@ -11,6 +9,7 @@ import json
 import logging
 import sys
 import warnings
+from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,6 +48,8 @@ app = typer.Typer(
 )
 _errors = Console(stderr=True, highlight=False, soft_wrap=True)
 _output = Console(highlight=False)
+_shown = ExitStack()
+"""What is drawn live; `main` ends it before it says how a command ended."""
 
 RecipeArgument = Annotated[
     str, typer.Argument(help="YAML file, or a recipe of the package: " + ", ".join(recipe_names()))
@@ -79,7 +80,7 @@ def demo(
     quiet: QuietOption = False,
 ) -> None:
     """Quantize the embedded text-to-image pipeline with FraQAT, compare, export and write a page. Minutes on two cores."""
-    tables, page = workflows.demo(out, ConsoleProgress(_errors, quiet), tuple(settings or ()))
+    tables, page = workflows.demo(out, _progress(quiet), tuple(settings or ()))
     _print_tables(tables, as_json, page=str(page))
     if not as_json:
         _output.print(f"Page: {printable(str(page), '')}", markup=False)
@@ -106,7 +107,7 @@ def train(
         return
     if out is None:
         raise typer.BadParameter("is needed, unless with --dry-run", param_hint="--out")
-    run = workflows.train(resolved, out, ConsoleProgress(_errors, quiet), with_baselines=baselines)
+    run = workflows.train(resolved, out, _progress(quiet), with_baselines=baselines)
     if is_first_process():
         _print_tables([_result_table(run)], as_json)
 
@@ -144,7 +145,7 @@ def compare(
         rates=_numbers("--rates", rates),
         measures_quality=quality,
     )
-    found = workflows.compare(load_recipe(recipe, tuple(settings or ())), out, options, ConsoleProgress(_errors, quiet))
+    found = workflows.compare(load_recipe(recipe, tuple(settings or ())), out, options, _progress(quiet))
     _print_tables([found.rates_table(), found.to_table()], as_json)
 
 
@@ -177,7 +178,7 @@ def analyze(
     tables = workflows.analyze(
         load_recipe(recipe, tuple(settings or ())),
         what,
-        ConsoleProgress(_errors, quiet),
+        _progress(quiet),
         bits=None if bits is None else _numbers("--bits", bits),
         folder=out,
         overwrite=overwrite,
@@ -237,7 +238,7 @@ def evaluate(
 ) -> None:
     """Compare original, baselines and student on the same prompts and seeds."""
     table = workflows.evaluate(
-        RunFolder.open(run), ConsoleProgress(_errors, quiet), bits=bits, num_samples=num_samples, overwrite=overwrite
+        RunFolder.open(run), _progress(quiet), bits=bits, num_samples=num_samples, overwrite=overwrite
     )
     _print_tables([table], as_json)
 
@@ -256,7 +257,7 @@ def generate(
     """Make images, texts or speech with the student of a run, or with an exported file."""
     changes = {"sampler": {"num_steps": steps, "guidance_scale": guidance}}
     paths = workflows.generate(
-        source, tuple(prompt), out, ConsoleProgress(_errors, quiet), seed=seed, changes=changes, overwrite=overwrite
+        source, tuple(prompt), out, _progress(quiet), seed=seed, changes=changes, overwrite=overwrite
     )
     for path in paths:
         _output.print(printable(str(path), ""), markup=False)
@@ -281,7 +282,7 @@ def export(
     done = workflows.export(
         RunFolder.open(run),
         target,
-        ConsoleProgress(_errors, quiet),
+        _progress(quiet),
         bits=bits,
         float_dtype=float_dtype.value,
         accept_loss=accept_loss,
@@ -306,7 +307,7 @@ def verify(
 ) -> None:
     """Run an export in its target's own runtime beside the trained student. Exit code 7 if a bound does not hold."""
     found = workflows.verify(
-        exported, RunFolder.open(against), ConsoleProgress(_errors, quiet), num_batches=num_batches, prompt=prompt
+        exported, RunFolder.open(against), _progress(quiet), num_batches=num_batches, prompt=prompt
     )
     tables = [found.summary, found.layers] if show_layers or as_json else [found.summary]
     _print_tables(tables, as_json, holds=found.holds, samples=[str(path) for path in found.samples])
@@ -343,6 +344,10 @@ def inspect(
 ) -> None:
     """Show the layers of a run, an export, a recipe or a model."""
     _print_tables([workflows.inspect(source)], as_json)
+
+
+def _progress(quiet: bool) -> ConsoleProgress:
+    return _shown.enter_context(ConsoleProgress(_errors, quiet))
 
 
 def _numbers(option: str, text: str | None) -> tuple[float, ...]:
@@ -395,10 +400,6 @@ def _options(
 ) -> None:
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    # diffusers imports torchao where it is, which warns about libraries that we do not use.
-    logging.getLogger("torchao").setLevel(logging.ERROR)
-    logging.getLogger("diffusers.quantizers.torchao").setLevel(logging.ERROR)
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="(diffusers|transformers|huggingface_hub)")
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # RMS norms under autocast
     for category in _SHOWN_WARNINGS:
@@ -417,7 +418,8 @@ def _options(
 def main() -> None:
     """Runs the command line; errors that a user can mend become one message and an exit code."""
     try:
-        app()
+        with _shown:
+            app()
     except FraqatError as error:
         _errors.print(f"error: {printable(str(error))}", style="red", markup=False)
         sys.exit(error.exit_code)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Any, TypeVar
 
@@ -78,8 +80,23 @@ def parse_choice(field: str, value: Any, choices: type[_Choice]) -> _Choice:
     """
     names = [choice.value for choice in choices]
     if value not in names:
-        raise config_error(field, value, allowed=", ".join(names), fix="choose one of these")
+        raise choice_error(field, value, names)
     return choices(value)
+
+
+def choice_error(field: str, value: Any, names: Iterable[str], *, besides: str = "") -> ConfigError:
+    """The error for a value that is none of `names`; the fix is the name that it looks like, if there is one.
+
+    Args:
+        field: What was set.
+        value: What it was set to.
+        names: What it may be.
+        besides: What else is allowed, before the names.
+    """
+    known = list(names)
+    close = difflib.get_close_matches(str(value), known, n=1)
+    fix = f"did you mean {close[0]!r}?" if close else "choose one of these"
+    return config_error(field, value, allowed=besides + ", ".join(known), fix=fix)
 
 
 def check_seed(field: str, value: int) -> None:
@@ -94,4 +111,5 @@ def check_seed(field: str, value: int) -> None:
 
 def config_error(field: str, value: Any, *, allowed: str, fix: str) -> ConfigError:
     """Builds the house's error text: `field = value: allowed is ...; fix`."""
-    return ConfigError(f"{field} = {value!r} is not possible: allowed is {allowed}. Fix: {fix}.")
+    end = "" if fix.endswith("?") else "."
+    return ConfigError(f"{field} = {value!r} is not possible: allowed is {allowed}. Fix: {fix}{end}")

@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 
 _TORCHAO_LOGGERS = ("torchao", "torch.utils._pytree")
+_NOTICES = {
+    "torchao": re.compile(r"Failed to load \S+/torchao/_C\S*\.so: "),  # CUDA kernels that fraqat never calls
+    "torch.utils._pytree": re.compile(r"<enum '\w+'> is an Enum subclass .* Calling register_constant\(\)"),
+    "diffusers.quantizers.torchao.torchao_quantizer": re.compile(r"Unable to import `torchao` Tensor objects\."),
+}
+"""What is logged when diffusers imports torchao 0.18, by logger. All three also come where `tests/export` loads our exports."""
+
+
+class _NoticeFilter(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return _NOTICES[record.name].match(record.getMessage()) is None
+
+
+_FILTER = _NoticeFilter()
+
+
+def drop_torchao_notices() -> None:
+    """Drops three known notices of torchao's import, wherever it is imported later, and nothing else from the same loggers."""
+    for name in _NOTICES:
+        logging.getLogger(name).addFilter(_FILTER)  # the same filter is not added twice
 
 
 @contextmanager

@@ -14,8 +14,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cli_helpers import TINY_ARGUMENTS
+from cli_helpers import TINY, TINY_ARGUMENTS
 
+from fraqat.config import load_recipe
+from fraqat.errors import OutputError
+from fraqat.files import folder_lock
+from fraqat.workflows import RunFolder
 from fraqat.zoo import zoo_path
 
 
@@ -38,8 +42,17 @@ from fraqat.zoo import zoo_path
         ("schedule={kind: custom, stages: [[8, 0.5], [4, 0.4]]}", r"shares that sum to 1 \(they sum to 0.9\)"),
         ("train.steps=5", "allowed is enough for 9 stages"),
         ("train.steps=-1", "train.steps = -1"),
-        ("train.learning_rate.peak=-1", "learning_rate.peak = -1.0"),
-        ("data.source=imagenet", "data.source = 'imagenet' .* allowed is color-digits"),
+        ("train.steps=many", 'error: train.steps = "many" is not possible: allowed is a whole number'),
+        ("train.betas=0.5", "error: train.betas = 0.5 is not possible: allowed is a list"),
+        ("train.optimizer=adam", "train.optimizer = 'adam' .* adamw, adamw_adapted, adamw_8bit.*did you mean 'adamw'"),
+        ("train.learning_rate.peak=-1", "error: train.learning_rate.peak = -1.0"),
+        (
+            "data.source=imagenet",
+            "error: data.source = 'imagenet' .* allowed is color-digits.*set data.source: records",
+        ),
+        ("data.records={}", "error: data.records.path is missing"),
+        ("preset=papr", "error: preset = 'papr' .* did you mean 'paper'"),
+        ("target=onnx_qdq", "error: target = 'onnx_qdq' .* did you mean 'onnx-qdq'"),
         ("baselines.dynamic.data={}", "allowed is the sections quantization, schedule, train"),
         ("baselines.vanilla-qat.train.steps=900", "baselines.vanilla-qat.train.steps = 900 .* allowed is 0 or"),
         ("baselines.vanilla-qat.train.batch_size=1", "baselines.vanilla-qat.train.batch_size = 1"),
@@ -104,6 +117,7 @@ def test_unknown_recipe_names_the_known_ones(fraqat, tmp_path: Path) -> None:
     done = fraqat("train", "colour-digits", "--out", tmp_path / "run")
     assert done.code == 2
     assert "recipe = 'colour-digits' is not possible: allowed is a YAML file, or one of color-digits" in done.err
+    assert "did you mean 'color-digits'?" in done.err
 
 
 def test_broken_yaml_is_named(fraqat, tmp_path: Path) -> None:
@@ -191,6 +205,41 @@ def test_another_recipe_does_not_touch_a_run(fraqat, own_run) -> None:
     assert done.code == 6
     assert "holds a run of another recipe (train.weight_decay was 0.0 and is now 0.1): nothing was changed" in done.err
     assert {path: path.read_bytes() for path in own_run.path.glob("*.*")} == before
+
+
+def test_a_run_that_ended_before_training_takes_the_corrected_recipe(fraqat, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    wrong = ["--set", "model.source=nowhere"]
+    assert fraqat("train", "color-digits", "--out", run, *TINY_ARGUMENTS, *wrong, "--baselines").code == 3
+    corrected = RunFolder.create(run, load_recipe("color-digits", TINY))
+    assert corrected.recipe().model.source == "zoo:color-digits-sana"
+
+
+@pytest.mark.parametrize("trained", ["log.jsonl", "checkpoints", "baselines/dynamic/student.safetensors"])
+def test_a_run_that_has_trained_keeps_its_recipe(tmp_path: Path, trained: str) -> None:
+    run = RunFolder.create(tmp_path / "run", load_recipe("color-digits", TINY))
+    (run.path / trained).parent.mkdir(parents=True, exist_ok=True)
+    (run.path / trained).write_text("")
+    before = (run.path / "recipe.yaml").read_text()
+    with pytest.raises(OutputError, match="holds a run of another recipe"):
+        RunFolder.create(run.path, load_recipe("color-digits", (*TINY, "train.seed=1")))
+    assert (run.path / "recipe.yaml").read_text() == before
+
+
+def test_a_run_at_which_another_process_is_at_work_keeps_its_recipe(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run", load_recipe("color-digits", TINY))
+    before = (run.path / "recipe.yaml").read_text()
+    with folder_lock(run.path), pytest.raises(OutputError, match="another process is at work"):
+        RunFolder.create(run.path, load_recipe("color-digits", (*TINY, "train.seed=1")))
+    assert (run.path / "recipe.yaml").read_text() == before
+
+
+@pytest.mark.xdist_group("cli")
+def test_a_report_asks_for_the_evaluation_first(fraqat, own_run) -> None:
+    own_run.evaluation_path.unlink()
+    done = fraqat("report", own_run.path, "--overwrite")
+    assert done.code == 3
+    assert f"is not evaluated yet. Fix: run `fraqat evaluate {own_run.path}`" in done.err
 
 
 @pytest.mark.xdist_group("cli")

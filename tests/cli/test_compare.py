@@ -141,6 +141,14 @@ def test_a_comparison_on_another_recipe_is_left_alone(compared: dict, fraqat, fo
     assert outcome.code == 6 and "train.steps" in outcome.err
 
 
+def test_a_comparison_that_ended_before_training_takes_the_corrected_recipe(fraqat, tmp_path: Path) -> None:
+    choices = ("--out", tmp_path / "c", "--methods", "dynamic", "--seeds", "1")
+    assert fraqat("compare", *ARGUMENTS, *choices, "--set", "model.source=nowhere").code == 3
+    outcome = fraqat("compare", *ARGUMENTS, *choices)
+    assert outcome.code == 0, outcome.err
+    assert load_recipe(str(tmp_path / "c" / "compared.yaml")).model.source == "zoo:color-digits-sana"
+
+
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("recipe", ["color-digits", "gemma-2-2b-it-tiny", "speecht5-tiny"])
 def test_every_method_fits_every_family(name: str, recipe: str) -> None:

@@ -60,6 +60,10 @@ def test_evaluate_refuses_to_overwrite_unless_told(own_run, fraqat) -> None:
     assert done.code == 0
     assert [row["model"] for row in json.loads(done.out)["tables"][0]["rows"]] == METHODS
     assert json.loads(own_run.evaluation_path.read_text())["notes"][0].startswith("3 images per model")
+    assert json.loads(own_run.evaluation_path.read_text())["notes"][-1].startswith(
+        "dynamic: quantized without training. vanilla-qat: 9 training steps at 4 bits. "
+        "fraqat: 9 training steps at 8, 7, 6, 5.5, 5, 4.75, 4.5, 4.25, 4 bits. W4A8: "
+    )
 
 
 @pytest.mark.xdist_group("cli")

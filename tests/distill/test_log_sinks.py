@@ -9,9 +9,12 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 from fraqat.distill import ProfileSpec, WandbSpec, read_log
+from fraqat.distill.step_times import StepTimes
 from fraqat.errors import ConfigError, OutputError
+from fraqat.schedules import ScheduleSpec
 
 SCALARS = {
     f"train/{name}"
@@ -49,6 +52,14 @@ def wandb(monkeypatch: pytest.MonkeyPatch):
     module.init = init
     monkeypatch.setitem(sys.modules, "wandb", module)
     return module
+
+
+def test_a_slow_first_step_does_not_count_for_the_time_that_is_left() -> None:
+    schedule = ScheduleSpec("constant").resolve(target_bits=4, total_steps=10)
+    times = StepTimes(batch_size=1, device=torch.device("cpu"))
+    milliseconds = (60_000, 1000, 1000)
+    records = [times.record(i, schedule, schedule.stage_at(i), 0.0, 0.0, 0.0, ms) for i, ms in enumerate(milliseconds)]
+    assert [record.left_s for record in records] == pytest.approx([540, 8, 7])
 
 
 def test_steps_tell_throughput_and_memory(make_distiller, tmp_path: Path) -> None:

@@ -429,6 +429,10 @@ def infinite_weight(model: Any) -> dict[str, Any]:
 FAILURES: dict[str, tuple[Callable[[Any], dict[str, Any]], str]] = {
     "NaN weight": (nan_weight, r"proj_out\.weight = 'nan or inf' .* finite weights.*load a sound checkpoint"),
     "infinite weight": (infinite_weight, r"transformer_blocks\.1\.ff\.conv_point\.weight = 'nan or inf'"),
+    "bits for a specification": (
+        lambda _: {"spec": 4},
+        r"spec = 4 is not possible: allowed is a QuantSpec.*Fix: write QuantSpec\(weight=WeightSpec\(bits=4\)\)",
+    ),
     "bad group": (
         lambda _: {"spec": QuantSpec(WeightSpec(granularity="group", group_size=32))},
         r"layer transformer_blocks\.0\.attn1\.to_q: group_size = 32 .* input width 16\. Fix: choose one of \[16\]",

@@ -108,6 +108,15 @@ def test_number_columns_are_aligned_and_others_are_not(factory: SimpleNamespace)
     assert '<td class="num">12,345</td>' in page
 
 
+def test_intervals_stand_under_their_values_and_are_escaped(factory: SimpleNamespace) -> None:
+    columns = ("model", "PSNR, dB", "PSNR, 95 %", "steps")
+    quality = Table("Quality", columns, (("original", None, None, None), ("own", 31.5, "<29.1> to 34", 25)))
+    page = render_report(factory.bare_report(quality=quality))
+    assert '<td class="num">31.5<span class="below">&lt;29.1&gt; to 34</span></td>' in page
+    assert 'PSNR, dB<span class="below">95 %</span></th>' in page
+    assert page[page.index("own<") :].count("</td>", 0, page[page.index("own<") :].index("</tr>")) == 2
+
+
 @pytest.mark.parametrize(
     ("values", "texts"),
     [

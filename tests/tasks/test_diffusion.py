@@ -209,6 +209,19 @@ def test_encoded_samples_are_found_again_without_the_pipeline(pipeline, tmp_path
     assert {name: value.tolist() for name, value in found.items()} == {k: v.tolist() for k, v in expected.items()}
 
 
+@pytest.mark.parametrize("learn_from", ["images", "sampling_path"])
+def test_encoding_tells_how_far_it_is(pipeline, tmp_path, learn_from: str) -> None:
+    told: list[tuple[str, int, int]] = []
+    spec = DataSpec(num_train=8, num_validation=4, learn_from=learn_from)
+    source = DiffusionSource(
+        SOURCE, lambda: pipeline, spec, SAMPLER, tmp_path, on_encoded=lambda *news: told.append(news)
+    )
+    DiffusionTask(source).steps_per_epoch(4)
+    assert told == [("train", 0, 8), ("train", 8, 8), ("validation", 0, 4), ("validation", 4, 4)]
+    DiffusionTask(source).steps_per_epoch(4)  # nothing is left to encode
+    assert len(told) == 4
+
+
 @pytest.mark.parametrize(
     ("data", "sampler"),
     [

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from fraqat.errors import config_error
+from fraqat.errors import choice_error
 
 
 @dataclass(frozen=True)
@@ -202,5 +202,5 @@ def method_named(name: str, field: str = "methods") -> Method:
         ConfigError: There is none of that name.
     """
     if name not in METHODS:
-        raise config_error(field, name, allowed=", ".join(METHODS), fix="choose from these")
+        raise choice_error(field, name, METHODS)
     return METHODS[name]

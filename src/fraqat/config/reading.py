@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from fraqat.config.problems import explain_problems
 from fraqat.config.recipe import Recipe
 from fraqat.config.tasks import DEFAULT_TASK, RECIPE_TYPES
-from fraqat.errors import ConfigError, config_error
+from fraqat.errors import ConfigError, choice_error, config_error
 
 
 def load_recipe(source: str, settings: tuple[str, ...] = ()) -> Recipe:
@@ -35,8 +35,7 @@ def load_values(values: dict[str, Any]) -> Recipe:
     """Validates plain values; see `load_recipe`."""
     task = values.get("task", DEFAULT_TASK)
     if not isinstance(task, str) or task not in RECIPE_TYPES:
-        names = ", ".join(RECIPE_TYPES)
-        raise config_error("task", task, allowed=names, fix=f"choose one of {names}")
+        raise choice_error("task", task, RECIPE_TYPES)
     recipe_type = RECIPE_TYPES[task]
     try:
         return recipe_type.model_validate(values)
@@ -56,8 +55,7 @@ def _read_yaml(source: str) -> dict[str, Any]:
     else:
         path = Path(source)
         if not path.is_file():
-            names = ", ".join(recipe_names())
-            raise config_error("recipe", source, allowed=f"a YAML file, or one of {names}", fix="correct the path")
+            raise choice_error("recipe", source, recipe_names(), besides="a YAML file, or one of ")
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

@@ -75,8 +75,12 @@ class DataSpec:
 
     def __post_init__(self) -> None:
         if self.source not in IMAGE_SOURCES:
-            names = ", ".join(IMAGE_SOURCES)
-            raise config_error("data.source", self.source, allowed=names, fix=f"choose one of {names}")
+            raise config_error(
+                "data.source",
+                self.source,
+                allowed=", ".join(IMAGE_SOURCES),
+                fix="for pictures of your own set data.source: records, and data.records.path to their folder",
+            )
         check_records("data", self.source, self.records)
         limits = {"num_train": 1, "num_validation": 1, "num_workers": 0, "encode_batch_size": 1, "min_image_side": 0}
         for name, lowest in limits.items():

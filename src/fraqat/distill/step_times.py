@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from statistics import median_low
 
 import torch
 
@@ -60,7 +61,9 @@ class StepTimes:
         """
         self.train_s += step_ms / 1000
         self._recent_ms.append(step_ms)
-        mean_ms = sum(self._recent_ms) / len(self._recent_ms)
+        usual_ms = median_low(
+            self._recent_ms
+        )  # the first step also chooses engines and compiles: no measure of the others
         return StepRecord(
             step=step,
             total_steps=schedule.total_steps,
@@ -71,7 +74,7 @@ class StepTimes:
             learning_rate=rate,
             gradient_norm=norm,
             step_ms=step_ms,
-            left_s=mean_ms / 1000 * (schedule.total_steps - step - 1),
+            left_s=usual_ms / 1000 * (schedule.total_steps - step - 1),
             samples_per_s=1000 * self._batch_size / step_ms,
             memory_bytes=peak_memory_bytes(self._device),
         )

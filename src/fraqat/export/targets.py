@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from torch import nn
 
-from fraqat.errors import config_error
+from fraqat.errors import choice_error, config_error
 from fraqat.export.compressed_tensors import CompressedTensorsTarget
 from fraqat.export.executorch import ExecutorchTarget
 from fraqat.export.gguf import GgufTarget
@@ -46,7 +46,7 @@ def target_named(name: str) -> Target:
         ConfigError: There is none.
     """
     if name not in TARGETS:
-        raise config_error("target", name, allowed=", ".join(TARGETS), fix="choose one of these")
+        raise choice_error("target", name, TARGETS)
     return TARGETS[name]
 
 

@@ -104,10 +104,13 @@ def quantize_(
         The report, one row per layer.
 
     Raises:
-        ConfigError: The model is quantized already or holds no layer to quantize, a rule or family matches nothing, a width
-            is not a multiple of the group size, or a weight is NaN or infinite.
+        ConfigError: `spec` is something else, the model is quantized already or holds no layer to quantize, a rule or family
+            matches nothing, a width is not a multiple of the group size, or a weight is NaN or infinite.
     """
     families = families or LayerFamilies()
+    if not isinstance(cast(object, spec), QuantSpec | None):
+        fix = "write QuantSpec(weight=WeightSpec(bits=4))"
+        raise config_error("spec", spec, allowed="a QuantSpec, or None for W4A8", fix=fix)
     if any(True for _ in quantized_layers(model)):
         raise config_error(
             "model", type(model).__name__, allowed="a model not quantized yet", fix="call unquantize_ first"

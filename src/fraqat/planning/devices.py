@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 import torch
 
-from fraqat.errors import config_error
+from fraqat.errors import choice_error
 
 _TABLE_FILE = "devices.json"
 _MIB, _GIGA, _TERA = 2**20, 1e9, 1e12
@@ -110,8 +110,7 @@ def find_device(name: str) -> Device:
     for known, device in DEVICES.items():
         if _plain(known) == _plain(name):
             return device
-    allowed = ", ".join((*DEVICES, THIS_MACHINE))
-    raise config_error("device", name, allowed=allowed, fix="choose one of these")
+    raise choice_error("device", name, (*DEVICES, THIS_MACHINE))
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ def render_report(data: ReportData) -> str:
         .render(
             title=data.title,
             summary=data.summary,
-            quality=table_view(data.quality, "Quality", main_label=data.curves[0].label if data.curves else None),
+            quality=table_view(data.quality, "Quality", data.curves[0].label if data.curves else None, ", 95 %"),
             samples=samples_view(data.samples) if data.samples else None,
             training=_training_view(data.curves),
             layers=_layers_view(data.layers),

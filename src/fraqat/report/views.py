@@ -14,25 +14,43 @@ _MAX_DECIMALS = 4
 _PLACEHOLDERS = ("", "-", "–", "n/a")
 
 
-def table_view(table: Table, heading: str, main_label: str | None = None) -> dict[str, Any]:
-    """A table as the template needs it. The title is left out where it only repeats the section's heading."""
+def table_view(
+    table: Table, heading: str, main_label: str | None = None, detail_suffix: str | None = None
+) -> dict[str, Any]:
+    """A table as the template needs it. The title is left out where it only repeats the section's heading.
+
+    A column whose title ends in `detail_suffix` is shown in small type under the values of the column before.
+    """
     values = [tuple(row) for row in table.rows]
     columns = list(zip(*values, strict=True)) if values else [()] * len(table.columns)
     is_number = [_is_number_column(column) for column in columns]
     cells = list(zip(*map(_column_texts, columns), strict=True))
+    is_detail = [detail_suffix is not None and title.endswith(detail_suffix) for title in table.columns]
+    own = [i for i, is_one in enumerate(is_detail) if i == 0 or not is_one]
+
+    def joined(texts: Sequence[str]) -> list[tuple[str, bool, str]]:
+        ends = [*own[1:], len(texts)]
+        below = [[t for t in texts[i + 1 : end] if t not in _PLACEHOLDERS] for i, end in zip(own, ends, strict=True)]
+        return [(texts[i], is_number[i], " ".join(details)) for i, details in zip(own, below, strict=True)]
+
     return {
         "label": table.title or heading,
         "title": "" if table.title.strip().casefold() == heading.casefold() else table.title,
-        "columns": list(zip(table.columns, is_number, strict=True)),
+        "columns": joined([_head(title, detail_suffix) for title in table.columns]),
         "rows": [
             {
-                "cells": list(zip(texts, is_number, strict=True)),
+                "cells": joined(texts),
                 "is_main": main_label is not None and texts[0] == main_label,
             }
             for texts in cells
         ],
         "notes": table.notes,
     }
+
+
+def _head(title: str, detail_suffix: str | None) -> str:
+    """A column's title, of a detail the suffix alone: what it belongs to stands above."""
+    return title if not detail_suffix or not title.endswith(detail_suffix) else detail_suffix.lstrip(", ")
 
 
 def _is_number_column(values: Sequence[Any]) -> bool:

@@ -240,7 +240,7 @@ class ScheduleSpec:
                 "train.steps",
                 total_steps,
                 allowed=f"enough for {len(steps)} stages of at least one step",
-                fix="train longer or use fewer stages",
+                fix="train longer or use fewer stages, as schedule.kind: constant with its one",
             )
         if self.kind is ScheduleKind.AUTOMATIC:
             whole = Stage(0, lengths[0][0], 0, sum(steps))

@@ -17,7 +17,7 @@ from fraqat.data.encoded import EncodedRows, EncodedShard, EncodedStore
 from fraqat.data.loader import ShuffledBatches
 from fraqat.distill import Batch, BatchStream
 from fraqat.errors import config_error
-from fraqat.tasks.encoding import EMPTY, NOISE, Encoder, cache_key, model_content
+from fraqat.tasks.encoding import EMPTY, NOISE, SHARD_SAMPLES, Encoder, cache_key, model_content
 from fraqat.tasks.spec import ModelSpec, SamplerSpec
 
 _VALIDATION_SEED_OFFSET = 2**30
@@ -34,6 +34,8 @@ class DiffusionSource:
         sampler: Size, sequence length, distribution of noise levels.
         cache: Folder of all encoded data sets.
         close_pipeline: Called when everything is encoded, so that encoders can leave memory.
+        on_encoded: Told the split, how many of its pictures or prompts are encoded and kept, and of how many: before the first
+            one and after every shard.
     """
 
     model: ModelSpec
@@ -42,6 +44,7 @@ class DiffusionSource:
     sampler: SamplerSpec
     cache: Path
     close_pipeline: Callable[[], None] = lambda: None
+    on_encoded: Callable[[str, int, int], None] = lambda split, done, total: None
 
     @property
     def of_paths(self) -> bool:
@@ -153,11 +156,20 @@ class CachedSamples:
         encoder = Encoder(self._source.open_pipeline(), self._source.sampler, self._source.data.encode_batch_size)
         samples = data.train_samples() if split == "train" else data.validation_samples()
         pairs = ((sample.image, sample.prompt) for sample in samples)
-        if not self._source.of_paths:
-            return encoder.shards_of_images(pairs, num_done)
-        seed = self._source.data.seed + (0 if split == "train" else _VALIDATION_SEED_OFFSET)
-        share = self._source.data.caption_dropout
-        return encoder.shards_of_paths(pairs, num_done, seed=seed, unguided_share=share)
+        if self._source.of_paths:
+            seed = self._source.data.seed + (0 if split == "train" else _VALIDATION_SEED_OFFSET)
+            share = self._source.data.caption_dropout
+            shards = encoder.shards_of_paths(pairs, num_done, seed=seed, unguided_share=share)
+        else:
+            shards = encoder.shards_of_images(pairs, num_done)
+        return self._counted(split, shards, num_done)
+
+    def _counted(self, split: str, shards: Iterator[EncodedShard], num_done: int) -> Iterator[EncodedShard]:
+        total = self._source.data.num_train if split == "train" else self._source.data.num_validation
+        self._source.on_encoded(split, num_done * SHARD_SAMPLES, total)
+        for number, shard in enumerate(shards, num_done + 1):
+            yield shard
+            self._source.on_encoded(split, min(number * SHARD_SAMPLES, total), total)
 
 
 class StreamedSamples:

@@ -117,7 +117,7 @@ def analyze(
     files = AnalysisFiles(folder, kind) if folder is not None else None
     if files is not None and not overwrite and (existing := files.existing()):
         raise OutputError(f"{existing[0]} exists already. Fix: pass --overwrite or another --out.")
-    session = session or open_session(recipe)
+    session = session or open_session(recipe, progress)
     if kind is AnalysisKind.BITS:
         tables = _bits(session, recipe, progress, tuple(DEFAULT_BITS if bits is None else bits))
     elif kind is AnalysisKind.OUTLIERS:

@@ -118,8 +118,8 @@ def compare(
         _recipe_of(recipe, method, rates[0], 1)  # what is impossible is said before anything is trained
         _check_recordable(recipe, method)
     _claim_folder(folder, recipe)
-    runner = _Runner(recipe, folder, progress, session or open_session(recipe), options)
     with folder_lock(folder):
+        runner = _Runner(recipe, folder, progress, session or open_session(recipe, progress), options)
         results = tuple(_compare_one(runner, method, rates, options.num_seeds) for method in methods)
         comparison = Comparison(recipe, results, runner.columns)
         write_json_atomic(folder / RESULT, comparison.to_json())
@@ -316,7 +316,10 @@ def _claim_folder(folder: Path, recipe: Recipe) -> None:
     path = folder / _RECIPE
     if path.is_file():
         old, new = load_recipe(str(path)).fingerprint(), recipe.fingerprint()
-        if old != new:
+        if old != new and all(item == path or item.name.startswith(".") for item in folder.iterdir()):
+            with folder_lock(folder):  # it ended before anything was trained, as by a wrong path
+                write_text_atomic(path, recipe.to_yaml())
+        elif old != new:
             raise OutputError(
                 f"{folder} holds a comparison on another recipe ({describe_difference(old, new)}): nothing was changed. "
                 "Fix: choose a new folder."

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from collections.abc import Callable
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -15,14 +17,15 @@ from fraqat.table import Table
 
 
 class ConsoleProgress:
-    """A live line on a terminal, a line now and then elsewhere.
+    """A live line on a terminal, a line now and then elsewhere. Use it as a context: it hides the terminal's cursor meanwhile.
 
     Args:
         console: Of standard error.
         quiet: Show warnings alone.
+        clock: Seconds.
     """
 
-    def __init__(self, console: Console, quiet: bool = False):
+    def __init__(self, console: Console, quiet: bool = False, clock: Callable[[], float] = time.monotonic):
         self._console, self._quiet = console, quiet
         columns = (
             TextColumn("{task.description}"),
@@ -32,6 +35,15 @@ class ConsoleProgress:
         self._bars = Progress(*columns, TextColumn("{task.fields[text]}"), console=self._console, transient=True)
         self._task: Any = None
         self._is_live = self._console.is_terminal and not quiet
+        self._clock = clock
+        self._counted = ("", 0, 0.0)
+        """What is counted, where it began, and when."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._clear()
 
     def say(self, text: str) -> None:
         """Prints a line."""
@@ -53,19 +65,23 @@ class ConsoleProgress:
         self._show("training", record.step + 1, record.total_steps, text, max(1, record.total_steps // 10))
 
     def count(self, what: str, done: int, total: int) -> None:
-        """Shows a count."""
-        self._show(what, done, total, "", total)
+        """Shows a count, and the time left."""
+        if self._counted[0] != what or done <= self._counted[1]:
+            self._counted = (what, done, self._clock())
+        _, first, start = self._counted
+        left_s = (self._clock() - start) * (total - done) / (done - first) if done > first else None
+        self._show(what, done, total, "" if left_s is None else f"{_duration(left_s)} left", 0)
 
     def _show(self, what: str, done: int, total: int, text: str, every: int) -> None:
         if self._quiet:
             return
         if not self._is_live:
-            if done % every == 0 and text:
+            if every and done % every == 0:
                 self._console.print(f"{what} {done}/{total}  {text}", markup=False)
             return
         if self._task is None:
             self._bars.start()
-            self._task = self._bars.add_task(what, total=total, text=text)
+            self._task = self._bars.add_task(what, total=total, completed=done, text=text)
         self._bars.update(self._task, description=what, completed=done, total=total, text=text)
         if done >= total:
             self._clear()

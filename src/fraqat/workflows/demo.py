@@ -28,7 +28,7 @@ def demo(out: Path, progress: Progress, settings: tuple[str, ...] = ()) -> tuple
         The tables (quality, export check) and the page's path.
     """
     recipe = load_recipe(DEMO_RECIPE, settings)
-    session = open_session(recipe)
+    session = open_session(recipe, progress)
     run = train(recipe, out, progress, with_baselines=True, session=session)
     if not run.evaluation_path.exists():
         evaluate(run, progress, session=session)

@@ -26,8 +26,8 @@ from fraqat.workflows.sessions import Evaluator, Session, check_served, open_ses
 _FIRST_COLUMNS = ("model", "weights", "size, MB", "distillation loss")
 _LAST_COLUMNS = ("steps", "train, s")
 _INTERVAL_NOTE = (
-    "95 %: interval of the value to its left by bootstrap over the held-out samples of this evaluation, those of one prompt "
-    "and seed together; it does not say how much another training run would differ."
+    "95 %: interval of the value beside or above it by bootstrap over the held-out samples of this evaluation, those of one "
+    "prompt and seed together; it does not say how much another training run would differ."
 )
 
 
@@ -64,7 +64,7 @@ def evaluate(
         raise config_error("num_samples", num_samples, allowed="2 or more", fix="measure on more")
     recipe, methods = run.recipe(), run.methods()
     check_served(recipe, bits)
-    session = session or open_session(recipe)
+    session = session or open_session(recipe, progress)
     evaluator = session.evaluator(num_samples)
     for name in run.untrained_baselines():
         progress.warn(f"baseline {name} is not trained and left out: run `fraqat train --baselines` to add it")
@@ -86,6 +86,7 @@ def evaluate(
             *evaluator.notes,
             *((_INTERVAL_NOTE,) if any(row["intervals"] for row in models) else ()),
             _loss_note(recipe),
+            _methods_note(methods),
         ],
         "models": models,
     }
@@ -165,6 +166,20 @@ def _loss_note(recipe: Recipe) -> str:
         f"Distillation loss: {loss.replace('1 mse', 'mean squared error')} to the original's output on held-out data. "
         "Size: file of the quantized model, everything in it."
     )
+
+
+def _methods_note(methods: Mapping[str, RunFolder]) -> str:
+    """What was trained, and how the widths are written."""
+    trained = [f"{label}: {_trained_phrase(run.read_json(run.result_path))}." for label, run in methods.items()]
+    return " ".join([*trained, "W4A8: weights of 4 bits, layer inputs of 8; behind a comma, layers that differ."])
+
+
+def _trained_phrase(result: Mapping[str, Any]) -> str:
+    if not result["num_steps"]:
+        return "quantized without training"
+    served, stages = list(result.get("losses", {})), [f"{bits:g}" for bits, _ in result.get("stages", [])]
+    widths = f"{', '.join(served)} bits, step by step" if len(served) > 1 else f"{', '.join(stages)} bits"
+    return f"{result['num_steps']} training steps at {widths}"
 
 
 def _original_row(session: Session[Any]) -> dict[str, Any]:

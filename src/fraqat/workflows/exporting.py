@@ -88,7 +88,7 @@ def export(
     target = target_named(target_name)
     run.methods()
     recipe = run.recipe()
-    session = session or open_session(recipe)
+    session = session or open_session(recipe, progress)
     check_target(target, recipe, session)
     student = session.load_student(recipe, run.student_path, with_engine=False, bits=bits).cpu()
     if float_dtype not in target.float_dtypes:

@@ -39,6 +39,8 @@ def report(run: RunFolder, *, out: Path | None = None, overwrite: bool = False) 
     if target.exists() and not overwrite:
         raise OutputError(f"{target} exists already. Fix: pass --overwrite or another --out.")
     recipe, methods = run.recipe(), run.methods()
+    if not run.evaluation_path.exists():
+        raise ModelError(f"{run.path} is not evaluated yet. Fix: run `fraqat evaluate {run.path}`.")
     evaluation = run.read_json(run.evaluation_path)
     quality = quality_table(evaluation, recipe.name)
     data = ReportData(

@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -32,8 +33,10 @@ import torch
 from fraqat.config import Recipe, load_recipe
 from fraqat.distill import describe_difference
 from fraqat.errors import ModelError, OutputError
-from fraqat.files import explain_os_errors, write_json_atomic, write_text_atomic
+from fraqat.files import explain_os_errors, folder_lock, write_json_atomic, write_text_atomic
 
+_BEFORE_TRAINING = re.compile(r"recipe\.yaml|environment\.json|heartbeat[\w-]*\.json|baselines|\..*")
+"""What a run folder holds before the first step; names that begin with a dot are locks and files half-written."""
 _PACKAGES = ("fraqat", "torch", "diffusers", "transformers", "safetensors", "torchdata", "numpy")
 
 
@@ -60,17 +63,23 @@ class RunFolder:
     def create(cls, path: Path, recipe: Recipe) -> RunFolder:
         """A new run, or the same run again. A finished run keeps its recipe and its record of the environment.
 
+        A run that ended before it trained anything, as by a wrong path, is begun anew with the corrected recipe.
+
         Raises:
-            OutputError: The folder holds something else, or a run of another recipe; nothing is changed.
+            OutputError: The folder holds something else, or a run of another recipe that has trained, or another process is
+                at work there; nothing is changed.
         """
         run = cls(path)
         if (path / "recipe.yaml").is_file():
             old, new = run.recipe().fingerprint(), recipe.fingerprint()
             if old != new:
-                raise OutputError(
-                    f"{path} holds a run of another recipe ({describe_difference(old, new)}): nothing was changed. "
-                    "Fix: train in a new folder."
-                )
+                if run._has_trained():
+                    raise OutputError(
+                        f"{path} holds a run of another recipe ({describe_difference(old, new)}): nothing was changed. "
+                        "Fix: train in a new folder."
+                    )
+                with folder_lock(path):
+                    write_text_atomic(path / "recipe.yaml", recipe.to_yaml())
             if run.is_finished:
                 return run
         elif path.exists() and (not path.is_dir() or any(item.name != "baselines" for item in path.iterdir())):
@@ -107,6 +116,13 @@ class RunFolder:
     def untrained_baselines(self) -> list[str]:
         """Baselines of the recipe that have not been trained to the end here."""
         return [name for name in self.recipe().baselines if not self.baseline(name).is_finished]
+
+    def _has_trained(self) -> bool:
+        """Whether this run or one of its baselines has left more than what is written before the first step."""
+        baselines = self.path / "baselines"
+        if baselines.is_dir() and any(RunFolder(path)._has_trained() for path in baselines.iterdir() if path.is_dir()):
+            return True
+        return any(not _BEFORE_TRAINING.fullmatch(path.name) for path in self.path.iterdir())
 
     @property
     def is_finished(self) -> bool:

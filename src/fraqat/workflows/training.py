@@ -99,8 +99,8 @@ def train(
             progress = SilentProgress()
         run = RunFolder(folder)
         workers.first(lambda: RunFolder.create(folder, recipe))
-        session = session or open_session(recipe)
         with folder_lock(run.path) if workers.is_first else nullcontext():
+            session = session or open_session(recipe, progress)
             for name in recipe.baselines if with_baselines else ():
                 baseline, place = recipe.baseline(name), run.baseline(name)
                 workers.first(lambda b=baseline, p=place: RunFolder.create(p.path, b))

@@ -68,7 +68,7 @@ def verify(
     target = target_named(export_format(folder))
     run.methods()
     recipe = run.recipe()
-    session = session or open_session(recipe)
+    session = session or open_session(recipe, progress)
     check_target(target, recipe, session)
     stand_in = session.stand_in
     if prompt is not None and stand_in is None:

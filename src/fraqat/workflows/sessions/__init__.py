@@ -11,6 +11,7 @@ from fraqat.nn import LayerFamilies
 from fraqat.tasks import architecture_named
 from fraqat.tasks.known import KnownModel
 from fraqat.tasks.speech_architectures import SPEECH_ARCHITECTURES
+from fraqat.workflows.progress import Progress, SilentProgress
 from fraqat.workflows.sessions.base import (
     Evaluator,
     Measurement,
@@ -28,9 +29,14 @@ _TYPES: Mapping[str, type[Session[Any]]] = MappingProxyType(
 )
 
 
-def open_session(recipe: Recipe) -> Session[Any]:
-    """The session of a recipe; loads nothing yet."""
-    return _TYPES[recipe.task](recipe)
+def open_session(recipe: Recipe, progress: Progress | None = None) -> Session[Any]:
+    """The session of a recipe; loads nothing yet.
+
+    Args:
+        recipe: Decides model and data.
+        progress: Told while data are encoded; None tells nobody.
+    """
+    return _TYPES[recipe.task](recipe, progress or SilentProgress())
 
 
 def families_of(known: KnownModel) -> LayerFamilies:

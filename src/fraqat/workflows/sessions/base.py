@@ -127,13 +127,14 @@ class Session(ABC, Generic[RecipeT]):
 
     Args:
         recipe: Decides model and data. Methods that share these (`Recipe.baseline`) share the session.
+        progress: Told while data are encoded.
     """
 
     sample_suffix: str
     """Of what `generate` makes from one prompt: `.png`, `.txt` or `.wav`."""
 
-    def __init__(self, recipe: RecipeT):
-        self.recipe = recipe
+    def __init__(self, recipe: RecipeT, progress: Progress):
+        self.recipe, self.progress = recipe, progress
 
     @property
     def model_spec(self) -> ModelSpec:

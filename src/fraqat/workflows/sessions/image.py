@@ -93,8 +93,16 @@ class ImageSession(Session[ImageRecipe]):
             sampler=self.recipe.sampler,
             cache=encoded_root(),
             close_pipeline=self.close_pipeline,
+            on_encoded=self._on_encoded,
         )
         return DiffusionTask(source)
+
+    def _on_encoded(self, split: str, num_done: int, total: int) -> None:
+        what = "prompts" if self.recipe.data.learn_from == "sampling_path" else "pictures"
+        if num_done < total:
+            self.progress.count(f"encoding {what} for {split}", num_done, total)
+        else:
+            self.progress.say(f"{total} {what} for {split} are encoded and kept in {encoded_root()}")
 
     def workload(self, recipe: Recipe) -> Workload:
         """One step on latents and text of the recipe's sizes."""
