@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_helpers import TINY_ARGUMENTS
+from cli_helpers import SHORT_ARGUMENTS
 
 from fraqat.tasks.diffusion import DiffusionTask
 
-ARGUMENTS = [*TINY_ARGUMENTS, "--set", "train.autocast=none", "--set", "train.steps=9"]
+ARGUMENTS = [*SHORT_ARGUMENTS, "--set", "train.autocast=none"]
 
 
 @pytest.fixture
