@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cli_helpers import TINY_ARGUMENTS
+from cli_helpers import SHORT_ARGUMENTS, TINY_ARGUMENTS
 
 from fraqat.distill import StepRecord
 from fraqat.workflows.console import ConsoleProgress
@@ -287,11 +287,11 @@ def test_a_signal_during_training_leaves_a_checkpoint_and_an_exit_code(
     fraqat, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int, exit_code: int
 ) -> None:
     def step(progress: ConsoleProgress, record: StepRecord) -> None:
-        if record.step == 4:
+        if record.step == 1:
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(ConsoleProgress, "step", step)
-    done = fraqat("train", "color-digits", "--out", tmp_path / "run", *TINY_ARGUMENTS)
+    done = fraqat("train", "color-digits", "--out", tmp_path / "run", *SHORT_ARGUMENTS)
     assert done.code == exit_code, done.err
     assert_a_checkpoint_of_the_last_step(tmp_path / "run", done.err)
 
