@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -12,7 +12,7 @@ _searches = ContextVar("_searches", default=True)
 
 
 @contextmanager
-def without_search() -> Iterator[None]:
+def without_search() -> Generator[None]:
     """Weight quantizers that are made in this context have ones where they would search scales or clippings.
 
     A search is 80 passes over the weight, in vain where a saved state is loaded next.
