@@ -41,6 +41,7 @@ def test_arms_of_a_recipe_have_one_teacher() -> None:
         load_recipe("color-digits", (*TINY, change))
 
 
+@pytest.mark.usefixtures("one_block")
 def test_a_plan_shows_what_an_option_saves(fraqat) -> None:
     def optimizer(*settings: str) -> dict[str, float]:
         options = [text for setting in settings for text in ("--set", setting)]

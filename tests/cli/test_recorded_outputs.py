@@ -92,6 +92,7 @@ def test_a_comparison_of_our_methods_leaves_no_outputs_and_is_the_same(fraqat, t
     assert found[0] == found[1]
 
 
+@pytest.mark.usefixtures("one_block")
 def test_a_plan_counts_recorded_outputs(fraqat) -> None:
     def rows(*settings: str) -> dict[str, Any]:
         options = [text for setting in settings for text in ("--set", setting)]
