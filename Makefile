@@ -13,7 +13,7 @@ demo: $(STAMP)
 test: check unit
 
 unit: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -30,7 +30,7 @@ setup: $(STAMP)
 $(STAMP): constraints.txt pyproject.toml
 	@echo "Setting up $(VENV), once: downloads torch and the tools of the tests; minutes without a word."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "torch" -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt "torch" -e ".[dev]"
 	touch $(STAMP)
 
 clean:

@@ -44,6 +44,8 @@ CHEAP = {
     ),
 }
 SHORT = ("train.steps=9", "train.tensorboard=false", "quantization.weight.range_method=max_abs")
+TWO_STEPS = ("train.steps=2", "schedule={kind: custom, stages: [[8, 0.5], [4, 0.5]]}")
+"""Of runs beside the one that is followed to its export: they are quicker without all nine stages."""
 
 MIXED_NORM = "ignore:Mismatch dtype between input and weight:UserWarning"  # rms_norm of bf16 with float32 weights
 OTHER_PARTS = {"PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"}
@@ -86,7 +88,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[list[str]]
 
 def cheap(words: list[str]) -> list[str]:
     """A training command made short."""
-    settings = (*SHORT, *CHEAP[load_recipe(words[2]).task])
+    settings = (*SHORT, *CHEAP[load_recipe(words[2]).task], *(() if "--baselines" in words else TWO_STEPS))
     if any("lm_eval" in word for word in words):
         settings += ("evaluation.lm_eval.limit=2",)
     return [*words, *(text for setting in settings for text in ("--set", setting))]

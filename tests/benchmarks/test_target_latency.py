@@ -17,6 +17,7 @@ from onnx_latency import Block
 from target_arms import ARMS, BASE, PYTORCH, Arm, Made, NotRunError, bound_of, compare
 from target_latency import measure_block, to_table, write_table
 
+pytestmark = pytest.mark.xdist_group("target-latency")  # one worker exports for all
 TINY = Block("Sana tiny", "sana-600m-tiny", 128, {"num_layers": 1})
 NEVER = {"executorch-xnnpack, bf16", "executorch-xnnpack, W4A16"}
 CHOSEN = (BASE, "PyTorch, bf16", "packed, W4A8 per token", "onnx, W4A8 static", "torchao, W4A8 per token")

@@ -11,4 +11,7 @@ TINY = (
     "evaluation.num_images=4",
     "sampler.num_steps=2",
 )
+SHORT = (*TINY, "train.steps=3", "schedule.kind=constant")
+"""A shorter run, where stages are not what a test is about: a step of the embedded model costs as much as a test of a law."""
 TINY_ARGUMENTS = [text for setting in TINY for text in ("--set", setting)]
+SHORT_ARGUMENTS = [text for setting in SHORT for text in ("--set", setting)]

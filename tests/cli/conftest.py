@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from cli_helpers import TINY
 
 from fraqat import cli, workflows
-from fraqat.config import load_recipe
-from fraqat.workflows import RunFolder, SilentProgress
+from fraqat.config import Recipe, load_recipe
+from fraqat.workflows import RunFolder, Session, SilentProgress
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,19 @@ def own_run(finished: Path, tmp_path: Path) -> RunFolder:
     """A copy of the finished run that a test may change."""
     shutil.copytree(finished, tmp_path / "run")
     return RunFolder(tmp_path / "run")
+
+
+@pytest.fixture
+def one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans are of a student with one of its blocks: tracing all of them takes seconds for each plan."""
+    planned = Session.planned_student
+
+    def shortened(session: Session, recipe: Recipe):
+        student = planned(session, recipe)
+        student.transformer_blocks = student.transformer_blocks[:1]
+        return student
+
+    monkeypatch.setattr(Session, "planned_student", shortened)
 
 
 @pytest.fixture

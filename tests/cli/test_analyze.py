@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from cli_helpers import TINY_ARGUMENTS
+from cli_helpers import SHORT_ARGUMENTS, TINY_ARGUMENTS
 
 from fraqat.config import load_recipe
 from fraqat.distill import validation_loss
@@ -118,13 +118,12 @@ def test_bad_arguments_name_what_is_allowed(fraqat, tmp_path: Path, arguments: t
 @pytest.mark.xdist_group("cli")
 def test_changed_codes_of_a_run_are_in_its_log_and_leave_the_fingerprint(fraqat, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    done = fraqat(
-        "train", "color-digits", "--out", run, "--quiet", *TINY_ARGUMENTS, "--set", "train.log_code_flips=true"
-    )
+    settings = ("--set", "train.validate_every=2", "--set", "train.log_code_flips=true")
+    done = fraqat("train", "color-digits", "--out", run, "--quiet", *SHORT_ARGUMENTS, *settings)
     assert done.code == 0, done.err
     events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     codes = [event for event in events if event["event"] == "codes"]
-    assert [event["step"] + 1 for event in codes] == [4, 8, 9]
+    assert [event["step"] + 1 for event in codes] == [2, 3]
     assert {"all", "FF", "Attn", "-"} == set(codes[0]["shares"])
     assert 0 < codes[0]["shares"]["all"] < 1
     from fraqat.workflows import RunFolder

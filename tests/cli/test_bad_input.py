@@ -14,12 +14,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cli_helpers import TINY, TINY_ARGUMENTS
+from cli_helpers import SHORT_ARGUMENTS, TINY, TINY_ARGUMENTS
 
 from fraqat.config import load_recipe
+from fraqat.distill import StepRecord
 from fraqat.errors import OutputError
 from fraqat.files import folder_lock
 from fraqat.workflows import RunFolder
+from fraqat.workflows.console import ConsoleProgress
 from fraqat.zoo import zoo_path
 
 
@@ -320,11 +322,31 @@ def test_a_full_disk_while_exporting_keeps_the_old_export(fraqat, own_run, monke
     assert [path.name for path in folder.parent.iterdir()] == ["packed"]
 
 
-@pytest.mark.xdist_group("cli")
+def assert_a_checkpoint_of_the_last_step(run: Path, errors: str) -> None:
+    assert "a checkpoint is in" in " ".join(errors.split())
+    newest = sorted((run / "checkpoints").iterdir())[-1]
+    logged = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert json.loads((newest / "manifest.json").read_text())["step"] == 1 + max(
+        event["step"] for event in logged if event["event"] == "step"
+    )
+
+
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_during_training_leaves_a_checkpoint_and_an_exit_code(
-    tmp_path: Path, number: int, exit_code: int
+    fraqat, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int, exit_code: int
 ) -> None:
+    def step(progress: ConsoleProgress, record: StepRecord) -> None:
+        if record.step == 1:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(ConsoleProgress, "step", step)
+    done = fraqat("train", "color-digits", "--out", tmp_path / "run", *SHORT_ARGUMENTS)
+    assert done.code == exit_code, done.err
+    assert_a_checkpoint_of_the_last_step(tmp_path / "run", done.err)
+
+
+@pytest.mark.xdist_group("cli")
+def test_a_process_that_is_told_to_end_leaves_a_checkpoint_and_an_exit_code(tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = ["train", "color-digits", "--out", str(run), *TINY_ARGUMENTS, "--set", "train.steps=2000"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -335,15 +357,10 @@ def test_a_signal_during_training_leaves_a_checkpoint_and_an_exit_code(
     while time.monotonic() < deadline and not list(run.glob("checkpoints/step-*")):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.1)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == exit_code, errors
-    assert "a checkpoint is in" in " ".join(errors.split())
-    newest = sorted((run / "checkpoints").iterdir())[-1]
-    logged = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert json.loads((newest / "manifest.json").read_text())["step"] == 1 + max(
-        event["step"] for event in logged if event["event"] == "step"
-    )
+    assert process.returncode == 143, errors
+    assert_a_checkpoint_of_the_last_step(run, errors)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_helpers import TINY_ARGUMENTS
+from cli_helpers import SHORT_ARGUMENTS
 from safetensors.torch import load_file
 
 from fraqat.config import load_recipe
@@ -32,7 +32,7 @@ def settings(*texts: str) -> tuple[str, ...]:
 
 
 SMALL = ("baselines={}", "train.calibration_samples=8", "quantization.weight.range_method=max_abs")
-ARGUMENTS = (*TINY_ARGUMENTS, *settings(*SMALL))
+ARGUMENTS = (*SHORT_ARGUMENTS, *settings(*SMALL))
 
 
 def test_svdqat_trains_and_its_student_loads_but_is_not_exported(fraqat, tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ DECAY = ("quantization.branch={rank: 4, rank_schedule: {kind: linear, until: 0.6
 
 def test_a_branch_that_has_left_is_in_no_export(fraqat, tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
-    done = fraqat("train", "color-digits", "--out", run.path, *ARGUMENTS, *settings(*DECAY))
+    done = fraqat("train", "color-digits", "--out", run.path, *ARGUMENTS, *settings(*DECAY, "train.steps=5"))
     assert done.code == 0, done.err
     assert not any("branch" in name for name in load_file(run.student_path))
     session = open_session(run.recipe())

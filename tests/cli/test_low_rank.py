@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from cli_helpers import TINY_ARGUMENTS
+from cli_helpers import SHORT_ARGUMENTS
 from safetensors.torch import load_file
 
 from fraqat.workflows import RunFolder
 
-ARGUMENTS = (*TINY_ARGUMENTS, "--set", "baselines={}", "--set", "train.low_rank.rank=4")
+ARGUMENTS = (*SHORT_ARGUMENTS, "--set", "baselines={}", "--set", "train.low_rank.rank=4")
 
 
 def test_a_low_rank_run_resumes_and_leaves_a_plain_student(fraqat, tmp_path: Path) -> None:

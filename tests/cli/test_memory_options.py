@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_helpers import TINY
+from cli_helpers import SHORT, TINY
 
 from fraqat import workflows
 from fraqat.config import load_recipe
@@ -24,7 +24,7 @@ LEAN = (
 
 
 def test_a_lean_run_trains_and_leaves_the_session_the_original_teacher(tmp_path: Path) -> None:
-    recipe = load_recipe("color-digits", (*TINY, *LEAN))
+    recipe = load_recipe("color-digits", (*SHORT, *LEAN))
     session = open_session(recipe)
     original = {name: value.clone() for name, value in session.teacher.state_dict().items()}
     run = workflows.train(recipe, tmp_path / "run", SilentProgress(), with_baselines=True, session=session)
@@ -41,6 +41,7 @@ def test_arms_of_a_recipe_have_one_teacher() -> None:
         load_recipe("color-digits", (*TINY, change))
 
 
+@pytest.mark.usefixtures("one_block")
 def test_a_plan_shows_what_an_option_saves(fraqat) -> None:
     def optimizer(*settings: str) -> dict[str, float]:
         options = [text for setting in settings for text in ("--set", setting)]

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_helpers import TINY_ARGUMENTS
+from cli_helpers import SHORT_ARGUMENTS
 
 from fraqat.tasks.diffusion import DiffusionTask
 
-ARGUMENTS = [*TINY_ARGUMENTS, "--set", "train.autocast=none", "--set", "train.steps=9"]
+ARGUMENTS = [*SHORT_ARGUMENTS, "--set", "train.autocast=none"]
 
 
 @pytest.fixture
@@ -31,6 +31,7 @@ def small_device(monkeypatch: pytest.MonkeyPatch):
     return limit_to
 
 
+@pytest.mark.usefixtures("one_block")
 def test_the_planner_says_what_would_save_how_much(fraqat, tmp_path: Path, small_device) -> None:
     small_device(4)
     done = fraqat("train", "color-digits", "--out", tmp_path / "run", *ARGUMENTS)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from cli_helpers import TINY_ARGUMENTS
 
+pytestmark = pytest.mark.xdist_group("cli")  # one worker makes the finished run
+
 
 @pytest.fixture(scope="module")
 def pilots(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli_helpers import TINY, TINY_ARGUMENTS
+from cli_helpers import SHORT, SHORT_ARGUMENTS, TINY, TINY_ARGUMENTS
 
 from fraqat import workflows
 from fraqat.config import load_recipe
@@ -24,6 +24,7 @@ def losses(folder: Path) -> list[tuple[Any, ...]]:
     return [(e["event"], e["step"], e["loss"]) for e in read_log(folder) if e["event"] in ("step", "validation")]
 
 
+@pytest.mark.xdist_group("cli")  # one worker makes the finished run
 def test_a_run_with_baselines_records_the_outputs_of_each_and_is_the_same(finished: Path, tmp_path: Path) -> None:
     recipe = load_recipe("color-digits", (*TINY, RECORDED))
     assert recipe.fingerprint() == RunFolder(finished).recipe().fingerprint()
@@ -46,7 +47,7 @@ def test_a_run_that_fails_leaves_the_session_a_teacher(tmp_path: Path) -> None:
         def step(self, record: StepRecord) -> None:
             raise KeyError("failed")
 
-    recipe = load_recipe("color-digits", (*TINY, RECORDED))
+    recipe = load_recipe("color-digits", (*SHORT, RECORDED))
     session = open_session(recipe)
     with pytest.raises(KeyError, match="failed"):
         workflows.train(recipe, tmp_path / "run", Failing(), session=session)
@@ -55,7 +56,7 @@ def test_a_run_that_fails_leaves_the_session_a_teacher(tmp_path: Path) -> None:
 
 
 def test_pictures_that_are_encoded_while_training_have_recorded_outputs(tmp_path: Path) -> None:
-    settings = (*TINY, "baselines={}", "data.cache=false", "train.batch_size=4")
+    settings = (*SHORT, "baselines={}", "data.cache=false", "train.batch_size=4")
     for outputs in ("computed", "recorded"):
         recipe = load_recipe("color-digits", (*settings, f"train.teacher.outputs={outputs}"))
         workflows.train(recipe, tmp_path / outputs, SilentProgress())
@@ -83,7 +84,7 @@ def test_a_comparison_of_our_methods_leaves_no_outputs_and_is_the_same(fraqat, t
         setting = f"train.teacher={{dtype: int8, outputs: {outputs}}}"
         arguments = ("--methods", "dynamic,vanilla-qat", "--seeds", "1", "--rates", "1e-3", "--quiet", "--json")
         folder = tmp_path / outputs
-        outcome = fraqat("compare", "color-digits", *TINY_ARGUMENTS, "--set", setting, "--out", folder, *arguments)
+        outcome = fraqat("compare", "color-digits", *SHORT_ARGUMENTS, "--set", setting, "--out", folder, *arguments)
         assert outcome.code == 0, outcome.err
         methods = json.loads((folder / "comparison.json").read_text())["methods"]
         found.append([[(r["choice_loss"], r["test_loss"]) for r in method["records"]] for method in methods])
@@ -91,6 +92,7 @@ def test_a_comparison_of_our_methods_leaves_no_outputs_and_is_the_same(fraqat, t
     assert found[0] == found[1]
 
 
+@pytest.mark.usefixtures("one_block")
 def test_a_plan_counts_recorded_outputs(fraqat) -> None:
     def rows(*settings: str) -> dict[str, Any]:
         options = [text for setting in settings for text in ("--set", setting)]

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from cli_helpers import TINY_ARGUMENTS
+from cli_helpers import SHORT_ARGUMENTS, TINY_ARGUMENTS
 from PIL import Image
 
 from fraqat.config import load_recipe
@@ -175,7 +175,7 @@ def test_static_activations_train_and_survive_the_export(fraqat, tmp_path: Path)
     )
     options = [text for setting in static for text in ("--set", setting)]
     run = tmp_path / "run"
-    done = fraqat("train", "color-digits", "--out", run, *TINY_ARGUMENTS, *options, "--set", "schedule.kind=constant")
+    done = fraqat("train", "color-digits", "--out", run, *SHORT_ARGUMENTS, *options)
     assert done.code == 0, done.err
     assert "static activation ranges of 37 layers calibrated" in done.err
     assert fraqat("export", run, "--quiet").code == 0

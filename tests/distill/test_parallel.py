@@ -182,20 +182,40 @@ def test_one_process_without_memory_lets_all_split(job: Job, two: Path, alone: A
     assert found == [(0, 2)]
 
 
-def test_sharded_processes_split_at_the_next_start(tmp_path: Path, alone: Any) -> None:
+BREAKS_OFF: Job = ("plain", SHARDED, {**SPLIT, "memory_for": [99, 2], "where": "backward", "checkpoint_every": 1})
+
+
+@pytest.fixture(scope="module")
+def restarted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[tuple[int, str]]]]:
+    """A run that breaks off, started twice as torchrun does it: exit codes and outputs of both starts.
+
+    Both have the same store, in which the addresses of the first ones still are.
+    """
+    out = tmp_path_factory.mktemp("restarted")
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    jobs: list[Job] = [("exit", {}, {}), BREAKS_OFF]
+    return out, [run_processes(2, out, jobs, **shared, TORCHELASTIC_RESTART_COUNT=number) for number in ("0", "1")]
+
+
+def test_sharded_processes_split_at_the_next_start(restarted: Any, alone: Any) -> None:
     """One breaks off inside a pass: nobody waits for ever, and the run goes on in pieces from its checkpoint."""
-    job: Job = ("plain", SHARDED, {**SPLIT, "memory_for": [99, 2], "where": "backward", "checkpoint_every": 1})
-    folder = tmp_path / job_folder(*job)
-    (other, other_output), (code, output) = run_processes(2, tmp_path, [job])
+    out, (((other, other_output), (code, output)), _) = restarted
     assert other == 1 and code == 8, output
     assert "error: another process of this run has ended" in other_output
     assert "The next start computes at most 2 at a time. Fix: run the same command again" in output
-    spawn(2, tmp_path, [job])
-    wanted, _ = alone("plain", **{**job[2], "memory_for": [2]})
-    first, second = results(tmp_path, job, 2)
+    wanted, _ = alone("plain", **{**BREAKS_OFF[2], "memory_for": [2]})
+    first, second = results(out, BREAKS_OFF, 2)
     assert_close(second, first, 0.0)
     assert_close(first, wanted, REORDERED)
-    assert [event["samples"] for event in read_log(folder) if event["event"] == "micro_batch"] == [2]
+    events = read_log(out / job_folder(*BREAKS_OFF))
+    assert [event["samples"] for event in events if event["event"] == "micro_batch"] == [2]
+
+
+def test_processes_that_are_started_again_meet_where_others_have_met(restarted: Any) -> None:
+    out, (_, again) = restarted
+    assert [code for code, _ in again] == [0, 0], again
+    assert len(list(out.glob("exit-rank*.json"))) == 2
 
 
 @pytest.mark.parametrize("name", MOVED)
@@ -235,21 +255,6 @@ def test_every_error_of_the_first_process_reaches_the_others(name: str, first: A
     assert found[0][0] == first
     assert (kind, exit_code) == ("FraqatError", other[1]) and text.startswith(other[0])
     assert [answer for _, answer in found] == [[1, "a"]] * 2  # and they go on together
-
-
-def test_processes_that_are_started_again_meet_where_others_have_met(tmp_path: Path) -> None:
-    """torchrun gives both starts the same store, in which the addresses of the first ones still are."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    for number in ("0", "1"):
-        ended = run_processes(
-            2,
-            tmp_path,
-            [("exit", {}, {})],
-            MASTER_PORT=str(store.port),
-            TORCHELASTIC_USE_AGENT_STORE="True",
-            TORCHELASTIC_RESTART_COUNT=number,
-        )
-        assert [code for code, _ in ended] == [0, 0], ended
 
 
 VIEWS: dict[str, tuple[str, int, str]] = {

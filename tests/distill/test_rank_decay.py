@@ -14,6 +14,8 @@ from fraqat.distill import Distiller, TrainSpec, optimizers, read_log, validatio
 from fraqat.nn import BranchSpec, RankSchedule, SmoothingSpec, add_branches_, initialize_branches_, quantized_layers
 from fraqat.schedules import LearningRateSpec
 
+pytestmark = pytest.mark.xdist_group("rank-decay")  # one worker trains what is interrupted
+
 STEPS = 12
 DECAY = RankSchedule("linear", 0.6)
 

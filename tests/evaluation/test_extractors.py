@@ -27,6 +27,8 @@ from fraqat.evaluation.inception import (
 from fraqat.evaluation.perceptual import layer_distances
 from fraqat.zoo import zoo_path
 
+pytestmark = pytest.mark.xdist_group("inception")  # one worker makes the network
+
 
 @pytest.fixture(scope="module")
 def network() -> InceptionV3:

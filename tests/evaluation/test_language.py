@@ -18,6 +18,8 @@ from fraqat.data.topics_tasks import CHOICE_TASK, WORDS_TASK, write_topics_tasks
 from fraqat.errors import ConfigError
 from fraqat.evaluation.language import PUBLISHED_TASKS, LmEvalSpec, language_quality, language_rows, lm_eval_scores
 
+pytestmark = pytest.mark.xdist_group("lm-eval")  # one worker loads tasks and model
+
 VOCABULARY = 20
 
 

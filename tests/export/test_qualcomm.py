@@ -20,6 +20,7 @@ from fraqat.export import ExportJob, LayerPlace, ModelDescription, Outputs, Part
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
+pytestmark = pytest.mark.xdist_group("qualcomm")  # one worker exports for all
 
 STATIC = ActivationSpec(static=True, granularity="tensor", symmetric=False, range_method="three_sigma")
 SPEC = QuantSpec(WeightSpec(narrow=True, scale_dtype="bfloat16"), STATIC)

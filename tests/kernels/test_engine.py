@@ -116,6 +116,25 @@ def test_a_choice_is_measured_once_per_shape_and_remembered():
     assert str(choice.shape) == "8 x 16 -> 8"
 
 
+def test_tables_of_a_process_share_what_was_measured():
+    class Counted(type(ENGINES["float32"])):
+        num_calls = 0
+
+        def product(self, operands: Operands, prepared: Tensor) -> Tensor:
+            type(self).num_calls += 1
+            return super().product(operands, prepared)
+
+    operands, codes_OK = random_operands(5, 24, 8, seed=0, is_static=False, has_bias=True, out_dtype=torch.float32)
+    calls = []
+    for counts_preparation in (True, True, False):
+        engines = (Counted(), ENGINES["int_mm"])
+        table = EngineTable(CPU, engines=engines, counts_preparation=counts_preparation)
+        assert table.engine_for(operands, codes_OK) in engines
+        assert len(table.choices) == 1
+        calls.append(Counted.num_calls)
+    assert 0 < calls[0] == calls[1] < calls[2]
+
+
 class Slow:
     """An engine that is always the slowest."""
 

@@ -21,6 +21,8 @@ from torch import Tensor
 from fraqat.kernels import triton as kernels
 from fraqat.kernels.product import Operands
 
+pytestmark = pytest.mark.xdist_group("triton")  # one worker interprets all laws
+
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 ENGINE = kernels.Triton()
 TINY = torch.finfo(torch.float32).tiny

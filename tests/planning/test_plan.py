@@ -16,6 +16,8 @@ from fraqat.distill import TeacherSpec, TrainSpec
 from fraqat.errors import ConfigError
 from fraqat.planning import DEVICES, Device, Phase, Plan, PlanOptions, Sharding, Workload, plan_training
 
+pytestmark = pytest.mark.xdist_group("plan")  # one worker traces the wide model
+
 H100 = DEVICES["H100"]
 TRAIN = TrainSpec(batch_size=32)
 

@@ -36,7 +36,7 @@ def saved_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
     return save
 
 
-@pytest.fixture(params=list(BUILDERS))
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.xdist_group(f"pipeline-{name}")) for name in BUILDERS])
 def architecture_name(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -17,6 +17,8 @@ from fraqat.tasks.speech import SpeechTask, encode_speech, speech_source
 from fraqat.tasks.speech_architectures import SPEECH_ARCHITECTURES, speech_architecture_of
 from fraqat.tasks.speech_loading import build_speech_model, synthesize, to_waveforms
 
+pytestmark = pytest.mark.xdist_group("speech")  # one worker makes the models
+
 SPEECHT5: dict[str, Any] = {
     "vocab_size": 31,
     "hidden_size": 32,

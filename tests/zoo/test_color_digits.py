@@ -20,7 +20,10 @@ from fraqat.zoo.train_color_digits import write_pipeline
 from fraqat.zoo.transformer_training import TransformerResult
 
 # diffusers' DPM-Solver hands tensors to numpy in a way that numpy 2 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
+    pytest.mark.xdist_group("zoo"),  # one worker loads each pipeline once
+]
 
 HELD_OUT = held_out_combinations()[:48]
 CLASSES = {

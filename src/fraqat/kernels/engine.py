@@ -66,6 +66,10 @@ class EngineChoice:
     times_ms: dict[str, float]
 
 
+_MEASURED: dict[tuple[str, bool, tuple[type[Engine], ...], ProductShape], EngineChoice] = {}
+"""What any table of this process has chosen: students of one shape follow one another."""
+
+
 class EngineTable:
     """Which engine computes which shape.
 
@@ -119,11 +123,13 @@ class EngineTable:
         return tuple(self._choices.values())
 
     def engine_for(self, operands: Operands, codes_OK: Tensor) -> Engine:
-        """The engine for these operands; measured when their shape is seen first."""
+        """The engine for these operands; measured when this process sees their shape first."""
         shape = _shape_of(operands, codes_OK)
         choice = self._choices.get(shape)
         if choice is None:
-            choice = self._choices[shape] = self._choose(shape, operands, codes_OK)
+            key = (str(self.device), self.counts_preparation, tuple(map(type, self.candidates)), shape)
+            choice = _MEASURED.get(key) or self._choose(shape, operands, codes_OK)
+            self._choices[shape] = _MEASURED[key] = choice
         return self._by_name[choice.engine]
 
     def _choose(self, shape: ProductShape, operands: Operands, codes_OK: Tensor) -> EngineChoice:

@@ -16,6 +16,7 @@ from fraqat.nn.layers import QuantizedLayer, QuantLinear, QuantPointwiseConv
 from fraqat.nn.low_rank import add_adapters_, merge_adapters_
 from fraqat.nn.packed import PackedLayer, packed_codes, to_packed_
 from fraqat.nn.rotation import RotationSpec, ValuePath, rotate_value_paths_
+from fraqat.nn.searching import without_search
 from fraqat.nn.several_widths import kept_widths, scale_rates, scale_rates_by_name, serve_widths_, settle_at_
 from fraqat.nn.smoothing import InputSmoothing, SmoothingSpec
 from fraqat.nn.spec import STRICT_KEYS, ActivationSpec, LayerRule, QuantSpec, WeightSpec
@@ -85,4 +86,5 @@ __all__ = [
     "to_packed_",
     "unquantize_",
     "why_not_integer",
+    "without_search",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fraqat.errors import config_error
 from fraqat.nn.buffers import KeepsBufferDtype, OtherWidths
+from fraqat.nn.searching import can_search
 from fraqat.nn.shards import is_sharded, own, own_rows, whole
 from fraqat.nn.spec import ActivationSpec, WeightSpec
 from fraqat.numerics import (
@@ -186,7 +187,7 @@ class WeightQuantizer(KeepsBufferDtype):
 
     def refresh_(self, weight: Tensor) -> None:
         """Searches the MSE clipping for `weight` at the current width; nothing to do for the other methods."""
-        if self.clip_ratio is not None and not weight.is_meta:
+        if self.clip_ratio is not None and can_search(weight):
             ratio = mse_clip_ratio(weight.detach(), self.grid, self.layout, scale_dtype=self.spec.rounding_dtype)
             self.clip_ratio.copy_(ratio)
 
@@ -317,11 +318,10 @@ class WeightQuantizer(KeepsBufferDtype):
 
     def _searched_scale(self, weight: Tensor) -> Tensor:
         """The scale of MSE clipping at the current width, float32."""
-        if weight.is_meta:
+        if not can_search(weight):
             return torch.ones(self.layout.scale_shape(tuple(weight.shape)), dtype=torch.float32, device=weight.device)
         dtype = self.spec.rounding_dtype
-        qparams = choose_qparams(weight.detach(), self.grid, self.layout, RangeMethod.MSE, scale_dtype=dtype)
-        return qparams.scale.float()
+        return choose_qparams(weight.detach(), self.grid, self.layout, RangeMethod.MSE, scale_dtype=dtype).scale.float()
 
     def _grid_bits(self, bits: float, on_final_grid: bool) -> float:
         return self.spec.bits if on_final_grid and bits > self.spec.bits else bits

@@ -181,23 +181,45 @@ def mse_clip_ratio(
     Returns:
         Ratios among `MSE_RATIOS`, float32 or float64, of the layout's scale shape.
 
-    Numerics: one pass over the tensor per candidate; the memory of two copies of the tensor.
+    Numerics: one pass over the tensor per candidate; the memory of three copies of the tensor.
     """
     blocks = _compute_view(tensor, layout)
     dims = layout.reduce_dims(blocks.ndim)
     low, high = estimate_range(tensor, layout, RangeMethod.MSE)
     best_error = torch.full_like(low, float("inf"))
     best_ratio = torch.ones_like(low)
-    for ratio in MSE_RATIOS:
+    # The scales of several candidates at a time: a loop of operations on few elements costs more than the passes.
+    at_a_time = max(1, min(len(MSE_RATIOS), blocks.numel() // max(1, low.numel())))
+    for ratios in torch.tensor(MSE_RATIOS, dtype=low.dtype, device=low.device).split(at_a_time):
+        shares = ratios.reshape(-1, *(1 for _ in low.shape))
         qparams = qparams_from_range(
-            low * ratio, high * ratio, levels, scale_dtype=scale_dtype, integer_zero_point=integer_zero_point
+            low * shares, high * shares, levels, scale_dtype=scale_dtype, integer_zero_point=integer_zero_point
         )
-        error = blocks - decode(encode(blocks, qparams, levels), qparams)
-        error = error.square_().sum(dim=dims, keepdim=True)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_ratio = torch.where(better, ratio, best_ratio)
+        for i, ratio in enumerate(ratios):
+            error = _squared_error(blocks, _candidate(qparams, i), levels).sum(dim=dims, keepdim=True)
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            best_ratio = torch.where(better, ratio, best_ratio)
     return best_ratio
+
+
+def _candidate(several: QParams, i: int) -> QParams:
+    """The map of one candidate range."""
+    zero_point, offset = several.zero_point, several.offset
+    return QParams(
+        several.scale[i],
+        zero_point=None if zero_point is None else zero_point[i],
+        offset=None if offset is None else offset[i],
+    )
+
+
+def _squared_error(blocks: Tensor, qparams: QParams, levels: Levels) -> Tensor:
+    """(x - decode(encode(x)))^2, with one new tensor where codes are symmetric."""
+    if qparams.zero_point is not None or qparams.offset is not None:
+        return (blocks - decode(encode(blocks, qparams, levels), qparams)).square_()
+    low: Any = levels.qmin
+    high: Any = levels.qmax
+    return (blocks / qparams.scale).round_().clamp_(low, high).mul_(qparams.scale).sub_(blocks).square_()
 
 
 def covers_every_value(grid: Grid, method: RangeMethod, *, scale_dtype: torch.dtype | None = None) -> bool:

@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from fraqat import kernels
 
@@ -24,18 +24,24 @@ def _integer_product_flops(codes: Any, token_scale: Any, weight_codes: Any, *arg
 
 assert kernels.scaled_product is not None  # imported for its operator
 _INTEGER_PRODUCT: Any = torch.ops.fraqat.scaled_product
-_FLOP_FORMULAS: dict[Any, Callable[..., int]] = {
-    **flop_registry,
-    _INTEGER_PRODUCT: _integer_product_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
-        torch.ops.aten._scaled_dot_product_flash_attention
-    ],
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
-        torch.ops.aten._scaled_dot_product_flash_attention_backward
-    ],
-}
 _NO_WORK = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
 _ROW_READS = frozenset({"embedding", "index_select", "gather", "index"})
+
+
+@cache
+def _flop_formulas() -> dict[Any, Callable[..., int]]:
+    """Operations of an operator's call, from its arguments."""
+    from torch.utils.flop_counter import flop_registry  # imports Triton
+
+    aten = torch.ops.aten
+    return {
+        **flop_registry,
+        _INTEGER_PRODUCT: _integer_product_flops,
+        aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+            aten._scaled_dot_product_flash_attention_backward
+        ],
+    }
 
 
 class Category(StrEnum):
@@ -200,7 +206,7 @@ class StepRecorder(TorchDispatchMode):
     ) -> None:
         name = func.overloadpacket.__name__
         num_bytes = _bytes_moved(func, name, args, kwargs, inputs, outputs)
-        formula: Callable[..., int] | None = _FLOP_FORMULAS.get(func.overloadpacket)
+        formula: Callable[..., int] | None = _flop_formulas().get(func.overloadpacket)
         num_flops = formula(*args, **kwargs, out_val=output) if formula is not None else 0
         if num_bytes or num_flops:
             dtype = outputs[0].dtype if outputs else inputs[0].dtype

@@ -6,7 +6,7 @@ import dataclasses
 import gc
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -47,6 +47,7 @@ from fraqat.nn import (
     rotate_value_paths_,
     serve_widths_,
     settle_at_,
+    without_search,
 )
 from fraqat.planning import Workload
 from fraqat.tasks import ModelSpec
@@ -267,8 +268,13 @@ class Session(ABC, Generic[RecipeT]):
         Args:
             student: Changed in place.
             recipe: Says how.
-            is_trained: Makes the layers that training leaves: branches whose rank decays are gone then.
+            is_trained: Makes the layers that training leaves, for a state that is loaded next: branches whose rank decays are
+                gone, and no scale or clipping is searched.
         """
+        with without_search() if is_trained else nullcontext():
+            return self._quantize(student, recipe, is_trained=is_trained)
+
+    def _quantize(self, student: nn.Module, recipe: Recipe, *, is_trained: bool) -> QuantReport:
         quantization = recipe.quantization
         exceptions = (*(self.family_rules if quantization.family_rules else ()), *quantization.rules)
         rules = (*exceptions, *quantization.width_rules)
