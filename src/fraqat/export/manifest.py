@@ -41,13 +41,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ModelError: It is missing or damaged, a file is missing or was changed, or a newer program wrote it.
     """
     path = folder / MANIFEST_FILE
+    if not path.is_file():
+        raise ModelError(f"{folder} is no export: it has no {path.name}. {_fix(folder)}")
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version, files = int(manifest["format_version"]), dict(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"{folder} is no export: {path.name} cannot be read ({error!r}). Fix: pass a folder of `fraqat export`."
-        ) from error
+        reason = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be read: {error}"
+        raise ModelError(f"{folder} is no export: {path.name} {reason}. {_fix(folder)}") from error
     if version > MANIFEST_VERSION:
         raise ModelError(
             f"{folder} has format {version}, this program reads up to {MANIFEST_VERSION}. Fix: update fraqat."
@@ -61,3 +62,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if sha256_of(file) != digest:
             raise ModelError(f"{file} was changed or cut after it was written (checksum). Fix: export again.")
     return manifest
+
+
+def _fix(folder: Path) -> str:
+    """What to pass instead: the exports of a run, where its folder was passed."""
+    found = [str(path.parent) for path in sorted(folder.glob(f"export/*/{MANIFEST_FILE}"))]
+    return f"Fix: pass {' or '.join(found)}." if found else "Fix: pass a folder of `fraqat export`."

@@ -66,8 +66,8 @@ class EngineChoice:
     times_ms: dict[str, float]
 
 
-_MEASURED: dict[tuple[str, bool, tuple[type[Engine], ...], ProductShape], EngineChoice] = {}
-"""What any table of this process has chosen: students of one shape follow one another."""
+_MEASURED: dict[tuple[Any, ...], EngineChoice] = {}
+"""What any table of this process has chosen with the same engines and threads: students of one shape follow one another."""
 
 
 class EngineTable:
@@ -127,7 +127,8 @@ class EngineTable:
         shape = _shape_of(operands, codes_OK)
         choice = self._choices.get(shape)
         if choice is None:
-            key = (str(self.device), self.counts_preparation, tuple(map(type, self.candidates)), shape)
+            engines = tuple((type(engine), engine.name) for engine in self.candidates)
+            key = (str(self.device), torch.get_num_threads(), self.counts_preparation, engines, shape)
             choice = _MEASURED.get(key) or self._choose(shape, operands, codes_OK)
             self._choices[shape] = _MEASURED[key] = choice
         return self._by_name[choice.engine]
