@@ -2,6 +2,7 @@
 
 from fraqat.export.codes import LayerCodes, layer_codes
 from fraqat.export.manifest import MANIFEST_FILE, read_manifest, write_manifest
+from fraqat.export.own_modules import restore_packed_, save_packed
 from fraqat.export.packed import (
     PackedModel,
     PackedSize,
@@ -67,7 +68,9 @@ __all__ = [
     "mismatches",
     "read_manifest",
     "read_packed",
+    "restore_packed_",
     "run_module",
+    "save_packed",
     "target_named",
     "write_manifest",
     "write_packed",
