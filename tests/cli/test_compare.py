@@ -139,7 +139,7 @@ def test_bad_input_is_named(fraqat, tmp_path: Path, arguments: tuple[str, ...], 
 
 def test_another_folder_is_left_alone(fraqat, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    outcome = fraqat("compare", *ARGUMENTS, "--out", tmp_path)
+    outcome = fraqat("compare", *ARGUMENTS, "--out", tmp_path, *CHOICES)
     assert outcome.code == 6 and "nothing was changed" in outcome.err
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
