@@ -10,7 +10,8 @@ DEMO := runs/demo
 demo: $(STAMP)
 	$(BIN)/fraqat demo --out $(DEMO)
 
-test: check unit
+test: $(STAMP)
+	$(MAKE) --no-print-directory -j 2 check unit  # the type checker runs beside the tests
 
 unit: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
