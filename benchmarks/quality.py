@@ -14,7 +14,7 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from fraqat.analysis.intervals import SeedMean, mean_over_seeds
 from fraqat.config import load_recipe
 from fraqat.table import Table, format_value
 from fraqat.workflows import CompareOptions, Comparison, SilentProgress, compare
-from fraqat.workflows.comparison import REFERENCE
+from fraqat.workflows.comparison import REFERENCE, RunRecord
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 PICTURES = ("sana-600m", "sd3.5-medium", "pixart-sigma", "flux-schnell")
@@ -33,18 +33,30 @@ SETTINGS = ("train.batch_size=16", "quantization.weight.range_method=learned")
 """The same scales for all methods that do not choose them, and a batch that lets many runs fit into an hour."""
 
 
-def overall(comparisons: Mapping[str, Comparison], method: str) -> SeedMean | None:
+def test_loss(record: RunRecord) -> float | None:
+    """Loss on the half of the held-out data that chose nothing."""
+    return record.test_loss
+
+
+def frechet(record: RunRecord) -> float | None:
+    """Frechet distance of the student's pictures to the original's."""
+    return record.quality.get(FRECHET)
+
+
+def overall(
+    comparisons: Mapping[str, Comparison], method: str, value: Callable[[RunRecord], float | None] = test_loss
+) -> SeedMean | None:
     """Ratio to the reference over all families that have the method: mean of logarithms by seed, then over seeds."""
     logs: dict[int, list[float]] = {}
     for comparison in comparisons.values():
         result = next((r for r in comparison.results if r.method == method), None)
         if result is None or result.rate is None:
             return None
-        base = {record.seed: record.test_loss for record in comparison.reference.records}
+        base = {record.seed: value(record) for record in comparison.reference.records}
         for record in result.records:
-            reference = base.get(record.seed)
-            if record.test_loss is not None and reference is not None:
-                logs.setdefault(record.seed, []).append(math.log(record.test_loss / reference))
+            found, reference = value(record), base.get(record.seed)
+            if found and reference:
+                logs.setdefault(record.seed, []).append(math.log(found / reference))
     whole = [statistics.fmean(values) for values in logs.values() if len(values) == len(comparisons)]
     if not whole:
         return None
@@ -56,19 +68,12 @@ def frechet_table(sampled: Mapping[str, Comparison]) -> Table:
     names = list(dict.fromkeys(result.method for c in sampled.values() for result in c.results))
     rows: list[Sequence[Any]] = []
     for name in names:
-        cells: list[str | None] = []
-        logs: dict[int, list[float]] = {}
+        cells: list[str] = []
         for comparison in sampled.values():
             result = next(r for r in comparison.results if r.method == name)
-            mean = statistics.fmean(record.quality[FRECHET] or math.nan for record in result.records)
+            mean = statistics.fmean(frechet(record) or math.nan for record in result.records)
             cells.append(f"{mean:.4g}; {text_of(frechet_ratio(comparison, name))}")
-            base = {record.seed: record.quality[FRECHET] for record in comparison.reference.records}
-            for record in result.records:
-                found, reference = record.quality[FRECHET], base[record.seed]
-                if found and reference:
-                    logs.setdefault(record.seed, []).append(math.log(found / reference))
-        whole = [statistics.fmean(values) for values in logs.values() if len(values) == len(sampled)]
-        rows.append((name, *cells, text_of(exponential(mean_over_seeds(whole))) if whole else None))
+        rows.append((name, *cells, text_of(overall(sampled, name, frechet))))
     num_images = {c.recipe.to_values()["evaluation"]["num_images"] for c in sampled.values()}
     note = (
         f"Frechet distance between the pictures of student and original, {', '.join(map(str, sorted(num_images)))} held-out "
