@@ -61,9 +61,7 @@ class StepTimes:
         """
         self.train_s += step_ms / 1000
         self._recent_ms.append(step_ms)
-        usual_ms = median_low(
-            self._recent_ms
-        )  # the first step also chooses engines and compiles: no measure of the others
+        usual_ms = median_low(self._recent_ms)  # the first step also chooses engines and compiles
         return StepRecord(
             step=step,
             total_steps=schedule.total_steps,
