@@ -174,7 +174,7 @@ class Recipe(BaseModel, ABC):
         if self.train.steps and self.schedule.unit is not StageUnit.EPOCHS:
             self.schedule.resolve(target, self.train.steps)
         _check_rules(self.quantization)
-        check_branch(self)
+        check_branch(self.quantization.branch, self.quantization.smoothing, kind, self.target, self.train)
         _check_training(self)
         _check_target(self)
         for name in self.baselines:
