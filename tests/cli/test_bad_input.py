@@ -200,6 +200,25 @@ def test_a_foreign_folder_is_not_touched(fraqat, tmp_path: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("setting", [(), ("--set", "train.seed=1")], ids=["as it is", "changed"])
+def test_a_recipe_that_somebody_wrote_is_not_replaced(fraqat, tmp_path: Path, setting: tuple[str, ...]) -> None:
+    written = tmp_path / "recipe.yaml"
+    written.write_text(f"# why 4 bits: see my notes\n{load_recipe('color-digits', TINY).to_yaml()}")
+    before = written.read_bytes()
+    done = fraqat("train", written, "--out", tmp_path, *setting)
+    assert done.code == 6
+    assert "its recipe.yaml is your own, and a run would replace it. Nothing was changed" in done.err
+    assert written.read_bytes() == before and list(tmp_path.iterdir()) == [written]
+
+
+def test_a_run_that_was_killed_before_it_wrote_its_environment_goes_on(tmp_path: Path) -> None:
+    recipe = load_recipe("color-digits", TINY)
+    run = RunFolder.create(tmp_path / "run", recipe)
+    (run.path / "environment.json").unlink()
+    RunFolder.create(run.path, recipe)
+    assert (run.path / "environment.json").is_file()
+
+
 @pytest.mark.xdist_group("cli")
 def test_another_recipe_does_not_touch_a_run(fraqat, own_run) -> None:
     before = {path: path.read_bytes() for path in own_run.path.glob("*.*")}
