@@ -177,9 +177,13 @@ class Recipe(BaseModel, ABC):
         check_branch(self.quantization.branch, self.quantization.smoothing, kind, self.target, self.train)
         _check_training(self)
         _check_target(self)
-        for name in self.baselines:
+        self._check_family()
+        for name in self.baselines:  # last: they share most settings, and would be blamed for them
             self.baseline(name)
         return self
+
+    def _check_family(self) -> None:
+        """Refuses what the model family does not have."""
 
     @property
     def label(self) -> str:

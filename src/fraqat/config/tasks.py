@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -47,16 +47,11 @@ class ImageRecipe(Recipe):
     def _of_paths(self) -> bool:
         return self.data.learn_from == "sampling_path"
 
-    @model_validator(mode="after")
-    def _check_levels(self) -> Self:
+    def _check_family(self) -> None:
         if self._of_paths:
             _refuse_timestep_importance(
                 self, "data.learn_from: sampling_path, whose samples have timesteps of their own"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_size(self) -> Self:
         size = IMAGE_SIZES.get(self.data.source)
         wanted = (self.sampler.height, self.sampler.width)
         if size is not None and wanted != size:
@@ -66,7 +61,6 @@ class ImageRecipe(Recipe):
                 allowed=f"{list(size)}, the size of {self.data.source}",
                 fix="set sampler.height and sampler.width",
             )
-        return self
 
     def fingerprint(self) -> dict[str, Any]:
         """The settings that decide the trained weights."""
@@ -89,10 +83,8 @@ class LanguageRecipe(Recipe):
     language: LanguageSpec = Field(default_factory=LanguageSpec)
     evaluation: LanguageEvaluationSpec = Field(default_factory=LanguageEvaluationSpec)
 
-    @model_validator(mode="after")
-    def _check_model(self) -> Self:
+    def _check_family(self) -> None:
         _refuse_pipeline_settings(self)
-        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -117,10 +109,8 @@ class SpeechRecipe(Recipe):
     data: SpeechDataSpec = Field(default_factory=SpeechDataSpec)
     evaluation: SpeechEvaluationSpec = Field(default_factory=SpeechEvaluationSpec)
 
-    @model_validator(mode="after")
-    def _check_model(self) -> Self:
+    def _check_family(self) -> None:
         _refuse_pipeline_settings(self)
-        return self
 
     @property
     def num_train(self) -> int:
