@@ -122,6 +122,15 @@ def test_an_impossible_rule_is_refused(fraqat, tmp_path: Path, rules: str, messa
     assert re.search(message, done.err), done.err
 
 
+def test_ctrl_c_is_answered_in_every_verb(fraqat, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(source: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fraqat.workflows.inspect", interrupt)
+    done = fraqat("inspect", "color-digits")
+    assert (done.code, done.out, done.err) == (130, "", "stopped")
+
+
 def test_unknown_recipe_names_the_known_ones(fraqat, tmp_path: Path) -> None:
     done = fraqat("train", "colour-digits", "--out", tmp_path / "run")
     assert done.code == 2
