@@ -402,6 +402,9 @@ def _options(
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="(diffusers|transformers|huggingface_hub)")
+    warnings.filterwarnings(
+        "ignore", message="The `local_dir_use_symlinks` argument"
+    )  # diffusers' own, for every hub id
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # RMS norms under autocast
     for category in _SHOWN_WARNINGS:
         warnings.filterwarnings("always", category=category)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -15,11 +16,13 @@ from pathlib import Path
 import pytest
 import yaml
 from cli_helpers import SHORT_ARGUMENTS, TINY, TINY_ARGUMENTS
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from fraqat.config import load_recipe
 from fraqat.distill import StepRecord
 from fraqat.errors import OutputError
 from fraqat.files import folder_lock
+from fraqat.table import Table
 from fraqat.workflows import RunFolder
 from fraqat.workflows.console import ConsoleProgress
 from fraqat.zoo import zoo_path
@@ -129,6 +132,20 @@ def test_ctrl_c_is_answered_in_every_verb(fraqat, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("fraqat.workflows.inspect", interrupt)
     done = fraqat("inspect", "color-digits")
     assert (done.code, done.out, done.err) == (130, "", "stopped")
+
+
+def test_what_diffusers_tells_the_hub_is_not_said_to_the_user(fraqat, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(source: str) -> Table:
+        from huggingface_hub import hf_hub_download
+
+        with contextlib.suppress(OfflineModeIsEnabled, LocalEntryNotFoundError):
+            hf_hub_download(source, "config.json", local_dir_use_symlinks="auto")  # as `from_pretrained` of diffusers
+        return Table("Layers", ("layer",), ())
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("fraqat.workflows.inspect", download)
+    done = fraqat("inspect", "nobody/nothing")
+    assert (done.code, done.err) == (0, "")
 
 
 def test_unknown_recipe_names_the_known_ones(fraqat, tmp_path: Path) -> None:
