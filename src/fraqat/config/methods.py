@@ -102,6 +102,11 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 {"schedule": {"kind": "constant"}, "train": _COSINE | {"timestep_importance": {}}},
             ),
             Method(
+                "guided",
+                "vanilla QAT on what the sampler's guidance makes of two outputs, of half as many pictures in a batch",
+                {"schedule": {"kind": "constant"}, "train": _COSINE | {"guidance_scale": "auto"}},
+            ),
+            Method(
                 "final-grid",
                 "Table 4's widths as shares of the final grid's error, cosine learning rate",
                 {"schedule": {"kind": "fractional", "grid": "final"}, "train": _COSINE},

@@ -288,6 +288,8 @@ class Recipe(BaseModel, ABC):
         for name in _FREE_TEACHER_FIELDS:
             del values["train"]["teacher"][name]
         del values["model"]["device"]
+        if values["train"]["guidance_scale"] is None:  # as in checkpoints of before there was one
+            del values["train"]["guidance_scale"]
         return values
 
 

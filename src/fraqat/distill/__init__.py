@@ -10,7 +10,7 @@ from fraqat.distill.optimizers import DeviceOptimizer, HostOptimizer, TrainOptim
 from fraqat.distill.precision import Autocast, autocast, autocast_dtype
 from fraqat.distill.spec import ParallelSpec, TeacherSpec, TrainSpec
 from fraqat.distill.step_times import DistillResult
-from fraqat.distill.task import Batch, BatchStream, DistillTask, Prediction
+from fraqat.distill.task import Batch, BatchStream, DistillTask, Prediction, training_task
 from fraqat.distill.teacher import StoredWeight, TeacherMemory, hold_teacher_, share_frozen_, store_weights_
 from fraqat.distill.teacher_outputs import OUTPUTS_FOLDER, check_recordable
 from fraqat.distill.trainer import Distiller
@@ -69,5 +69,6 @@ __all__ = [
     "repeated_blocks",
     "share_frozen_",
     "store_weights_",
+    "training_task",
     "validation_loss",
 ]

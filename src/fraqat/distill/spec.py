@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 from fraqat.distill.importance import TimestepImportanceSpec
 from fraqat.distill.losses import LossSpec
 from fraqat.distill.precision import Autocast
+from fraqat.distill.task import GuidanceScale
 from fraqat.distill.watch_spec import NonFiniteSpec, OutOfMemory, ProfileSpec, WandbSpec
 from fraqat.errors import check_seed, config_error
 from fraqat.nn import STRICT_KEYS, EngineSpec, LowRankSpec
@@ -121,6 +122,9 @@ class TrainSpec:
         learning_rate: Peak and course.
         losses: Weighted terms on the outputs.
         timestep_importance: Draw noise levels where the student errs most (diffusion); null: as `sampler.timesteps` says.
+        guidance_scale: Learn what guidance by this scale makes of the outputs with and without a prompt (diffusion), from half
+            as many samples in a batch, each computed twice. `auto`: the sampler's scale where it is guided by two outputs, else
+            as null. null: outputs one by one.
         optimizer: `adamw`; `adamw_adapted`, which moves a weight less where its gradients cancel (`VarianceAdaptedAdamW`); or
             `adamw_8bit` with its state in 8 bits (needs torchao). Master weights are float32 with all.
         optimizer_device: Where its state is and its step runs: `same` as the model, or `host`, for a model on a GPU.
@@ -165,6 +169,7 @@ class TrainSpec:
     learning_rate: LearningRateSpec = field(default_factory=LearningRateSpec)
     losses: tuple[LossSpec, ...] = (LossSpec(),)
     timestep_importance: TimestepImportanceSpec | None = None
+    guidance_scale: GuidanceScale = None
     optimizer: OptimizerName = "adamw"
     optimizer_device: OptimizerDevice = "same"
     scale_rate: float = 0.1
@@ -217,6 +222,9 @@ class TrainSpec:
         )
         _check_choice("train.compile", self.compile, CompileMode)
         _check_choice("train.activation_checkpointing", self.activation_checkpointing, CheckpointedModules)
+        scale = self.guidance_scale
+        is_scale = not isinstance(scale, float | int) or 1 < scale < math.inf
+        _check("train.guidance_scale", scale, is_scale, "a finite number above 1, auto, or null")
         _check("train.losses", self.losses, len(self.losses) > 0, "at least one term")
         _check("train.betas", self.betas, all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
         _check("train.scale_rate", self.scale_rate, 0 <= self.scale_rate < math.inf, "0 or more")

@@ -33,7 +33,7 @@ from fraqat.distill.stages import StageChooser
 from fraqat.distill.state import TrainedState
 from fraqat.distill.step_hooks import StepHooks
 from fraqat.distill.step_times import DistillResult, StepTimes
-from fraqat.distill.task import Batch, DistillTask, Prediction
+from fraqat.distill.task import Batch, DistillTask, Prediction, training_task
 from fraqat.distill.teacher import hold_teacher_
 from fraqat.distill.teacher_outputs import make_outputs
 from fraqat.distill.validation import batch_loss, validation_loss
@@ -83,6 +83,7 @@ class Distiller:
         self.workers = workers or current_workers()
         check_mode(spec.parallel, self.workers.num)
         parts = self.workers.parts(spec.accumulation)
+        task = training_task(task, spec.guidance_scale, spec.batch_size // spec.accumulation)
         self.task, self.stages, self.spec, self.folder = task, StageChooser(schedule, self.workers), spec, folder
         self.teacher = teacher.eval().requires_grad_(False)
         self.student = student
