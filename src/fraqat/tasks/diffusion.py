@@ -140,7 +140,7 @@ class DiffusionTask:
         arguments = {name: value for name, value in inputs.items() if name not in _COLUMNS}
         if GUIDED_BY not in inputs:
             return predict_output(model, arguments)
-        both = with_and_without_prompt(arguments, self._constants[1], self.shared_arguments)
+        both = with_and_without_prompt(arguments, self.unprompted, self.shared_arguments)
         output = predict_output(model, both)[OUTPUT]
         return {OUTPUT: guided_output(output, inputs[GUIDED_BY].to(output.device))}
 
@@ -161,6 +161,11 @@ class DiffusionTask:
     def shared_arguments(self) -> frozenset[str]:
         """Arguments of the transformer that do not grow with the batch."""
         return frozenset(self._constants[0])
+
+    @property
+    def unprompted(self) -> dict[str, Tensor]:
+        """Arguments of the prediction without a prompt, one row each."""
+        return self._constants[1]
 
     @cached_property
     def _constants(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
