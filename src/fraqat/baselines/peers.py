@@ -246,11 +246,11 @@ def _check_settings(peer: PeerName, num_steps: int, spec: TrainSpec, parq: ParqS
             allowed=f"computed for {peer}, whose loop asks the teacher at every step",
             fix="set train.teacher.outputs: computed, or leave the method out",
         )
-    if num_steps and spec.timestep_importance is not None:
+    if num_steps and spec.draws_by_error:
         raise config_error(
             "train.timestep_importance",
             "set",
-            allowed=f"null for {peer}, which draws noise levels as the task does",
+            allowed=f"null or auto for {peer}, which draws noise levels as the task does",
             fix="remove train.timestep_importance, or leave the method out",
         )
     if spec.low_rank is not None:

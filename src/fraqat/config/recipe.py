@@ -379,7 +379,7 @@ def _check_training(recipe: Recipe) -> None:
     if recipe.train.teacher.outputs == "recorded":
         check_recordable(
             is_automatic=recipe.schedule.kind is ScheduleKind.AUTOMATIC,
-            draws_by_error=recipe.train.timestep_importance is not None,
+            draws_by_error=recipe.train.draws_by_error,
         )
     if recipe.train.ema_decay is not None and recipe.quantization.weight.range_method is RangeMethod.LEARNED:
         raise config_error(

@@ -143,9 +143,12 @@ class SpeechRecipe(Recipe):
 
 def _refuse_timestep_importance(recipe: Recipe, what: str) -> None:
     """Noise levels can be drawn by error only where training draws them."""
-    if recipe.train.timestep_importance is not None:
+    if recipe.train.draws_by_error:
         raise config_error(
-            "train.timestep_importance", "set", allowed=f"null for {what}", fix="remove train.timestep_importance"
+            "train.timestep_importance",
+            "set",
+            allowed=f"null or auto for {what}",
+            fix="remove train.timestep_importance",
         )
 
 

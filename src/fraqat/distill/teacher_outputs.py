@@ -274,7 +274,7 @@ def make_outputs(
     """
     if spec.teacher.outputs == "computed":
         return TeacherOutputs(task, models, teacher, spec, workers, place.folder)
-    check_recordable(is_automatic=schedule.automatic is not None, draws_by_error=spec.timestep_importance is not None)
+    check_recordable(is_automatic=schedule.automatic is not None, draws_by_error=spec.draws_by_error)
     return RecordedOutputs(task, models, teacher, spec, workers, place)
 
 
