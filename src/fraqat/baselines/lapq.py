@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from fraqat.baselines.powell import minimize_powell
+from fraqat.distill.guidance import training_task
 from fraqat.distill.parts import to_device
 from fraqat.distill.spec import TrainSpec
-from fraqat.distill.task import DistillTask, training_task
+from fraqat.distill.task import DistillTask
 from fraqat.errors import NonFiniteLossError, config_error
 from fraqat.nn import QuantizedLayer, quantized_layers
 from fraqat.numerics import QParams, RangeMethod, choose_qparams, encode, finish_scale
@@ -68,7 +69,7 @@ class CalibrationLoss:
     ):
         if num_batches < 1:
             raise config_error("num_batches", num_batches, allowed="1 or more", fix="use 1")
-        task = training_task(task, spec.guidance_scale, spec.batch_size)
+        task = training_task(task, spec)
         self._task, self._student, self._spec = task, student, spec
         device = next(student.parameters()).device
         generator = torch.Generator().manual_seed(CALIBRATION_SEED)

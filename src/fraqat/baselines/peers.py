@@ -162,7 +162,7 @@ def train_steps_(
     Raises:
         NonFiniteLossError: Loss or gradient became NaN or infinite.
     """
-    task = training_task(task, spec.guidance_scale, spec.batch_size // spec.accumulation)
+    task = training_task(task, spec)
     stage = Stage(0, 4.0, 0, num_steps)  # the width is the model's own affair
     loop = _Loop(task, teacher, model, optimizer, Schedule((stage,)), spec)
     torch.manual_seed(spec.seed)

@@ -289,7 +289,8 @@ class Recipe(BaseModel, ABC):
             del values["train"]["teacher"][name]
         del values["model"]["device"]
         if values["train"]["guidance_scale"] is None:  # as in checkpoints of before there was one
-            del values["train"]["guidance_scale"]
+            for name in ("guidance_scale", "guidance_share"):
+                del values["train"][name]
         return values
 
 

@@ -3,6 +3,7 @@
 from fraqat.distill.checkpoint import CheckpointStore, describe_difference
 from fraqat.distill.checkpointing import checkpoint_blocks_, keep_products, repeated_blocks
 from fraqat.distill.code_flips import CODES_EVENT, CodeFlips, FlipCount
+from fraqat.distill.guidance import training_task
 from fraqat.distill.importance import TimestepImportance, TimestepImportanceSpec
 from fraqat.distill.log import LOG_FILE, StepRecord, read_log
 from fraqat.distill.losses import LANGUAGE_LOSSES, OUTPUT_LOSSES, LossSpec, distillation_loss
@@ -10,7 +11,7 @@ from fraqat.distill.optimizers import DeviceOptimizer, HostOptimizer, TrainOptim
 from fraqat.distill.precision import Autocast, autocast, autocast_dtype
 from fraqat.distill.spec import ParallelSpec, TeacherSpec, TrainSpec
 from fraqat.distill.step_times import DistillResult
-from fraqat.distill.task import Batch, BatchStream, DistillTask, Prediction, training_task
+from fraqat.distill.task import Batch, BatchStream, DistillTask, Prediction
 from fraqat.distill.teacher import StoredWeight, TeacherMemory, hold_teacher_, share_frozen_, store_weights_
 from fraqat.distill.teacher_outputs import OUTPUTS_FOLDER, check_recordable
 from fraqat.distill.trainer import Distiller

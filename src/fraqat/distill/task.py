@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from fraqat.distill.losses import LossSpec
-from fraqat.errors import config_error
 
 Batch = Mapping[str, Any]
 """One batch by column, the batch on the first axis: tensors, and texts where a task encodes them itself."""
@@ -115,42 +114,6 @@ class TimestepTask(Protocol):
     def sample_errors(self, student: Prediction, teacher: Prediction) -> Tensor:
         """Mean squared difference of the outputs of each sample, [N] float32."""
         ...
-
-
-GuidanceScale = float | Literal["auto"] | None
-"""Of `TrainSpec.guidance_scale`."""
-
-
-@runtime_checkable
-class GuidedTask(Protocol):
-    """A task whose models are sampled by two predictions, of which guidance makes one."""
-
-    def guided(self, scale: float | Literal["auto"], part_size: int) -> DistillTask:
-        """The task with what guidance makes of the two predictions learned in training, and nothing else changed.
-
-        Args:
-            scale: Of guidance; `auto` is the sampler's own, and gives the task itself where it is sampled by one prediction.
-            part_size: Rows of a part of a batch: two for each sample.
-
-        Raises:
-            ConfigError: A scale for a model that is sampled by one prediction, or parts that cannot be of pairs.
-        """
-        ...
-
-
-def training_task(task: DistillTask, scale: GuidanceScale, part_size: int) -> DistillTask:
-    """The task as `TrainSpec.guidance_scale` has it learned; see `GuidedTask.guided`.
-
-    Raises:
-        ConfigError: A scale for a task without guidance.
-    """
-    if scale is None:
-        return task
-    if isinstance(task, GuidedTask):
-        return task.guided(scale, part_size)
-    if scale == "auto":
-        return task
-    raise config_error("train.guidance_scale", scale, allowed="null or auto for this task", fix="remove it")
 
 
 @runtime_checkable

@@ -122,8 +122,7 @@ def compare(
     with folder_lock(folder):
         session = session or open_session(recipe, progress)
         for method in methods:
-            train = _recipe_of(recipe, method, rates[0], 1).train
-            training_task(session.task, train.guidance_scale, train.batch_size // train.accumulation)
+            training_task(session.task, _recipe_of(recipe, method, rates[0], 1).train)
         runner = _Runner(recipe, folder, progress, session, options)
         results = tuple(_compare_one(runner, method, rates, options.num_seeds) for method in methods)
         comparison = Comparison(recipe, results, runner.columns)
