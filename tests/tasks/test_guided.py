@@ -53,7 +53,7 @@ def plain(cache: Path) -> DiffusionTask:
 
 @pytest.fixture(scope="module")
 def task(plain: DiffusionTask) -> DiffusionTask:
-    return plain.guided("auto", 1.0, 8)
+    return plain.guided("auto", 8)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_what_is_learned_is_what_the_sampler_of_a_pipeline_goes_by(
 
 
 def test_a_batch_of_rows_is_half_as_many_pictures_and_the_loss_is_of_the_guided_error(
-    task: DiffusionTask, plain: DiffusionTask, cache: Path, teacher: nn.Module
+    task: DiffusionTask, cache: Path, teacher: nn.Module
 ) -> None:
     student = load_transformer(SOURCE)
     quantize_(student)
@@ -118,9 +118,6 @@ def test_a_batch_of_rows_is_half_as_many_pictures_and_the_loss_is_of_the_guided_
     assert not torch.allclose(errors[0], errors[1])
     guided = SCALE * errors[0] - (SCALE - 1) * errors[1]
     assert float(loss.detach()) == pytest.approx(float(guided.square().mean()) / norm_of(SCALE) ** 2, rel=1e-3)
-    mixed = plain.guided("auto", 0.25, 8).loss(found, wanted, inputs, [LossSpec()])
-    single = errors[0].square().mean()
-    assert float(mixed.detach()) == pytest.approx(0.25 * float(loss.detach()) + 0.75 * float(single), rel=1e-3)
     loss.backward()
     assert any(p.grad is not None and bool(p.grad.any()) for p in student.parameters())
 
@@ -143,10 +140,10 @@ def test_held_out_data_and_calibration_are_what_they_are_without(task: Diffusion
 
 def test_pieces_of_a_batch_keep_their_pairs(task: DiffusionTask, teacher: nn.Module) -> None:
     inputs = task.make_inputs(next(iter(task.train_stream(8, seed=0))), torch.Generator().manual_seed(3))
-    whole = task.predict(teacher, inputs)["guided_output"]
+    whole = task.predict(teacher, inputs)["output"]
     pieces = task.split_inputs(inputs, 3)
     assert sum(share for _, share in pieces) == pytest.approx(1)
-    parts = torch.cat([task.predict(teacher, part)["guided_output"] for part, _ in pieces])
+    parts = torch.cat([task.predict(teacher, part)["output"] for part, _ in pieces])
     assert torch.allclose(parts, whole, atol=1e-4)
 
 
@@ -161,7 +158,7 @@ def test_a_stream_goes_on_where_it_was(task: DiffusionTask) -> None:
 
 
 def test_pictures_that_are_encoded_while_training_are_marked_too(cache: Path) -> None:
-    streamed = make_task(cache, cache=False).guided(SCALE, 1.0, 4)
+    streamed = make_task(cache, cache=False).guided(SCALE, 4)
     inputs = streamed.make_inputs(next(iter(streamed.train_stream(4, seed=0))), torch.Generator().manual_seed(0))
     assert inputs[GUIDED_BY].tolist() == [SCALE] * 2
     assert inputs[LATENTS].shape[0] == 2
@@ -172,7 +169,6 @@ def train(task: DiffusionTask, folder: Path, *, num_steps: int = 4, on_step: Any
     quantize_(student)
     values = {
         "guidance_scale": "auto",
-        "guidance_share": 1.0,
         "batch_size": 8,
         "validate_every": 100,
         "checkpoint_every": 2,
@@ -196,7 +192,6 @@ def trained(plain: DiffusionTask, tmp_path_factory: pytest.TempPathFactory) -> n
 
 def test_what_is_trained_is_another_student(plain: DiffusionTask, trained: nn.Module, tmp_path: Path) -> None:
     assert not same_weights(train(plain, tmp_path / "single", guidance_scale=None), trained)
-    assert not same_weights(train(plain, tmp_path / "share", guidance_share=0.25), trained)
     assert same_weights(train(plain, tmp_path / "scale", guidance_scale=SCALE), trained)
 
 
@@ -231,8 +226,8 @@ def test_parts_of_a_batch_learn_what_the_whole_does(plain: DiffusionTask, tmp_pa
 
 
 def test_automatic_guidance_is_the_samplers(plain: DiffusionTask) -> None:
-    assert plain.guided("auto", 1.0, 8)._guidance_scale == SCALE
-    assert plain.guided(2.0, 1.0, 8)._guidance_scale == 2.0
+    assert plain.guided("auto", 8)._guidance_scale == SCALE
+    assert plain.guided(2.0, 8)._guidance_scale == 2.0
 
 
 @pytest.mark.parametrize(
@@ -258,7 +253,7 @@ def test_a_scale_for_a_model_without_a_second_prediction_is_refused() -> None:
 
 def test_an_odd_part_of_a_batch_is_refused_before_training(plain: DiffusionTask) -> None:
     with pytest.raises(ConfigError, match=r"train.batch_size / train.accumulation = 3 .* an even number"):
-        plain.guided("auto", 1.0, 3)
+        plain.guided("auto", 3)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +261,6 @@ def test_an_odd_part_of_a_batch_is_refused_before_training(plain: DiffusionTask)
     [
         ("color-digits", ["train.guidance_scale=1.0"], "train.guidance_scale = 1.0 .* a finite number above 1"),
         ("color-digits", ["train.guidance_scale=twice"], "train.guidance_scale"),
-        ("color-digits", ["train.guidance_share=0.0"], "train.guidance_share = 0.0 .* more than 0, at most 1"),
         (
             "color-digits",
             ["train.guidance_scale=3.0", "data.learn_from=sampling_path"],

@@ -45,6 +45,7 @@ _DECAY_LAST = {"learning_rate": {"kind": "decay_last"}}
 _LITTLE_MOMENTUM = {"betas": [0.5, 0.999]}
 _ADAPTED = {"optimizer": "adamw_adapted"}
 _IMPORTANCE = {"timestep_importance": "auto"}
+_PRESET = _COSINE | _LITTLE_MOMENTUM | _ADAPTED | _IMPORTANCE
 _UNTRAINED = {"schedule": {"kind": "constant"}, "train": {"steps": 0}}
 
 _RANK = 16  # the paper's for Sana 600M and PixArt-Sigma
@@ -85,7 +86,16 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 {
                     "quantization": {"weight": {"range_method": "learned"}},
                     "schedule": {"kind": "constant"},
-                    "train": _COSINE | _LITTLE_MOMENTUM | _ADAPTED | _IMPORTANCE,
+                    "train": _PRESET,
+                },
+            ),
+            Method(
+                "fraqat-guided",
+                "the same on what the sampler's guidance makes of two outputs; the loss of single outputs is higher",
+                {
+                    "quantization": {"weight": {"range_method": "learned"}},
+                    "schedule": {"kind": "constant"},
+                    "train": _PRESET | {"guidance_scale": "auto"},
                 },
             ),
             Method(
@@ -102,11 +112,6 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 "timestep-importance",
                 "vanilla QAT with noise levels drawn where the student errs most, losses weighted back",
                 {"schedule": {"kind": "constant"}, "train": _COSINE | {"timestep_importance": {}}},
-            ),
-            Method(
-                "guided",
-                "vanilla QAT on what the sampler's guidance makes of two outputs, of half as many pictures in a batch",
-                {"schedule": {"kind": "constant"}, "train": _COSINE | {"guidance_scale": "auto"}},
             ),
             Method(
                 "final-grid",

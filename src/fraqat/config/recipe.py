@@ -289,8 +289,7 @@ class Recipe(BaseModel, ABC):
             del values["train"]["teacher"][name]
         del values["model"]["device"]
         if values["train"]["guidance_scale"] is None:  # as in checkpoints of before there was one
-            for name in ("guidance_scale", "guidance_share"):
-                del values["train"][name]
+            del values["train"]["guidance_scale"]
         return values
 
 

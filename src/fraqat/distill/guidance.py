@@ -13,12 +13,11 @@ from fraqat.errors import config_error
 class GuidedTask(Protocol):
     """A task whose models are sampled by two predictions, of which guidance makes one."""
 
-    def guided(self, scale: float | Literal["auto"], share: float, part_size: int) -> DistillTask:
+    def guided(self, scale: float | Literal["auto"], part_size: int) -> DistillTask:
         """The task with what guidance makes of the two predictions learned in training, and nothing else changed.
 
         Args:
             scale: Of guidance; `auto` is the sampler's own, and gives the task itself where it is sampled by one prediction.
-            share: Of the loss, which is of the guided output; the rest is of the one with the prompt.
             part_size: Rows of a part of a batch: two for each sample.
 
         Raises:
@@ -28,7 +27,7 @@ class GuidedTask(Protocol):
 
 
 def training_task(task: DistillTask, spec: TrainSpec) -> DistillTask:
-    """The task as `spec.guidance_scale` and `guidance_share` have it learned; see `GuidedTask.guided`.
+    """The task as `spec.guidance_scale` has it learned; see `GuidedTask.guided`.
 
     Raises:
         ConfigError: A scale for a task without guidance.
@@ -37,7 +36,7 @@ def training_task(task: DistillTask, spec: TrainSpec) -> DistillTask:
     if scale is None:
         return task
     if isinstance(task, GuidedTask):
-        return task.guided(scale, spec.guidance_share, spec.batch_size // spec.accumulation)
+        return task.guided(scale, spec.batch_size // spec.accumulation)
     if scale == "auto":
         return task
     raise config_error("train.guidance_scale", scale, allowed="null or auto for this task", fix="remove it")

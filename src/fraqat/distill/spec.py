@@ -125,7 +125,6 @@ class TrainSpec:
         guidance_scale: Learn what guidance by this scale makes of the outputs with and without a prompt (diffusion), from half
             as many samples in a batch, each computed twice. `auto`: the sampler's scale where it is guided by two outputs, else
             as null. null: outputs one by one.
-        guidance_share: Share of the loss that is of the guided output; the rest is of the one with the prompt.
         optimizer: `adamw`; `adamw_adapted`, which moves a weight less where its gradients cancel (`VarianceAdaptedAdamW`); or
             `adamw_8bit` with its state in 8 bits (needs torchao). Master weights are float32 with all.
         optimizer_device: Where its state is and its step runs: `same` as the model, or `host`, for a model on a GPU.
@@ -171,7 +170,6 @@ class TrainSpec:
     losses: tuple[LossSpec, ...] = (LossSpec(),)
     timestep_importance: TimestepImportanceSpec | Literal["auto"] | None = None
     guidance_scale: float | Literal["auto"] | None = None
-    guidance_share: float = 0.5
     optimizer: OptimizerName = "adamw"
     optimizer_device: OptimizerDevice = "same"
     scale_rate: float = 0.1
@@ -229,7 +227,6 @@ class TrainSpec:
         _check("train.timestep_importance", importance, is_importance, "settings, auto, or null")
         scale = self.guidance_scale
         is_scale = not isinstance(scale, float | int) or 1 < scale < math.inf
-        _check("train.guidance_share", self.guidance_share, 0 < self.guidance_share <= 1, "more than 0, at most 1")
         _check("train.guidance_scale", scale, is_scale, "a finite number above 1, auto, or null")
         _check("train.losses", self.losses, len(self.losses) > 0, "at least one term")
         _check("train.betas", self.betas, all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")

@@ -33,7 +33,7 @@ from fraqat.tasks.image_samples import DiffusionSource, drop_captions, open_samp
 from fraqat.tasks.noise import NoiseProcess, noise_process
 from fraqat.tasks.pipelines import transformer_class
 
-OUTPUT, GUIDED_OUTPUT = "output", "guided_output"
+OUTPUT = "output"
 _COLUMNS = (LOSS_WEIGHT, TIMESTEP_BIN, GUIDED_BY)
 _PLANES = 4  # axes of latents that are pictures
 
@@ -49,16 +49,14 @@ class DiffusionTask:
         self.data, self.sampler = source.data, source.sampler
         self._source, self._samples = source, open_samples(source)
         self._guidance_scale: float | None = None
-        self._guided_share = 0.0
 
-    def guided(self, scale: float | Literal["auto"], share: float, part_size: int) -> DiffusionTask:
+    def guided(self, scale: float | Literal["auto"], part_size: int) -> DiffusionTask:
         """This task with training batches of half as many samples, each computed with its prompt and without.
 
         Held-out losses stay those of single predictions, so that runs can be compared.
 
         Args:
             scale: Of guidance, above 1; `auto`: the sampler's where it is guided by two predictions, else nothing changes.
-            share: Of the loss, in (0, 1], which is of the guided output; the rest is of the one with the prompt.
             part_size: Rows of the transformer in a part of a batch.
 
         Raises:
@@ -70,7 +68,7 @@ class DiffusionTask:
             return self
         check_pairs(part_size)
         task = copy.copy(self)
-        task._guidance_scale, task._guided_share = found, share
+        task._guidance_scale = found
         return task
 
     def train_stream(self, batch_size: int, seed: int) -> BatchStream:
@@ -138,38 +136,21 @@ class DiffusionTask:
         return {LATENTS: noisy, TIMESTEP: time_N, **drop_captions(inputs, empty, is_dropped_N), **call}
 
     def predict(self, model: nn.Module, inputs: Batch) -> Prediction:
-        """`output`: the predicted velocity or noise, in the shape of the latents; of guided batches `guided_output` too."""
+        """`output`: the predicted velocity or noise, in the shape of the latents; of marked batches as guided."""
         arguments = {name: value for name, value in inputs.items() if name not in _COLUMNS}
         if GUIDED_BY not in inputs:
             return predict_output(model, arguments)
         both = with_and_without_prompt(arguments, self.unprompted, self.shared_arguments)
         output = predict_output(model, both)[OUTPUT]
-        guided = guided_output(output, inputs[GUIDED_BY].to(output.device))
-        return {OUTPUT: output.chunk(2)[0], GUIDED_OUTPUT: guided}
+        return {OUTPUT: guided_output(output, inputs[GUIDED_BY].to(output.device))}
 
     def loss(self, student: Prediction, teacher: Prediction, inputs: Batch, terms: Sequence[LossSpec]) -> Tensor:
         """Weighted distances of the outputs; of each sample times its `LOSS_WEIGHT` where the inputs have that column."""
-
-        def loss_of(name: str) -> Tensor:
-            return distillation_loss(student[name], teacher[name], terms, inputs.get(LOSS_WEIGHT))
-
-        return self._shared(loss_of, student)
+        return distillation_loss(student[OUTPUT], teacher[OUTPUT], terms, inputs.get(LOSS_WEIGHT))
 
     def sample_errors(self, student: Prediction, teacher: Prediction) -> Tensor:
         """Mean squared difference of the outputs of each sample, [N] float32."""
-
-        def errors_of(name: str) -> Tensor:
-            return (student[name].float() - teacher[name].float()).square().flatten(1).mean(1)
-
-        return self._shared(errors_of, student)
-
-    def _shared(self, of: Callable[[str], Tensor], prediction: Prediction) -> Tensor:
-        """What `of` gives for the outputs of a prediction, each by its share."""
-        if GUIDED_OUTPUT not in prediction:
-            return of(OUTPUT)
-        if self._guided_share == 1:
-            return of(GUIDED_OUTPUT)
-        return self._guided_share * of(GUIDED_OUTPUT) + (1 - self._guided_share) * of(OUTPUT)
+        return (student[OUTPUT].float() - teacher[OUTPUT].float()).square().flatten(1).mean(1)
 
     def split_inputs(self, inputs: Batch, num_parts: int) -> list[tuple[Batch, float]]:
         """Pieces with their share of the samples."""
