@@ -12,6 +12,7 @@ from toy import NoisyToy, ToyTask, toy_spec, toy_student, toy_teacher
 from fraqat import ScheduleSpec
 from fraqat.config import load_recipe
 from fraqat.distill import Distiller, LossSpec, TimestepImportance, TimestepImportanceSpec, read_log
+from fraqat.distill.importance import make_importance
 from fraqat.distill.parts import part_inputs
 from fraqat.distill.task import LOSS_WEIGHT, TIMESTEP_BIN
 from fraqat.errors import ConfigError
@@ -135,7 +136,8 @@ def test_an_interrupted_run_ends_bitwise_equal(tmp_path: Path, options: dict[str
 
 
 def test_a_step_in_pieces_notes_the_errors_of_the_whole(tmp_path: Path) -> None:
-    whole, pieces = distiller(tmp_path / "a"), distiller(tmp_path / "b", on_out_of_memory="split")
+    whole = distiller(tmp_path / "a", autocast="none")
+    pieces = distiller(tmp_path / "b", autocast="none", on_out_of_memory="split")
     pieces.micro_batch.num_splits = 4
     for one in (whole, pieces):
         one.run()
@@ -144,7 +146,9 @@ def test_a_step_in_pieces_notes_the_errors_of_the_whole(tmp_path: Path) -> None:
 
 
 def test_a_task_without_noise_levels_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"train\.timestep_importance = 'set' .* null for ToyTask.*Fix: remove"):
+    with pytest.raises(
+        ConfigError, match=r"train\.timestep_importance = 'set' .* null or auto for ToyTask.*Fix: remove"
+    ):
         distiller(tmp_path, ToyTask())
 
 
@@ -165,12 +169,37 @@ def test_impossible_settings_are_refused(changes: dict[str, Any], message: str) 
 @pytest.mark.parametrize(
     ("recipe", "settings", "message"),
     [
-        ("gemma-2-2b-it-tiny", (), "null for task language, which has no timesteps"),
-        ("speecht5-tiny", (), "null for task text-to-speech, which has no timesteps"),
-        ("color-digits", ("data.learn_from=sampling_path",), "null for data.learn_from: sampling_path"),
+        ("gemma-2-2b-it-tiny", (), "null or auto for task language, which has no timesteps"),
+        ("speecht5-tiny", (), "null or auto for task text-to-speech, which has no timesteps"),
+        ("color-digits", ("data.learn_from=sampling_path",), "null or auto for data.learn_from: sampling_path"),
         ("color-digits", ("train.teacher.outputs=recorded",), "computed with train.timestep_importance"),
     ],
 )
 def test_recipes_without_levels_to_draw_are_refused(recipe: str, settings: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_recipe(recipe, ("train.timestep_importance={}", *settings))
+
+
+def test_automatic_draws_are_where_training_draws_levels() -> None:
+    made = make_importance(NoisyToy(), "auto")
+    assert made is not None and made.spec == TimestepImportanceSpec()
+    assert make_importance(NoisyToy(), "auto", is_recorded=True) is None
+    assert make_importance(ToyTask(), "auto") is None
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings"),
+    [
+        ("gemma-2-2b-it-tiny", ()),
+        ("speecht5-tiny", ()),
+        ("color-digits", ("data.learn_from=sampling_path",)),
+        ("color-digits", ("train.teacher.outputs=recorded",)),
+    ],
+)
+def test_automatic_draws_are_allowed_everywhere(recipe: str, settings: tuple[str, ...]) -> None:
+    assert load_recipe(recipe, ("train.timestep_importance=auto", *settings)).train.timestep_importance == "auto"
+
+
+def test_a_word_that_is_no_setting_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"train.timestep_importance"):
+        load_recipe("color-digits", ("train.timestep_importance=always",))

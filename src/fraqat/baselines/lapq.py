@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fraqat.baselines.powell import minimize_powell
+from fraqat.distill.guidance import training_task
 from fraqat.distill.parts import to_device
 from fraqat.distill.spec import TrainSpec
 from fraqat.distill.task import DistillTask
@@ -68,6 +69,7 @@ class CalibrationLoss:
     ):
         if num_batches < 1:
             raise config_error("num_batches", num_batches, allowed="1 or more", fix="use 1")
+        task = training_task(task, spec)
         self._task, self._student, self._spec = task, student, spec
         device = next(student.parameters()).device
         generator = torch.Generator().manual_seed(CALIBRATION_SEED)

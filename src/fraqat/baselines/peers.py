@@ -15,7 +15,16 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from fraqat.baselines.layers import peer_layers
 from fraqat.baselines.torchao_layers import ParqOptimizer, ParqSpec, prepare_qat_, quantize_tensors_
-from fraqat.distill import Batch, DistillTask, TrainSpec, autocast, checkpoint_blocks_, hold_teacher_, make_optimizer
+from fraqat.distill import (
+    Batch,
+    DistillTask,
+    TrainSpec,
+    autocast,
+    checkpoint_blocks_,
+    hold_teacher_,
+    make_optimizer,
+    training_task,
+)
 from fraqat.distill.parts import to_device
 from fraqat.distill.validation import validation_loss
 from fraqat.errors import NonFiniteLossError, config_error, parse_choice
@@ -153,6 +162,7 @@ def train_steps_(
     Raises:
         NonFiniteLossError: Loss or gradient became NaN or infinite.
     """
+    task = training_task(task, spec)
     stage = Stage(0, 4.0, 0, num_steps)  # the width is the model's own affair
     loop = _Loop(task, teacher, model, optimizer, Schedule((stage,)), spec)
     torch.manual_seed(spec.seed)
@@ -236,11 +246,11 @@ def _check_settings(peer: PeerName, num_steps: int, spec: TrainSpec, parq: ParqS
             allowed=f"computed for {peer}, whose loop asks the teacher at every step",
             fix="set train.teacher.outputs: computed, or leave the method out",
         )
-    if num_steps and spec.timestep_importance is not None:
+    if num_steps and spec.draws_by_error:
         raise config_error(
             "train.timestep_importance",
             "set",
-            allowed=f"null for {peer}, which draws noise levels as the task does",
+            allowed=f"null or auto for {peer}, which draws noise levels as the task does",
             fix="remove train.timestep_importance, or leave the method out",
         )
     if spec.low_rank is not None:

@@ -41,9 +41,11 @@ class Method:
 
 _COSINE = {"learning_rate": {"kind": "cosine"}}
 _DECAY_LAST = {"learning_rate": {"kind": "decay_last"}}
-# The two large gains over vanilla QAT that were found; why they gain is open (docs/log.md).
+# The large gains over vanilla QAT that were found; why the first two gain is open (docs/log.md).
 _LITTLE_MOMENTUM = {"betas": [0.5, 0.999]}
 _ADAPTED = {"optimizer": "adamw_adapted"}
+_IMPORTANCE = {"timestep_importance": "auto"}
+_PRESET = _COSINE | _LITTLE_MOMENTUM | _ADAPTED | _IMPORTANCE
 _UNTRAINED = {"schedule": {"kind": "constant"}, "train": {"steps": 0}}
 
 _RANK = 16  # the paper's for Sana 600M and PixArt-Sigma
@@ -79,11 +81,21 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             ),
             Method(
                 "fraqat",
-                "our default: learned scales, little momentum, adapted steps, cosine; no fractional widths, which did not help",
+                "our default: learned scales, little momentum, adapted steps, noise levels drawn by error, cosine; "
+                "no fractional widths, which did not help",
                 {
                     "quantization": {"weight": {"range_method": "learned"}},
                     "schedule": {"kind": "constant"},
-                    "train": _COSINE | _LITTLE_MOMENTUM | _ADAPTED,
+                    "train": _PRESET,
+                },
+            ),
+            Method(
+                "fraqat-guided",
+                "the same on what the sampler's guidance makes of two outputs; the loss of single outputs is higher",
+                {
+                    "quantization": {"weight": {"range_method": "learned"}},
+                    "schedule": {"kind": "constant"},
+                    "train": _PRESET | {"guidance_scale": "auto"},
                 },
             ),
             Method(

@@ -292,6 +292,8 @@ class Recipe(BaseModel, ABC):
         for name in _FREE_TEACHER_FIELDS:
             del values["train"]["teacher"][name]
         del values["model"]["device"]
+        if values["train"]["guidance_scale"] is None:  # as in checkpoints of before there was one
+            del values["train"]["guidance_scale"]
         return values
 
 
@@ -381,7 +383,7 @@ def _check_training(recipe: Recipe) -> None:
     if recipe.train.teacher.outputs == "recorded":
         check_recordable(
             is_automatic=recipe.schedule.kind is ScheduleKind.AUTOMATIC,
-            draws_by_error=recipe.train.timestep_importance is not None,
+            draws_by_error=recipe.train.draws_by_error,
         )
     if recipe.train.ema_decay is not None and recipe.quantization.weight.range_method is RangeMethod.LEARNED:
         raise config_error(

@@ -16,6 +16,7 @@ from fraqat.distill import LANGUAGE_LOSSES, OUTPUT_LOSSES
 from fraqat.errors import config_error
 from fraqat.evaluation import EvaluationSpec, LanguageEvaluationSpec, SpeechEvaluationSpec
 from fraqat.tasks import SamplerSpec
+from fraqat.tasks.guided import check_pairs, paths_error
 from fraqat.tasks.language_spec import LanguageSpec
 
 # Of the sampler, what does not change the trained weights is left out of the fingerprint that a checkpoint must share.
@@ -52,6 +53,11 @@ class ImageRecipe(Recipe):
             _refuse_timestep_importance(
                 self, "data.learn_from: sampling_path, whose samples have timesteps of their own"
             )
+        scale = self.train.guidance_scale
+        if scale is not None and scale != "auto":  # what `auto` is depends on the transformer
+            if self._of_paths:
+                raise paths_error(scale)
+            check_pairs(self.train.batch_size // self.train.accumulation)
         size = IMAGE_SIZES.get(self.data.source)
         wanted = (self.sampler.height, self.sampler.width)
         if size is not None and wanted != size:
@@ -67,6 +73,8 @@ class ImageRecipe(Recipe):
         values = super().fingerprint()
         uses_levels = self.sampler.timesteps in ("sampler", "auto")  # `auto` may stand for it
         kept = (*_TRAINED_SAMPLER_FIELDS, *(_PATH_SAMPLER_FIELDS if self._of_paths or uses_levels else ()))
+        if self.train.guidance_scale == "auto" and "guidance_scale" not in kept:
+            kept = (*kept, "guidance_scale")
         values["sampler"] = {name: values["sampler"][name] for name in kept}
         for name in ("num_workers", "worker_timeout_s", "encode_batch_size"):
             del values["data"][name]
@@ -120,15 +128,25 @@ class SpeechRecipe(Recipe):
 
 def _refuse_timestep_importance(recipe: Recipe, what: str) -> None:
     """Noise levels can be drawn by error only where training draws them."""
-    if recipe.train.timestep_importance is not None:
+    if recipe.train.draws_by_error:
         raise config_error(
-            "train.timestep_importance", "set", allowed=f"null for {what}", fix="remove train.timestep_importance"
+            "train.timestep_importance",
+            "set",
+            allowed=f"null or auto for {what}",
+            fix="remove train.timestep_importance",
         )
 
 
 def _refuse_pipeline_settings(recipe: Recipe) -> None:
-    """A model of transformers has no noise levels and no separate encoders, and is loaded from its own folder."""
+    """A model of transformers has no noise levels, no guidance and no encoders apart, and is loaded from its own folder."""
     _refuse_timestep_importance(recipe, f"task {recipe.task}, which has no timesteps")
+    if recipe.train.guidance_scale not in (None, "auto"):
+        raise config_error(
+            "train.guidance_scale",
+            recipe.train.guidance_scale,
+            allowed=f"null or auto for task {recipe.task}, which has no guidance",
+            fix="remove train.guidance_scale",
+        )
     if recipe.model.single_file is not None:
         raise config_error(
             "model.single_file", recipe.model.single_file, allowed="null for a model of transformers", fix="remove it"

@@ -3,6 +3,7 @@
 from fraqat.distill.checkpoint import CheckpointStore, describe_difference
 from fraqat.distill.checkpointing import checkpoint_blocks_, keep_products, repeated_blocks
 from fraqat.distill.code_flips import CODES_EVENT, CodeFlips, FlipCount
+from fraqat.distill.guidance import training_task
 from fraqat.distill.importance import TimestepImportance, TimestepImportanceSpec
 from fraqat.distill.log import LOG_FILE, StepRecord, read_log
 from fraqat.distill.losses import LANGUAGE_LOSSES, OUTPUT_LOSSES, LossSpec, distillation_loss
@@ -69,5 +70,6 @@ __all__ = [
     "repeated_blocks",
     "share_frozen_",
     "store_weights_",
+    "training_task",
     "validation_loss",
 ]

@@ -78,7 +78,9 @@ class BatchGradients:
         self._task, self._models, self._spec, self._workers = task, models, spec, workers
         self._outputs = outputs
         self._last_part, self._device = parts[-1], device
-        self.importance = make_importance(task, spec.timestep_importance)
+        self.importance = make_importance(
+            task, spec.timestep_importance, is_recorded=spec.teacher.outputs == "recorded"
+        )
 
     def add_(self, parts: Sequence[tuple[int, Batch]], step: int, num_splits: int) -> BatchLosses:
         """Adds the gradient of this process' parts of a batch to what the parameters have; see `share_`.

@@ -144,19 +144,29 @@ class TimestepImportance:
         return (1 / (self.spec.bins * shares)).float()
 
 
-def make_importance(task: DistillTask, spec: TimestepImportanceSpec | None) -> TimestepImportance | None:
+def make_importance(
+    task: DistillTask, spec: TimestepImportanceSpec | Literal["auto"] | None, *, is_recorded: bool = False
+) -> TimestepImportance | None:
     """The means that a recipe asks for.
+
+    Args:
+        task: Of the training.
+        spec: Of `TrainSpec.timestep_importance`.
+        is_recorded: The teacher's outputs were computed before training, so noise levels cannot follow it.
 
     Raises:
         ConfigError: The task draws no noise levels.
     """
+    draws_levels = isinstance(task, TimestepTask) and task.draws_noise_levels
+    if spec == "auto":
+        return TimestepImportance(TimestepImportanceSpec()) if draws_levels and not is_recorded else None
     if spec is None:
         return None
-    if not isinstance(task, TimestepTask) or not task.draws_noise_levels:
+    if not draws_levels:
         raise config_error(
             _FIELD,
             "set",
-            allowed=f"null for {type(task).__name__}, which draws no noise levels",
+            allowed=f"null or auto for {type(task).__name__}, which draws no noise levels",
             fix=f"remove {_FIELD}",
         )
     return TimestepImportance(spec)

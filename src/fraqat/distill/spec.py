@@ -120,7 +120,11 @@ class TrainSpec:
         accumulation: Parts in which a batch is computed; `batch_size` must be a multiple. Several processes share the parts.
         learning_rate: Peak and course.
         losses: Weighted terms on the outputs.
-        timestep_importance: Draw noise levels where the student errs most (diffusion); null: as `sampler.timesteps` says.
+        timestep_importance: Draw noise levels where the student errs most (diffusion); `auto`: with the defaults, where
+            training draws levels and the teacher's outputs are not recorded; null: as `sampler.timesteps` says.
+        guidance_scale: Learn what guidance by this scale makes of the outputs with and without a prompt (diffusion), from half
+            as many samples in a batch, each computed twice. `auto`: the sampler's scale where it is guided by two outputs, else
+            as null. null: outputs one by one.
         optimizer: `adamw`; `adamw_adapted`, which moves a weight less where its gradients cancel (`VarianceAdaptedAdamW`); or
             `adamw_8bit` with its state in 8 bits (needs torchao). Master weights are float32 with all.
         optimizer_device: Where its state is and its step runs: `same` as the model, or `host`, for a model on a GPU.
@@ -164,7 +168,8 @@ class TrainSpec:
     accumulation: int = 1
     learning_rate: LearningRateSpec = field(default_factory=LearningRateSpec)
     losses: tuple[LossSpec, ...] = (LossSpec(),)
-    timestep_importance: TimestepImportanceSpec | None = None
+    timestep_importance: TimestepImportanceSpec | Literal["auto"] | None = None
+    guidance_scale: float | Literal["auto"] | None = None
     optimizer: OptimizerName = "adamw"
     optimizer_device: OptimizerDevice = "same"
     scale_rate: float = 0.1
@@ -217,6 +222,12 @@ class TrainSpec:
         )
         _check_choice("train.compile", self.compile, CompileMode)
         _check_choice("train.activation_checkpointing", self.activation_checkpointing, CheckpointedModules)
+        importance = self.timestep_importance
+        is_importance = not isinstance(importance, str) or importance == "auto"
+        _check("train.timestep_importance", importance, is_importance, "settings, auto, or null")
+        scale = self.guidance_scale
+        is_scale = not isinstance(scale, float | int) or 1 < scale < math.inf
+        _check("train.guidance_scale", scale, is_scale, "a finite number above 1, auto, or null")
         _check("train.losses", self.losses, len(self.losses) > 0, "at least one term")
         _check("train.betas", self.betas, all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
         _check("train.scale_rate", self.scale_rate, 0 <= self.scale_rate < math.inf, "0 or more")
@@ -224,6 +235,11 @@ class TrainSpec:
         _check("train.weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "0 or more")
         _check("train.clip_norm", self.clip_norm, self.clip_norm is None or self.clip_norm > 0, "more than 0, or null")
         _check("train.ema_decay", self.ema_decay, self.ema_decay is None or 0 <= self.ema_decay < 1, "[0, 1), or null")
+
+    @property
+    def draws_by_error(self) -> bool:
+        """Whether noise levels have to follow the student's error; with `auto` they do where they can."""
+        return isinstance(self.timestep_importance, TimestepImportanceSpec)
 
     def total_steps(self, steps_per_epoch: int) -> int | None:
         """Optimizer steps that `steps` or `epochs` ask for; None leaves it to the schedule's stages."""

@@ -263,9 +263,7 @@ def make_outputs(
     """
     kind = TeacherOutputs
     if spec.teacher.outputs == "recorded":
-        check_recordable(
-            is_automatic=schedule.automatic is not None, draws_by_error=spec.timestep_importance is not None
-        )
+        check_recordable(is_automatic=schedule.automatic is not None, draws_by_error=spec.draws_by_error)
         kind = RecordedOutputs
     return kind(task, models, teacher, spec, workers, place)
 

@@ -18,6 +18,7 @@ from fraqat.distill.diagnose import non_finite_message
 from fraqat.distill.ema import ParameterAverage
 from fraqat.distill.finite import FiniteChecks
 from fraqat.distill.gradients import BatchGradients, BatchLosses
+from fraqat.distill.guidance import training_task
 from fraqat.distill.identity import identity
 from fraqat.distill.interrupt import InterruptGuard, interrupted
 from fraqat.distill.log import RunLog, StepRecord
@@ -83,9 +84,9 @@ class Distiller:
         self.workers = workers or current_workers()
         check_mode(spec.parallel, self.workers.num)
         parts = self.workers.parts(spec.accumulation)
+        task = training_task(task, spec)
         self.task, self.stages, self.spec, self.folder = task, StageChooser(schedule, self.workers), spec, folder
-        self.teacher = teacher.eval().requires_grad_(False)
-        self.student = student
+        self.teacher, self.student = teacher.eval().requires_grad_(False), student
         self.on_step, self.on_phase, self.say, self.warn = on_step, on_phase, say, warn
         self.device = next(student.parameters()).device
         self._settings = dict(fingerprint or {})

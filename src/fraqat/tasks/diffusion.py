@@ -5,11 +5,12 @@ Shape suffixes: N samples.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -20,12 +21,20 @@ from fraqat.distill import Batch, BatchStream, LossSpec, Prediction, distillatio
 from fraqat.distill.micro_batch import shares_of, split_batch
 from fraqat.distill.task import LOSS_WEIGHT, TIMESTEP_BIN
 from fraqat.tasks.conditioning import LATENTS, TIMESTEP, compute_dtype, flattened, nested
+from fraqat.tasks.guided import (
+    GUIDED_BY,
+    GuidedBatches,
+    check_pairs,
+    guided_output,
+    scale_in_training,
+    with_and_without_prompt,
+)
 from fraqat.tasks.image_samples import DiffusionSource, drop_captions, open_samples, split_constants
 from fraqat.tasks.noise import NoiseProcess, noise_process
 from fraqat.tasks.pipelines import transformer_class
 
 OUTPUT = "output"
-_COLUMNS = (LOSS_WEIGHT, TIMESTEP_BIN)
+_COLUMNS = (LOSS_WEIGHT, TIMESTEP_BIN, GUIDED_BY)
 _PLANES = 4  # axes of latents that are pictures
 
 
@@ -39,17 +48,41 @@ class DiffusionTask:
     def __init__(self, source: DiffusionSource):
         self.data, self.sampler = source.data, source.sampler
         self._source, self._samples = source, open_samples(source)
+        self._guidance_scale: float | None = None
+
+    def guided(self, scale: float | Literal["auto"], part_size: int) -> DiffusionTask:
+        """This task with training batches of half as many samples, each computed with its prompt and without.
+
+        Held-out losses stay those of single predictions, so that runs can be compared.
+
+        Args:
+            scale: Of guidance, above 1; `auto`: the sampler's where it is guided by two predictions, else nothing changes.
+            part_size: Rows of the transformer in a part of a batch.
+
+        Raises:
+            ConfigError: A scale for a transformer or samples without a second prediction, or parts of an odd size.
+        """
+        class_name = transformer_class(self._source.model)
+        found = scale_in_training(scale, class_name, self.sampler, of_paths=self._source.of_paths)
+        if found is None:
+            return self
+        check_pairs(part_size)
+        task = copy.copy(self)
+        task._guidance_scale = found
+        return task
 
     def train_stream(self, batch_size: int, seed: int) -> BatchStream:
-        """Shuffled batches of samples.
+        """Shuffled batches of samples for `batch_size` rows of the transformer.
 
         Raises:
             ConfigError: The batch is larger than the data.
         """
-        return self._samples.train_stream(batch_size, seed)
+        if self._guidance_scale is None:
+            return self._samples.train_stream(batch_size, seed)
+        return GuidedBatches(self._samples.train_stream(batch_size // 2, seed), self._guidance_scale)
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """Whole batches in the training data."""
+        """Whole batches in the training data, each sample counted once."""
         return self._samples.steps_per_epoch(batch_size)
 
     def validation_batches(self, batch_size: int) -> list[Batch]:
@@ -77,7 +110,8 @@ class DiffusionTask:
         encoded = self._samples.encoded(batch)
         if self._source.of_paths:
             return {**encoded, **self._constants[0]}
-        return self._noisy(encoded, self._process.draw(len(encoded["latents"]), generator), generator)
+        sigma_N = self._process.draw(len(encoded["latents"]), generator)
+        return self._noisy(encoded, sigma_N, generator, batch.get(GUIDED_BY))
 
     @property
     def draws_noise_levels(self) -> bool:
@@ -86,20 +120,29 @@ class DiffusionTask:
 
     def make_inputs_at(self, batch: Batch, place_N: Tensor, generator: torch.Generator) -> Batch:
         """`make_inputs` with noise levels at places [N] of their distribution, from the least noise (0) to the most (1)."""
-        return self._noisy(self._samples.encoded(batch), self._process.at(place_N), generator)
+        return self._noisy(self._samples.encoded(batch), self._process.at(place_N), generator, batch.get(GUIDED_BY))
 
-    def _noisy(self, encoded: Batch, sigma_N: Tensor, generator: torch.Generator) -> Batch:
+    def _noisy(
+        self, encoded: Batch, sigma_N: Tensor, generator: torch.Generator, scale_N: Tensor | None = None
+    ) -> Batch:
         call, empty, _ = self._constants
-        inputs = {name: value for name, value in encoded.items() if name != "latents"}
+        inputs = {name: value for name, value in encoded.items() if name not in ("latents", GUIDED_BY)}
         latents = encoded["latents"]
         noise = torch.randn(latents.shape, generator=generator)
-        is_dropped_N = torch.rand(len(latents), generator=generator) < self.data.caption_dropout
         noisy, time_N = self._process.add(latents, noise, sigma_N)
+        if scale_N is not None:  # learned without a caption too: none is dropped
+            return {LATENTS: noisy, TIMESTEP: time_N, **inputs, GUIDED_BY: scale_N, **call}
+        is_dropped_N = torch.rand(len(latents), generator=generator) < self.data.caption_dropout
         return {LATENTS: noisy, TIMESTEP: time_N, **drop_captions(inputs, empty, is_dropped_N), **call}
 
     def predict(self, model: nn.Module, inputs: Batch) -> Prediction:
-        """`output`: the predicted velocity or noise, in the shape of the latents."""
-        return predict_output(model, {name: value for name, value in inputs.items() if name not in _COLUMNS})
+        """`output`: the predicted velocity or noise, in the shape of the latents; of marked batches as guided."""
+        arguments = {name: value for name, value in inputs.items() if name not in _COLUMNS}
+        if GUIDED_BY not in inputs:
+            return predict_output(model, arguments)
+        both = with_and_without_prompt(arguments, self.unprompted, self.shared_arguments)
+        output = predict_output(model, both)[OUTPUT]
+        return {OUTPUT: guided_output(output, inputs[GUIDED_BY].to(output.device))}
 
     def loss(self, student: Prediction, teacher: Prediction, inputs: Batch, terms: Sequence[LossSpec]) -> Tensor:
         """Weighted distances of the outputs; of each sample times its `LOSS_WEIGHT` where the inputs have that column."""
@@ -118,6 +161,11 @@ class DiffusionTask:
     def shared_arguments(self) -> frozenset[str]:
         """Arguments of the transformer that do not grow with the batch."""
         return frozenset(self._constants[0])
+
+    @property
+    def unprompted(self) -> dict[str, Tensor]:
+        """Arguments of the prediction without a prompt, one row each."""
+        return self._constants[1]
 
     @cached_property
     def _constants(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:

@@ -22,6 +22,7 @@ from fraqat.distill import (
     DistillTask,
     describe_difference,
     hold_teacher_,
+    training_task,
     validation_loss,
 )
 from fraqat.errors import ModelError, NonFiniteLossError, OutputError, config_error
@@ -119,7 +120,10 @@ def compare(
         _check_recordable(recipe, method)
     _claim_folder(folder, recipe)
     with folder_lock(folder):
-        runner = _Runner(recipe, folder, progress, session or open_session(recipe, progress), options)
+        session = session or open_session(recipe, progress)
+        for method in methods:
+            training_task(session.task, _recipe_of(recipe, method, rates[0], 1).train)
+        runner = _Runner(recipe, folder, progress, session, options)
         results = tuple(_compare_one(runner, method, rates, options.num_seeds) for method in methods)
         comparison = Comparison(recipe, results, runner.columns)
         write_json_atomic(folder / RESULT, comparison.to_json())

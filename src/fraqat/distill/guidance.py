@@ -1,0 +1,42 @@
+"""Which output of a guided model is learned."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol, runtime_checkable
+
+from fraqat.distill.spec import TrainSpec
+from fraqat.distill.task import DistillTask
+from fraqat.errors import config_error
+
+
+@runtime_checkable
+class GuidedTask(Protocol):
+    """A task whose models are sampled by two predictions, of which guidance makes one."""
+
+    def guided(self, scale: float | Literal["auto"], part_size: int) -> DistillTask:
+        """The task with what guidance makes of the two predictions learned in training, and nothing else changed.
+
+        Args:
+            scale: Of guidance; `auto` is the sampler's own, and gives the task itself where it is sampled by one prediction.
+            part_size: Rows of a part of a batch: two for each sample.
+
+        Raises:
+            ConfigError: A scale for a model that is sampled by one prediction, or parts that cannot be of pairs.
+        """
+        ...
+
+
+def training_task(task: DistillTask, spec: TrainSpec) -> DistillTask:
+    """The task as `spec.guidance_scale` has it learned; see `GuidedTask.guided`.
+
+    Raises:
+        ConfigError: A scale for a task without guidance.
+    """
+    scale = spec.guidance_scale
+    if scale is None:
+        return task
+    if isinstance(task, GuidedTask):
+        return task.guided(scale, spec.batch_size // spec.accumulation)
+    if scale == "auto":
+        return task
+    raise config_error("train.guidance_scale", scale, allowed="null or auto for this task", fix="remove it")
