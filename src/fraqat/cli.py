@@ -33,6 +33,7 @@ from fraqat.workflows.comparing import DEFAULT_METHODS, CompareOptions
 from fraqat.workflows.console import ConsoleProgress, print_table
 from fraqat.workflows.verifying import NUM_BATCHES
 
+_CTRL_C = 130
 _SHOWN_WARNINGS = (SkippedSamplesWarning, DamagedShardWarning, WorkerRestartWarning)
 app = typer.Typer(
     name="fraqat",
@@ -401,6 +402,9 @@ def _options(
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="(diffusers|transformers|huggingface_hub)")
+    warnings.filterwarnings(
+        "ignore", message="The `local_dir_use_symlinks` argument"
+    )  # diffusers' own, for every hub id
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # RMS norms under autocast
     for category in _SHOWN_WARNINGS:
         warnings.filterwarnings("always", category=category)
@@ -423,9 +427,13 @@ def main() -> None:
     except FraqatError as error:
         _errors.print(f"error: {printable(str(error))}", style="red", markup=False)
         sys.exit(error.exit_code)
+    except SystemExit as end:
+        if end.code == _CTRL_C:  # of typer, which says nothing about it
+            _errors.print("stopped", style="red")
+        raise
     except KeyboardInterrupt:
         _errors.print("stopped", style="red")
-        sys.exit(130)
+        sys.exit(_CTRL_C)
 
 
 if __name__ == "__main__":

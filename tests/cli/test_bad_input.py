@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -15,11 +16,13 @@ from pathlib import Path
 import pytest
 import yaml
 from cli_helpers import SHORT_ARGUMENTS, TINY, TINY_ARGUMENTS
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from fraqat.config import load_recipe
 from fraqat.distill import StepRecord
 from fraqat.errors import OutputError
 from fraqat.files import folder_lock
+from fraqat.table import Table
 from fraqat.workflows import RunFolder
 from fraqat.workflows.console import ConsoleProgress
 from fraqat.zoo import zoo_path
@@ -31,6 +34,13 @@ from fraqat.zoo import zoo_path
         ("train.stpes=3", "train.stpes: unknown key: .*did you mean 'steps'"),
         ("quantisation.train=FF", "quantisation: unknown key: .*did you mean 'quantization'"),
         ("quantization.rules.0.patern=x", "unknown key: .*did you mean 'pattern'"),
+        ("steps=3", r"error: steps: unknown key: .*did you mean train\.steps\?"),
+        ("train.bits=4", r"train.bits: .*did you mean quantization\.weight\.bits or quantization\.activation\.bits\?"),
+        (
+            "train.learning_rate=1e-4",
+            r"allowed is a section of fields: peak, kind.* Fix: set train\.learning_rate\.peak",
+        ),
+        ("evaluation.prompts=a cat", r"a section of fields: source, column.* Fix: set evaluation\.prompts\.source"),
         ("quantization.weight.bits=1", "bits = 1.0 is not possible: allowed is 1 < bits <= 32"),
         ("quantization.weight.bits=33", "bits = 33.0 is not possible"),
         ("quantization.weight.bits=four", 'quantization.weight.bits = "four" is not possible'),
@@ -65,7 +75,7 @@ from fraqat.zoo import zoo_path
         ),
         ("quantization.rules=[{pattern: '*', skip: true, weight_bits: 8}]", "rule.skip = True .* second rule"),
         ("train.batch_size=100", "train.batch_size = 100 .* at most data.num_train = 64"),
-        ("sampler.height=48", r"sampler.height, width = \[48, 32\] .* the size of color-digits"),
+        ("sampler.height=48", r"error: sampler.height, width = \[48, 32\] .* the size of color-digits"),
         ("sampler.guidance_scale=.inf", "sampler.guidance_scale = inf"),
         ("evaluation.seed=-1", "evaluation.seed = -1 .* 0 to 2"),
         ("baselines.dynamic.train.stepz=0", "baselines.dynamic: train.stepz: unknown key"),
@@ -113,6 +123,29 @@ def test_an_impossible_rule_is_refused(fraqat, tmp_path: Path, rules: str, messa
     )
     assert done.code == 2, done.err
     assert re.search(message, done.err), done.err
+
+
+def test_ctrl_c_is_answered_in_every_verb(fraqat, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(source: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fraqat.workflows.inspect", interrupt)
+    done = fraqat("inspect", "color-digits")
+    assert (done.code, done.out, done.err) == (130, "", "stopped")
+
+
+def test_what_diffusers_tells_the_hub_is_not_said_to_the_user(fraqat, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(source: str) -> Table:
+        from huggingface_hub import hf_hub_download
+
+        with contextlib.suppress(OfflineModeIsEnabled, LocalEntryNotFoundError):
+            hf_hub_download(source, "config.json", local_dir_use_symlinks="auto")  # as `from_pretrained` of diffusers
+        return Table("Layers", ("layer",), ())
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("fraqat.workflows.inspect", download)
+    done = fraqat("inspect", "nobody/nothing")
+    assert (done.code, done.err) == (0, "")
 
 
 def test_unknown_recipe_names_the_known_ones(fraqat, tmp_path: Path) -> None:
@@ -198,6 +231,25 @@ def test_a_foreign_folder_is_not_touched(fraqat, tmp_path: Path) -> None:
     assert done.code == 6
     assert "exists and is no run folder: nothing was changed" in done.err
     assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("setting", [(), ("--set", "train.seed=1")], ids=["as it is", "changed"])
+def test_a_recipe_that_somebody_wrote_is_not_replaced(fraqat, tmp_path: Path, setting: tuple[str, ...]) -> None:
+    written = tmp_path / "recipe.yaml"
+    written.write_text(f"# why 4 bits: see my notes\n{load_recipe('color-digits', TINY).to_yaml()}")
+    before = written.read_bytes()
+    done = fraqat("train", written, "--out", tmp_path, *setting)
+    assert done.code == 6
+    assert "its recipe.yaml is your own, and a run would replace it. Nothing was changed" in done.err
+    assert written.read_bytes() == before and list(tmp_path.iterdir()) == [written]
+
+
+def test_a_run_that_was_killed_before_it_wrote_its_environment_goes_on(tmp_path: Path) -> None:
+    recipe = load_recipe("color-digits", TINY)
+    run = RunFolder.create(tmp_path / "run", recipe)
+    (run.path / "environment.json").unlink()
+    RunFolder.create(run.path, recipe)
+    assert (run.path / "environment.json").is_file()
 
 
 @pytest.mark.xdist_group("cli")

@@ -147,7 +147,12 @@ def test_inspect_lists_the_layers_of_anything(finished: Path, fraqat, what: str)
     assert done.code == 0, done.err
     rows = json.loads(done.out)["tables"][0]["rows"]
     last = next(row for row in rows if row["layer"] == "proj_out")
-    assert last.get("bits") == ("float (skipped)" if what == "model" else "W4A16")
+    assert last.get("bits") == ("float" if what == "model" else "W4A16")
+    if what == "model":
+        assert {row["bits"] for row in rows} == {"float"}
+        assert json.loads(done.out)["tables"][0]["notes"] == [
+            f"the model is not quantized; {len(rows)} layers, 1,942,088 parameters"
+        ]
     if what == "run":
         assert 10 < last["weight SQNR, dB"] < 40
         assert 5 < last["output SQNR, dB"] < 60

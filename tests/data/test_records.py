@@ -59,6 +59,13 @@ def data_of(path: Path | str, **arguments: Any) -> CaptionedData:
     return open_captioned(spec, SIDE, SIDE)
 
 
+def write_broken(folder: Path) -> Path:
+    """A parquet file that is none."""
+    folder.mkdir()
+    (folder / "train-00000-of-00001.parquet").write_bytes(b"PAR1 no")
+    return folder
+
+
 def numbers(samples: Any) -> list[int]:
     """The red value of each picture, which its caption names too."""
     found: list[int] = []
@@ -151,6 +158,32 @@ def test_json_lines_csv_and_text_have_columns(offline: Path) -> None:
         assert records.values("text") == ["t0", "t1", "t2"]
         streamed = open_records(RecordsSpec(str(offline / name), streaming=True), "train", ["text"])
         assert [row["text"] for row in streamed.read()] == ["t0", "t1", "t2"]
+
+
+@pytest.mark.parametrize("are_shown", [True, False])
+def test_local_files_show_no_bars_of_the_library_and_leave_its_setting(
+    offline: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, are_shown: bool
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(sys.modules["datasets.utils.tqdm"], "_hf_datasets_progress_bars_disabled", not are_shown)
+    assert numbers(data_of(write_parquet(offline / "parquet", NUM_ROWS)).train_samples())
+    assert numbers(data_of(write_image_folder(offline / "folder", NUM_ROWS, metadata="csv")).train_samples())
+    with pytest.raises(ConfigError, match="cannot be read"):
+        data_of(write_broken(offline / "broken"))
+    assert capsys.readouterr() == ("", "")
+    assert datasets.are_progress_bars_disabled() is not are_shown
+
+
+def test_bars_that_the_user_asked_for_stay(
+    offline: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bars = sys.modules["datasets.utils.tqdm"]
+    for place in (sys.modules["datasets.config"], bars):
+        monkeypatch.setattr(place, "HF_DATASETS_DISABLE_PROGRESS_BARS", False)
+    monkeypatch.setattr(bars, "_hf_datasets_progress_bars_disabled", False)
+    data_of(write_parquet(offline / "data", NUM_ROWS))
+    assert "Generating train split" in capsys.readouterr().err
 
 
 def test_a_field_of_a_column_can_be_the_caption(offline: Path) -> None:

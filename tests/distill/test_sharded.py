@@ -14,7 +14,8 @@ from toy import ToyTask, toy_spec
 
 from fraqat import quantize_
 from fraqat.distill import ParallelSpec, TeacherSpec, Workers, hold_teacher_
-from fraqat.distill.sharded import ShardedModels, make_mesh
+from fraqat.distill.sharded import ShardedModels
+from fraqat.distill.sharding import make_mesh
 from fraqat.distill.travel import WeightInCodes
 from fraqat.errors import ConfigError
 from fraqat.kernels import EngineName

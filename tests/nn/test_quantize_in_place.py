@@ -256,6 +256,8 @@ def test_report_reads_as_a_table(tiny: Any) -> None:
 def test_describe_gives_the_report_again(tiny: Any) -> None:
     before = describe(tiny)
     assert before.quantized == ()
+    assert {row.reason for row in before.rows} == {""}  # nobody left anything out: nothing is quantized
+    assert str(before).splitlines()[-1].startswith(f"the model is not quantized; {len(before.rows)} layers, ")
     report = quantize_(tiny)
     assert describe(tiny) == report
     unquantize_(tiny)

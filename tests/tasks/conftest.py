@@ -18,6 +18,14 @@ from fraqat.tasks import ModelSpec
 from fraqat.tasks.pipelines import load_pipeline
 
 
+@pytest.fixture(autouse=True)
+def hub_asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The hub answers, whatever network there is; the list holds what was asked for."""
+    asked: list[str] = []
+    monkeypatch.setattr("fraqat.tasks.loading.http_backoff", lambda method, url, **_: asked.append(url))
+    return asked
+
+
 @pytest.fixture(scope="session")
 def saved_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Folder of a tiny random pipeline, by architecture."""

@@ -197,6 +197,12 @@ def test_a_hub_id_that_cannot_be_had_says_what_to_do(monkeypatch: pytest.MonkeyP
     assert (seen["revision"], seen["variant"]) == ("abc", "fp16")
 
 
+def assert_same(found: list[Any], expected: list[Any]) -> None:
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_encoded_samples_are_found_again_without_the_pipeline(pipeline, tmp_path) -> None:
     spec = DataSpec(num_train=8, num_validation=4)
     first = DiffusionTask(DiffusionSource(SOURCE, lambda: pipeline, spec, SAMPLER, tmp_path))
@@ -220,6 +226,35 @@ def test_encoding_tells_how_far_it_is(pipeline, tmp_path, learn_from: str) -> No
     assert told == [("train", 0, 8), ("train", 8, 8), ("validation", 0, 4), ("validation", 4, 4)]
     DiffusionTask(source).steps_per_epoch(4)  # nothing is left to encode
     assert len(told) == 4
+
+
+@pytest.mark.parametrize("learn_from", ["images", "sampling_path"])
+def test_a_few_samples_are_encoded_alone_and_the_rest_later(monkeypatch, pipeline, tmp_path, learn_from: str) -> None:
+    for module in ("encoding", "image_samples"):
+        monkeypatch.setattr(f"fraqat.tasks.{module}.SHARD_SAMPLES", 4)
+    told: list[tuple[str, int, int]] = []
+    spec = DataSpec(num_train=12, num_validation=4, learn_from=learn_from)
+
+    def open_task(cache: str) -> DiffusionTask:
+        source = DiffusionSource(
+            SOURCE, lambda: pipeline, spec, SAMPLER, tmp_path / cache, on_encoded=lambda *news: told.append(news)
+        )
+        return DiffusionTask(source)
+
+    task = open_task("begun")
+    few = task.calibration_batches(3, 2)
+    assert told == [("train", 0, 4), ("train", 4, 4)]
+    assert_same(open_task("begun").calibration_batches(3, 2), few)
+    assert len(told) == 2  # another process finds what was encoded
+    num_steps = task.steps_per_epoch(1)
+    assert told[2:5] == [("train", 4, 12), ("train", 8, 12), ("train", 12, 12)]
+    assert_same(task.calibration_batches(3, 2), few)
+
+    whole = open_task("whole")
+    assert whole.steps_per_epoch(1) == num_steps
+    assert_same(whole.calibration_batches(3, 2), few)
+    assert_same(whole.calibration_batches(12, 4), task.calibration_batches(12, 4))
+    assert_same(whole.validation_batches(4), task.validation_batches(4))
 
 
 @pytest.mark.parametrize(

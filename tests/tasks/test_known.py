@@ -165,6 +165,18 @@ def test_without_the_hub_the_error_says_what_to_do(
         describe_model("someone/x")
 
 
+def test_without_a_network_it_is_said_before_the_library_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(*args: object, **kwargs: object) -> None:
+        raise OSError("no route")
+
+    monkeypatch.setattr("fraqat.tasks.loading.http_backoff", no_network)
+    expected = (
+        r"model.source = 'someone/x': .* the hub cannot be reached \(no route\).* unset HF_HUB_OFFLINE.*local folder"
+    )
+    with pytest.raises(ModelError, match=expected):
+        describe_model("someone/x")
+
+
 def test_a_file_that_the_hub_lacks_is_no_error_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*args: object, **kwargs: object) -> str:
         raise EntryNotFoundError("404")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,10 @@ from safetensors.torch import save_file
 from fraqat.errors import ModelError
 from fraqat.tasks import ModelSpec
 from fraqat.tasks.conditioning import compute_dtype
-from fraqat.tasks.loading import weight_files
+from fraqat.tasks.language import load_language_model
+from fraqat.tasks.loading import hub_commit, weight_files, why_unreachable
 from fraqat.tasks.pipelines import load_pipeline, load_transformer, transformer_class
+from fraqat.tasks.speech_loading import load_speech_model
 
 Save = Callable[[str], Path]
 
@@ -109,6 +113,50 @@ def test_offline_says_how_to_get_the_model(monkeypatch: pytest.MonkeyPatch, tmp_
         ModelError, match=r"'nobody/nothing' cannot be loaded: .* or download it first with `hf download"
     ):
         load_pipeline(ModelSpec("nobody/nothing"))
+
+
+def no_network(method: str, url: str, **arguments: Any) -> None:
+    """As the hub's library gives up."""
+    names = [name for name in ("httpx2", "httpx") if name in sys.modules]
+    raise sys.modules[names[0]].ConnectError(f"no route to {url} after {1 + arguments['max_retries']} times")
+
+
+def loaders() -> list[Callable[[ModelSpec], object]]:
+    return [load_pipeline, load_transformer, load_language_model, load_speech_model, hub_commit]
+
+
+@pytest.mark.parametrize("load", loaders(), ids=lambda load: load.__name__)
+def test_without_a_network_a_hub_id_fails_before_the_libraries_retry(
+    monkeypatch: pytest.MonkeyPatch, load: Callable[[ModelSpec], object]
+) -> None:
+    def model_info(*args: object, **arguments: object) -> None:
+        no_network("GET", "https://huggingface.co", max_retries=2)
+
+    monkeypatch.setattr("fraqat.tasks.loading.http_backoff", no_network)
+    monkeypatch.setattr("fraqat.tasks.loading.model_info", model_info)  # which does not retry
+    start = time.monotonic()
+    with pytest.raises(ModelError) as caught:
+        load(ModelSpec("nobody/nothing"))
+    assert time.monotonic() - start < 5
+    message = str(caught.value)
+    assert "model.source = 'nobody/nothing' cannot be had" in message
+    assert "https://huggingface.co cannot be reached (no route to https://huggingface.co after 3 times)" in message
+    for fix in ("connect to the network", "unset HF_HUB_OFFLINE", "local folder", "`hf download nobody/nothing`"):
+        assert fix in message
+
+
+def test_what_is_in_the_cache_is_loaded_without_asking(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hub_asked: list[str]
+) -> None:
+    folder = tmp_path / "models--someone--sana" / "snapshots" / "c0ffee"
+    folder.mkdir(parents=True)
+    (folder / "model_index.json").write_text("{}")
+    (folder.parents[1] / "refs").mkdir()
+    (folder.parents[1] / "refs" / "main").write_text("c0ffee")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert why_unreachable("someone/sana", None) is None and hub_asked == []
+    assert why_unreachable("someone/other", None) is None and hub_asked == ["https://huggingface.co"]
+    assert why_unreachable(str(tmp_path), None) is None and len(hub_asked) == 1
 
 
 def test_a_gated_model_says_where_to_accept_its_licence(monkeypatch: pytest.MonkeyPatch) -> None:

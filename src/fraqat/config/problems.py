@@ -23,6 +23,8 @@ _WANTED = {
     "model_type": "a section of fields",
 }
 """What is allowed, by the beginning of pydantic's type of a problem."""
+_SECTIONS = ("dataclass_type", "model_type")
+_MOST_PLACES = 3
 
 
 def explain_problems(error: ValidationError, recipe_type: type[BaseModel]) -> str:
@@ -36,10 +38,14 @@ def _explain(problem: dict[str, Any], recipe_type: type[BaseModel]) -> str:
     if isinstance(cause, ConfigError):
         return _with_path(str(cause), problem["loc"])
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        close = difflib.get_close_matches(str(problem["loc"][-1]), _known_keys(recipe_type, problem["loc"][:-1]), n=1)
-        known = ", ".join(_known_keys(recipe_type, problem["loc"][:-1]))
+        known = _known_keys(recipe_type, problem["loc"][:-1])
+        close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        is_in_list = any(isinstance(part, int) for part in problem["loc"])
+        elsewhere = [] if is_in_list else _places_of(recipe_type, str(problem["loc"][-1]))
         fix = f"did you mean {close[0]!r}?" if close else "remove it"
-        return f"{path}: unknown key: allowed is {known}. Fix: {fix}"
+        if elsewhere:
+            fix = f"did you mean {' or '.join(elsewhere[:_MOST_PLACES])}?"
+        return f"{path}: unknown key: allowed is {', '.join(known)}. Fix: {fix}"
     value = problem.get("input")
     if problem["type"] in ("literal_error", "enum"):
         return str(choice_error(path, value, re.findall(r"'([^']*)'", problem["ctx"]["expected"])))
@@ -47,6 +53,9 @@ def _explain(problem: dict[str, Any], recipe_type: type[BaseModel]) -> str:
         return f"{path} is missing. Fix: set {path}."
     wanted = next((words for kind, words in _WANTED.items() if problem["type"].startswith(kind)), None)
     what = f"allowed is {wanted}" if wanted else problem["msg"]
+    if problem["type"] in _SECTIONS and (fields := _known_keys(recipe_type, problem["loc"])):
+        value = json.dumps(value, default=str)[:80]
+        return f"{path} = {value} is not possible: {what}: {', '.join(fields)}. Fix: set {path}.{fields[0]} or another one."
     return f"{path} = {json.dumps(value, default=str)[:80]} is not possible: {what}. Fix: correct {path}."
 
 
@@ -62,11 +71,26 @@ def _with_path(message: str, location: tuple[Any, ...]) -> str:
 def _known_keys(recipe_type: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     """Keys that the recipe allows at a place, found in its JSON schema."""
     schema = recipe_type.model_json_schema()
-    definitions = schema.get("$defs", {})
     node: dict[str, Any] = schema
     for part in location:
         node = node.get("items", {}) if isinstance(part, int) else node.get("properties", {}).get(part, {})
-        options = [node, *node.get("anyOf", [])]
-        reference = next((option["$ref"] for option in options if "$ref" in option), None)
-        node = definitions[reference.split("/")[-1]] if reference else node
+        node = _section(node, schema)
     return list(node.get("properties", {}))
+
+
+def _places_of(recipe_type: type[BaseModel], key: str) -> list[str]:
+    """Where the recipe has a key of this name, on the first level of sections that has one."""
+    schema = recipe_type.model_json_schema()
+    level: list[tuple[str, dict[str, Any]]] = [("", schema)]
+    while level:
+        inner = [(f"{path}{name}", node) for path, nodes in level for name, node in nodes.get("properties", {}).items()]
+        if found := [path for path, _ in inner if path.rpartition(".")[2] == key]:
+            return found
+        level = [(f"{path}.", _section(node, schema)) for path, node in inner]
+    return []
+
+
+def _section(node: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    """The section that a node of the schema refers to, or the node itself."""
+    reference = next((option["$ref"] for option in (node, *node.get("anyOf", [])) if "$ref" in option), None)
+    return schema["$defs"][reference.split("/")[-1]] if reference else node

@@ -174,12 +174,16 @@ class Recipe(BaseModel, ABC):
         if self.train.steps and self.schedule.unit is not StageUnit.EPOCHS:
             self.schedule.resolve(target, self.train.steps)
         _check_rules(self.quantization)
-        check_branch(self)
+        check_branch(self.quantization.branch, self.quantization.smoothing, kind, self.target, self.train)
         _check_training(self)
         _check_target(self)
-        for name in self.baselines:
+        self._check_family()
+        for name in self.baselines:  # last: they share most settings, and would be blamed for them
             self.baseline(name)
         return self
+
+    def _check_family(self) -> None:
+        """Refuses what the model family does not have."""
 
     @property
     def label(self) -> str:

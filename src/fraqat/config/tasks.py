@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -48,26 +48,16 @@ class ImageRecipe(Recipe):
     def _of_paths(self) -> bool:
         return self.data.learn_from == "sampling_path"
 
-    @model_validator(mode="after")
-    def _check_levels(self) -> Self:
+    def _check_family(self) -> None:
         if self._of_paths:
             _refuse_timestep_importance(
                 self, "data.learn_from: sampling_path, whose samples have timesteps of their own"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_guidance(self) -> Self:
         scale = self.train.guidance_scale
-        if scale is None or scale == "auto":  # what `auto` is depends on the transformer
-            return self
-        if self._of_paths:
-            raise paths_error(scale)
-        check_pairs(self.train.batch_size // self.train.accumulation)
-        return self
-
-    @model_validator(mode="after")
-    def _check_size(self) -> Self:
+        if scale is not None and scale != "auto":  # what `auto` is depends on the transformer
+            if self._of_paths:
+                raise paths_error(scale)
+            check_pairs(self.train.batch_size // self.train.accumulation)
         size = IMAGE_SIZES.get(self.data.source)
         wanted = (self.sampler.height, self.sampler.width)
         if size is not None and wanted != size:
@@ -77,7 +67,6 @@ class ImageRecipe(Recipe):
                 allowed=f"{list(size)}, the size of {self.data.source}",
                 fix="set sampler.height and sampler.width",
             )
-        return self
 
     def fingerprint(self) -> dict[str, Any]:
         """The settings that decide the trained weights."""
@@ -102,10 +91,8 @@ class LanguageRecipe(Recipe):
     language: LanguageSpec = Field(default_factory=LanguageSpec)
     evaluation: LanguageEvaluationSpec = Field(default_factory=LanguageEvaluationSpec)
 
-    @model_validator(mode="after")
-    def _check_model(self) -> Self:
+    def _check_family(self) -> None:
         _refuse_pipeline_settings(self)
-        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -130,10 +117,8 @@ class SpeechRecipe(Recipe):
     data: SpeechDataSpec = Field(default_factory=SpeechDataSpec)
     evaluation: SpeechEvaluationSpec = Field(default_factory=SpeechEvaluationSpec)
 
-    @model_validator(mode="after")
-    def _check_model(self) -> Self:
+    def _check_family(self) -> None:
         _refuse_pipeline_settings(self)
-        return self
 
     @property
     def num_train(self) -> int:

@@ -193,23 +193,34 @@ class EncodedStore:
         Raises:
             OutputError: The folder cannot be written, or there is no sample.
         """
+        return self._build(make_shards, is_all=True)
+
+    def build_first(self, make_shards: Callable[[int], Iterator[EncodedShard]]) -> EncodedRows:
+        """The rows of the first shards, for those that need no more; all of them where they are there. `build` adds the rest.
+
+        Args:
+            make_shards: As of `build`; it may end early.
+        """
+        return self._build(make_shards, is_all=False)
+
+    def _build(self, make_shards: Callable[[int], Iterator[EncodedShard]], *, is_all: bool) -> EncodedRows:
         if (rows := self.open()) is not None:
             return rows
         with explain_os_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         with folder_lock(self.folder, wait=True):
-            return self._build_locked(make_shards)
+            if (self.folder / _MANIFEST).exists():  # finished by another process in the meantime, or damaged
+                if (rows := self.open()) is not None:
+                    return rows
+                self._keep_sound_shards()
+            for number, shard in enumerate(make_shards(self._num_whole_shards()), self._num_whole_shards()):
+                part = self.folder / f"part-{number:05d}"
+                with explain_os_errors(self.folder):
+                    save_tensors(shard.to_tensors(), part)
+                    part.replace(self._shard_path(number))
+            return self._finish() if is_all else EncodedRows({path: sha256_of(path) for path in self._shard_paths()})
 
-    def _build_locked(self, make_shards: Callable[[int], Iterator[EncodedShard]]) -> EncodedRows:
-        if (self.folder / _MANIFEST).exists():  # finished by another process in the meantime, or damaged
-            if (rows := self.open()) is not None:
-                return rows
-            self._keep_sound_shards()
-        for number, shard in enumerate(make_shards(self._num_whole_shards()), self._num_whole_shards()):
-            part = self.folder / f"part-{number:05d}"
-            with explain_os_errors(self.folder):
-                save_tensors(shard.to_tensors(), part)
-                part.replace(self._shard_path(number))
+    def _finish(self) -> EncodedRows:
         shards = {
             path.name: {"num_bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in self._shard_paths()
         }

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -258,11 +259,29 @@ def load_library() -> Any:
     return datasets
 
 
+@contextmanager
+def _read_by_library(path: str, revision: str | None) -> Generator[None]:
+    """Explains errors, and hides the library's bars while it reads local files; how far a download is they alone can say."""
+    library = load_library()
+    were_shown = is_local_path(path) and not library.are_progress_bars_disabled()
+    is_hiding = (
+        were_shown and library.config.HF_DATASETS_DISABLE_PROGRESS_BARS is not False
+    )  # so that the user wants them
+    if is_hiding:
+        library.disable_progress_bars()
+    try:
+        with explain_hub_errors(_FIELD, path, revision):
+            yield
+    finally:
+        if is_hiding:
+            library.enable_progress_bars()
+
+
 def _open_builder(spec: RecordsSpec) -> Any:
     """The library's reader of a folder or a hub data set."""
     library = load_library()
     source = str(Path(spec.path).expanduser().resolve()) if is_local_path(spec.path) else spec.path
-    with explain_hub_errors(_FIELD, spec.path, spec.revision):
+    with _read_by_library(spec.path, spec.revision):
         return library.load_dataset_builder(source, spec.name, revision=spec.revision, data_files=spec.files)
 
 
@@ -281,7 +300,7 @@ def _open_files(spec: RecordsSpec, split: str, files: LocalFiles) -> Any:
         allowed = f"files of the types {', '.join(_MODULES)}"
         raise config_error("data.records.path", spec.path, allowed=allowed, fix="convert it")
     library = load_library()
-    with explain_hub_errors(_FIELD, spec.path, None):
+    with _read_by_library(spec.path, None):
         return library.load_dataset_builder(_MODULES[suffix], data_files={split: [str(path) for path in files.paths]})
 
 
@@ -301,7 +320,7 @@ def _from_builder(
     if known and plain not in known:
         field = "split" if split == spec.split else "validation_split"
         raise config_error(f"data.records.{field}", split, allowed=", ".join(known), fix="choose one of these")
-    with explain_hub_errors(_FIELD, spec.path, spec.revision):
+    with _read_by_library(spec.path, spec.revision):
         if not spec.streaming:
             builder.download_and_prepare()
         open_split = builder.as_streaming_dataset if spec.streaming else builder.as_dataset

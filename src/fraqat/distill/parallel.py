@@ -138,7 +138,7 @@ class ReplicatedModels(TrainedModels):
     def __init__(self, task: DistillTask, teacher: nn.Module, student: nn.Module, spec: TrainSpec, workers: Workers):
         super().__init__(task, teacher, student, spec)
         if spec.parallel.teacher == "shard":
-            from fraqat.distill.sharded import make_mesh, shard_teacher_  # FSDP2 is slow to import
+            from fraqat.distill.sharding import make_mesh, shard_teacher_  # FSDP2 is slow to import
 
             shard_teacher_(self.teacher, teacher, make_mesh(spec.parallel, workers, next(teacher.parameters()).device))
         is_apart = spec.on_out_of_memory == "split" and spec.parallel.teacher != "shard"

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from fraqat.distill.checkpointing import repeated_blocks
 from fraqat.distill.parallel import Predictor, TrainedModels
-from fraqat.distill.spec import ParallelSpec, TrainSpec
+from fraqat.distill.sharding import REPLICATE, SHARD, check_shardable, make_mesh, reshard_, shard_teacher_
+from fraqat.distill.spec import TrainSpec
 from fraqat.distill.task import DistillTask
-from fraqat.distill.teacher import StoredWeight
 from fraqat.distill.travel import travel_as_codes_
 from fraqat.distill.workers import Workers
 from fraqat.errors import config_error
@@ -28,62 +28,6 @@ from fraqat.nn.integer import WIDEST_BITS
 from fraqat.nn.shards import own, whole
 from fraqat.numerics import Granularity, RangeMethod
 from fraqat.schedules import Schedule
-
-_SHARD, _REPLICATE = "shard", "replicate"
-
-
-def make_mesh(spec: ParallelSpec, workers: Workers, device: torch.device) -> DeviceMesh:
-    """The processes as FSDP2 sees them: a line that shares one copy, or several such lines.
-
-    Raises:
-        ConfigError: The copies of `hybrid` do not have equally many processes.
-    """
-    num = workers.num
-    if spec.mode != "hybrid":
-        return init_device_mesh(device.type, (num,), mesh_dim_names=(_SHARD,))
-    size = spec.shards or workers.local_num
-    if num % size:
-        raise config_error(
-            "train.parallel.shards",
-            size,
-            allowed=f"a divisor of the {num} processes",
-            fix="choose how many processes share one copy of the student",
-        )
-    return init_device_mesh(device.type, (num // size, size), mesh_dim_names=(_REPLICATE, _SHARD))
-
-
-def shard_teacher_(predictor: nn.Module, teacher: nn.Module, mesh: DeviceMesh) -> None:
-    """Lets every process hold rows of the teacher's weights; blocks are made whole while they run."""
-    for module in teacher.modules():
-        if isinstance(module, StoredWeight):
-            for name in ("stored_weight", "stored_scale"):
-                stored = getattr(module, name)
-                delattr(module, name)
-                module.register_parameter(name, None if stored is None else nn.Parameter(stored, requires_grad=False))
-    check_shardable(teacher, "teacher")
-    for block in repeated_blocks(teacher):
-        fully_shard(block, mesh=mesh)
-    fully_shard(predictor, mesh=mesh)
-
-
-def reshard_(model: nn.Module) -> None:
-    """Leaves in this process its own rows of a sharded model."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-def check_shardable(model: nn.Module, role: str) -> None:
-    """Refuses parameters without an axis, which cannot be divided.
-
-    Raises:
-        ConfigError: There is one.
-    """
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 0:
-            raise config_error(
-                "train.parallel.mode", "fsdp2", allowed=f"ddp: {name} of the {role} is a single number", fix="use ddp"
-            )
 
 
 class ShardedModels(TrainedModels):
@@ -123,7 +67,7 @@ class ShardedModels(TrainedModels):
         parallel = spec.parallel
         device = next(student.parameters()).device
         self.mesh = make_mesh(parallel, workers, device)
-        self.is_copy = parallel.mode == "hybrid" and self.mesh.get_local_rank(_REPLICATE) > 0
+        self.is_copy = parallel.mode == "hybrid" and self.mesh.get_local_rank(REPLICATE) > 0
         self._reduces_once = parallel.reduce == "batch"
         self._as_codes = parallel.gather == "codes"
         self._model, self._integers = student, integers
@@ -161,7 +105,7 @@ class ShardedModels(TrainedModels):
         return self._sum_rows_
 
     def _sum_rows_(self, tensor: Tensor) -> None:
-        dist.all_reduce(tensor, group=self.mesh.get_group(_SHARD))
+        dist.all_reduce(tensor, group=self.mesh.get_group(SHARD))
 
     def shared_parameters(self) -> dict[str, Tensor]:
         return dict(self._shared)
@@ -225,7 +169,7 @@ class ShardedModels(TrainedModels):
         maxima = torch.stack(
             [row.abs().amax().float() if row.numel() else torch.zeros((), device=device) for row in rows]
         )
-        dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=self.mesh.get_group(_SHARD))
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=self.mesh.get_group(SHARD))
         for layer, largest in zip(self._one_scale, maxima, strict=True):
             layer.weight_quantizer.known_max = largest.view([1] * layer.weight.ndim)
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
+from functools import cached_property
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ class TeacherOutputs:
         teacher: Itself.
         spec: Of the training.
         workers: The processes; every one asks for its own parts.
-        folder: The run folder.
+        place: The run that they are for.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class TeacherOutputs:
         teacher: nn.Module,
         spec: TrainSpec,
         workers: Workers,
-        folder: Path,
+        place: RunPlace,
     ):
         self._task, self._models, self._spec, self._workers = task, models, spec, workers
-        self._teacher, self._folder = teacher, folder / OUTPUTS_FOLDER
+        self._teacher, self._place, self._folder = teacher, place, place.folder / OUTPUTS_FOLDER
         self._device = next(teacher.parameters()).device
 
     @property
@@ -107,28 +107,18 @@ class TeacherOutputs:
 
 
 class RecordedOutputs(TeacherOutputs):
-    """The teacher's outputs, read from disk.
+    """The teacher's outputs, read from disk; made as `TeacherOutputs` are."""
 
-    Args:
-        task, models, teacher, spec, workers: See `TeacherOutputs`.
-        place: The run that they are recorded for.
-    """
+    _is_ready = False
+    _bad_key: str | None = None
 
-    def __init__(
-        self,
-        task: DistillTask,
-        models: TrainedModels,
-        teacher: nn.Module,
-        spec: TrainSpec,
-        workers: Workers,
-        place: RunPlace,
-    ):
-        super().__init__(task, models, teacher, spec, workers, place.folder)
-        self._place = place
-        self._files = OutputFiles(self._folder, self._identity(), workers)
-        self._constant: dict[bool, dict[str, Tensor]] = {}
-        self._is_ready = False
-        self._bad_key: str | None = None
+    @cached_property
+    def _files(self) -> OutputFiles:
+        return OutputFiles(self._folder, self._identity(), self._workers)
+
+    @cached_property
+    def _constant(self) -> dict[bool, dict[str, Tensor]]:
+        return {}
 
     @property
     def teachers(self) -> dict[str, nn.Module]:
@@ -178,7 +168,7 @@ class RecordedOutputs(TeacherOutputs):
             log.write_event(PHASE, first_step, num_steps=len(steps), num_bytes=self._files.num_bytes, seconds=seconds)
         self._keep_constants(held_out)
         if self._is_sharded:
-            from fraqat.distill.sharded import reshard_  # FSDP2 is slow to import
+            from fraqat.distill.sharding import reshard_  # FSDP2 is slow to import
 
             reshard_(self._models.teacher)
         let_go_(self._teacher)
@@ -265,17 +255,17 @@ def make_outputs(
     """The teacher's outputs as a recipe wants them.
 
     Args:
-        task, models, teacher, spec, workers: See `TeacherOutputs`.
-        place: The run.
-        schedule: Its stages.
+        task, models, teacher, spec, workers, place: See `TeacherOutputs`.
+        schedule: The stages of the run.
 
     Raises:
         ConfigError: Outputs of an automatic schedule cannot be recorded.
     """
-    if spec.teacher.outputs == "computed":
-        return TeacherOutputs(task, models, teacher, spec, workers, place.folder)
-    check_recordable(is_automatic=schedule.automatic is not None, draws_by_error=spec.draws_by_error)
-    return RecordedOutputs(task, models, teacher, spec, workers, place)
+    kind = TeacherOutputs
+    if spec.teacher.outputs == "recorded":
+        check_recordable(is_automatic=schedule.automatic is not None, draws_by_error=spec.draws_by_error)
+        kind = RecordedOutputs
+    return kind(task, models, teacher, spec, workers, place)
 
 
 def check_recordable(*, is_automatic: bool, draws_by_error: bool = False) -> None:

@@ -24,8 +24,8 @@ _FROZEN_ATTRIBUTE = "_fraqat_frozen_parameters"
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer in the report of `quantize_`. `spec` is None for a layer that stays in floating point; `extras` names what
-    stands beside the quantized product: `smoothed`, `rank 32`."""
+    """One layer in the report of `quantize_`. `spec` is None for a layer in floating point, and `reason` says why it stayed so
+    while others were quantized; `extras` names what stands beside the quantized product: `smoothed`, `rank 32`."""
 
     name: str
     type_name: str
@@ -58,18 +58,23 @@ class QuantReport:
     def to_table(self) -> Table:
         """The report as a table."""
         columns = ("layer", "type", "family", "shape", "bits", "granularity", "trainable", "parameters")
+        return Table("Layers", columns, tuple(self._cells(row) for row in self.rows), (self._summary(),))
+
+    def _summary(self) -> str:
+        if not self.quantized and not any(row.reason for row in self.rows):
+            return f"the model is not quantized; {len(self.rows)} layers, {self.num_model_parameters:,} parameters"
         share = self.num_quantized_weights / max(1, self.num_model_parameters)
-        note = (
+        return (
             f"{len(self.quantized)} layers quantized, {self.num_quantized_weights:,} weights, "
             f"{100 * share:.1f} % of the model's {self.num_model_parameters:,} parameters"
         )
-        return Table("Layers", columns, tuple(self._cells(row) for row in self.rows), (note,))
 
     def __str__(self) -> str:
         return str(self.to_table())
 
     def _cells(self, row: LayerRow) -> tuple[object, ...]:
-        bits = spec_label(row.spec) + row.extras if row.spec else f"float ({row.reason})"
+        in_float = f"float ({row.reason})" if row.reason else "float"
+        bits = spec_label(row.spec) + row.extras if row.spec else in_float
         granularity = granularity_label(row.spec) if row.spec else None
         shape = "x".join(map(str, row.shape))
         return (row.name, row.type_name, row.family, shape, bits, granularity, row.is_trainable, row.num_parameters)
@@ -138,7 +143,9 @@ def quantize_(
 def describe(model: nn.Module, families: LayerFamilies | None = None) -> QuantReport:
     """The report of a model as it is now, whether or not it is quantized; learned scales are not counted as parameters."""
     families = families or LayerFamilies()
-    rows = tuple(_row(name, module, families) for name, module in model.named_modules() if _is_listed(module))
+    is_changed = any(isinstance(module, QuantizedLayer | PackedLayer) for module in model.modules())
+    listed = [(name, module) for name, module in model.named_modules() if _is_listed(module)]
+    rows = tuple(_row(name, module, families, is_changed=is_changed) for name, module in listed)
     num_scales = sum(scale.numel() for scale in scale_parameters(model))
     return QuantReport(rows, sum(p.numel() for p in model.parameters()) - num_scales)
 
@@ -391,7 +398,7 @@ def _is_listed(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
 
 
-def _row(name: str, module: nn.Module, families: LayerFamilies) -> LayerRow:
+def _row(name: str, module: nn.Module, families: LayerFamilies, *, is_changed: bool) -> LayerRow:
     parameters = dict(module.named_parameters(recurse=False))
     weight = parameters.get("weight")
     is_quantized = isinstance(module, QuantizedLayer)
@@ -403,7 +410,7 @@ def _row(name: str, module: nn.Module, families: LayerFamilies) -> LayerRow:
         spec=module.spec if is_quantized else None,
         is_trainable=any(p.requires_grad for p in parameters.values()),
         num_parameters=sum(p.numel() for p in parameters.values()),
-        reason="" if is_quantized else _reason(module),
+        reason=_reason(module) if is_changed and not is_quantized else "",
         extras=_extras(module) if is_quantized else "",
     )
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -99,6 +100,7 @@ class CachedSamples:
 
     def __init__(self, source: DiffusionSource):
         self._source = source
+        self._begun: EncodedRows | None = None
 
     def train_stream(self, batch_size: int, seed: int) -> BatchStream:
         """Shuffled batches without end.
@@ -122,8 +124,8 @@ class CachedSamples:
         return list(self._rows["validation"].batches(batch_size))
 
     def first_batches(self, num_samples: int, batch_size: int) -> list[Batch]:
-        """The first training samples."""
-        return list(self._rows["train"].batches(batch_size, num_samples))
+        """The first training samples; an export, which takes no others, encodes no others."""
+        return list(self._first_rows(num_samples).batches(batch_size, num_samples))
 
     def encoded(self, batch: Batch) -> Batch:
         """The batch itself."""
@@ -132,29 +134,53 @@ class CachedSamples:
     @property
     def constants(self) -> Mapping[str, Tensor]:
         """Constants of `Encoder`."""
-        return self._rows["train"].constants
+        return self._first_rows(1).constants
 
     @cached_property
     def _rows(self) -> Mapping[str, EncodedRows]:
-        data = open_captioned(self._source.data, self._source.sampler.height, self._source.sampler.width)
-        content = model_content(self._source.model, with_transformer=self._source.of_paths)
-        rows = {split: self._build(split, data, content) for split in ("train", "validation")}
-        self._source.close_pipeline()
+        rows = {split: self._store(split).build(partial(self._shards, split)) for split in ("train", "validation")}
+        self._let_go()
         return rows
 
-    def _build(self, split: str, data: CaptionedData, content: str) -> EncodedRows:
+    def _first_rows(self, num_rows: int) -> EncodedRows:
+        """Training rows, at least so many of them where there are."""
+        num_shards = -(-num_rows // SHARD_SAMPLES)
+        if "_rows" in self.__dict__ or num_shards * SHARD_SAMPLES >= self._source.data.num_train:
+            return self._rows["train"]
+        if self._begun is None or len(self._begun) < num_rows:
+            self._begun = self._store("train").build_first(partial(self._shards, "train", num_shards=num_shards))
+            self._let_go()
+        return self._begun if len(self._begun) >= num_rows else self._rows["train"]
+
+    def _let_go(self) -> None:
+        """Of what was needed to encode."""
+        self.__dict__.pop("_data", None)
+        self._source.close_pipeline()
+
+    @cached_property
+    def _data(self) -> CaptionedData:
+        return open_captioned(self._source.data, self._source.sampler.height, self._source.sampler.width)
+
+    @cached_property
+    def _content(self) -> str:
+        return model_content(self._source.model, with_transformer=self._source.of_paths)
+
+    def _store(self, split: str) -> EncodedStore:
         source = self._source
         other = "num_validation" if split == "train" else "num_train"
-        description = {name: value for name, value in data.description.items() if name != other}
+        description = {name: value for name, value in self._data.description.items() if name != other}
         description |= {"split": split, "learn_from": source.data.learn_from}
         if source.of_paths:
             description["caption_dropout"] = source.data.caption_dropout
-        key = cache_key(source.model, content, description, source.sampler, of_paths=source.of_paths)
-        return EncodedStore(source.cache, key).build(lambda num_done: self._shards(split, data, num_done))
+        key = cache_key(source.model, self._content, description, source.sampler, of_paths=source.of_paths)
+        return EncodedStore(source.cache, key)
 
-    def _shards(self, split: str, data: CaptionedData, num_done: int) -> Iterator[EncodedShard]:
+    def _shards(self, split: str, num_done: int, num_shards: int | None = None) -> Iterator[EncodedShard]:
+        """The shards of a split after the first `num_done`; `num_shards` of them in all, None: all."""
+        if num_shards is not None and num_done >= num_shards:
+            return iter(())
         encoder = Encoder(self._source.open_pipeline(), self._source.sampler, self._source.data.encode_batch_size)
-        samples = data.train_samples() if split == "train" else data.validation_samples()
+        samples = self._data.train_samples() if split == "train" else self._data.validation_samples()
         pairs = ((sample.image, sample.prompt) for sample in samples)
         if self._source.of_paths:
             seed = self._source.data.seed + (0 if split == "train" else _VALIDATION_SEED_OFFSET)
@@ -162,10 +188,12 @@ class CachedSamples:
             shards = encoder.shards_of_paths(pairs, num_done, seed=seed, unguided_share=share)
         else:
             shards = encoder.shards_of_images(pairs, num_done)
-        return self._counted(split, shards, num_done)
-
-    def _counted(self, split: str, shards: Iterator[EncodedShard], num_done: int) -> Iterator[EncodedShard]:
         total = self._source.data.num_train if split == "train" else self._source.data.num_validation
+        if num_shards is not None:
+            shards, total = islice(shards, num_shards - num_done), min(total, num_shards * SHARD_SAMPLES)
+        return self._counted(split, shards, num_done, total)
+
+    def _counted(self, split: str, shards: Iterator[EncodedShard], num_done: int, total: int) -> Iterator[EncodedShard]:
         self._source.on_encoded(split, num_done * SHARD_SAMPLES, total)
         for number, shard in enumerate(shards, num_done + 1):
             yield shard

@@ -22,6 +22,8 @@ from torch import nn
 from fraqat.errors import ModelError
 
 _DATA_FOLDER = "known_models"
+_INDEX = "model_index.json"
+_NOT_CACHED = "it is not in the local cache, and the hub cannot be reached"
 _QUANTIZED_COMPONENTS = ("transformer", "unet")
 _TEXT_LENGTH_KEYS = ("max_text_positions", "max_position_embeddings")
 _LATENT_CHANNEL_KEYS = ("latent_channels", "z_dim")
@@ -99,6 +101,10 @@ def describe_model(source: str, revision: str | None = None) -> KnownModel:
         raise ModelError(
             f"model.source = {source!r}: there is no such folder, and it is no hub id (owner/name). Fix: correct the path."
         )
+    from fraqat.tasks.loading import why_unreachable
+
+    if cause := why_unreachable(source, revision):
+        raise _hub_error(source, _INDEX, f"{_NOT_CACHED} ({cause})")
     return _describe(source, lambda name: _download_json(source, name, revision))
 
 
@@ -144,7 +150,7 @@ def _model_class(class_name: str) -> Any:
 
 
 def _describe(source: str, read: _Reader) -> KnownModel:
-    index = read("model_index.json")
+    index = read(_INDEX)
     if index is not None:
         return _describe_pipeline(source, index, read)
     config = read("config.json")
@@ -213,7 +219,7 @@ def _download_json(hub_id: str, name: str, revision: str | None) -> dict[str, An
     try:
         path = hf_hub_download(hub_id, name, revision=revision)
     except LocalEntryNotFoundError as error:
-        raise _hub_error(hub_id, name, "it is not in the local cache, and the hub cannot be reached") from error
+        raise _hub_error(hub_id, name, _NOT_CACHED) from error
     except EntryNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -224,7 +230,8 @@ def _download_json(hub_id: str, name: str, revision: str | None) -> dict[str, An
 def _hub_error(hub_id: str, name: str, cause: str) -> ModelError:
     known = ", ".join(KNOWN_MODELS)
     return ModelError(
-        f"{hub_id}/{name} cannot be had: {cause}. Fix: check the name and your network, `hf auth login` for a gated model; "
+        f"model.source = {hub_id!r}: {hub_id}/{name} cannot be had: {cause}. Fix: check the name and your network, "
+        "unset HF_HUB_OFFLINE, `hf auth login` for a gated model; "
         f"without a network give a local folder that holds the configuration files, or one of {known}."
     )
 

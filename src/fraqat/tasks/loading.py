@@ -8,19 +8,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import model_info, try_to_load_from_cache
+from huggingface_hub import constants, is_offline_mode, model_info, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from huggingface_hub.utils import http_backoff
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from fraqat.errors import ModelError
 from fraqat.tasks.spec import ModelSpec
 
+_INDEX_FILES = ("model_index.json", "config.json")
+_HUB_RETRIES = 2
 _PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 
 
@@ -52,16 +55,53 @@ def hub_commit(spec: ModelSpec) -> str:
         raise ModelError(
             f"model.source = {spec.source!r} cannot be had: {first_line(error)}. Fix: {_advice(error, spec)}"
         ) from error
-    except (OSError, OfflineModeIsEnabled, *_transport_errors()):
-        revision = spec.revision or "main"
-        for name in ("model_index.json", "config.json"):
-            found = try_to_load_from_cache(spec.source, name, revision=revision)
-            if isinstance(found, str):
-                return Path(found).parent.name
-    raise ModelError(
-        f"model.source = {spec.source!r} cannot be found: there is no network, and it is not in the local cache. Fix: download "
-        f"it first with `hf download {spec.source}`."
+    except (OSError, OfflineModeIsEnabled, *_transport_errors()) as error:
+        if commit := _cached_commit(spec.source, spec.revision):
+            return commit
+        raise _not_here(spec, first_line(error)) from error
+
+
+def _cached_commit(hub_id: str, revision: str | None) -> str | None:
+    """Commit that the local cache has of a hub id."""
+    for name in _INDEX_FILES:
+        found = try_to_load_from_cache(hub_id, name, revision=revision or "main")
+        if isinstance(found, str):
+            return Path(found).parent.name
+    return None
+
+
+def _not_here(spec: ModelSpec, cause: str) -> ModelError:
+    return ModelError(
+        f"model.source = {spec.source!r} cannot be had: there is no such folder, it is not in the local cache, and "
+        f"{constants.ENDPOINT} cannot be reached ({cause}). Fix: connect to the network and unset HF_HUB_OFFLINE, give a "
+        f"local folder of the model, or download it first with `hf download {spec.source}`."
     )
+
+
+def why_unreachable(hub_id: str, revision: str | None) -> str | None:
+    """Why a model of the hub cannot be had at all; None where the hub answers, or where nobody needs to ask it.
+
+    The libraries ask six times for a file that is not in the cache, which takes half a minute without a network; this asks
+    three times within three seconds, before they do.
+
+    Args:
+        hub_id: What is no hub id is left to those that look for it.
+        revision: Branch, tag or commit.
+    """
+    is_id = hub_id.count("/") == 1 and not Path(hub_id).exists()
+    if not is_id or is_offline_mode() or _cached_commit(hub_id, revision):
+        return None
+    try:
+        http_backoff(
+            "HEAD",
+            constants.ENDPOINT,
+            max_retries=_HUB_RETRIES,
+            retry_on_status_codes=(),
+            timeout=constants.HF_HUB_ETAG_TIMEOUT,
+        )
+    except (OSError, *_transport_errors()) as error:
+        return first_line(error)
+    return None
 
 
 def _transport_errors() -> tuple[type[Exception], ...]:
@@ -73,6 +113,8 @@ def _transport_errors() -> tuple[type[Exception], ...]:
 @contextmanager
 def explain_loading(spec: ModelSpec) -> Generator[None]:
     """Turns what the libraries raise while loading into one `ModelError` that says what to do."""
+    if cause := why_unreachable(spec.source, spec.revision):
+        raise _not_here(spec, cause)
     try:
         with _no_loading_bars():
             yield

@@ -66,11 +66,16 @@ class RunFolder:
         A run that ended before it trained anything, as by a wrong path, is begun anew with the corrected recipe.
 
         Raises:
-            OutputError: The folder holds something else, or a run of another recipe that has trained, or another process is
-                at work there; nothing is changed.
+            OutputError: The folder holds something else, such as a recipe that somebody wrote, or a run of another recipe that
+                has trained, or another process is at work there; nothing is changed.
         """
         run = cls(path)
         if (path / "recipe.yaml").is_file():
+            if not run._wrote_recipe():
+                raise OutputError(
+                    f"{path} is no run folder: its recipe.yaml is your own, and a run would replace it. Nothing was changed. "
+                    "Fix: choose a new folder."
+                )
             old, new = run.recipe().fingerprint(), recipe.fingerprint()
             if old != new:
                 if run._has_trained():
@@ -116,6 +121,12 @@ class RunFolder:
     def untrained_baselines(self) -> list[str]:
         """Baselines of the recipe that have not been trained to the end here."""
         return [name for name in self.recipe().baselines if not self.baseline(name).is_finished]
+
+    def _wrote_recipe(self) -> bool:
+        """Whether `recipe.yaml` is a run's: its environment lies beside it, or a run was killed before it wrote that."""
+        if (self.path / "environment.json").exists():
+            return True
+        return (self.path / "recipe.yaml").read_text(encoding="utf-8") == self.recipe().to_yaml()
 
     def _has_trained(self) -> bool:
         """Whether this run or one of its baselines has left more than what is written before the first step."""

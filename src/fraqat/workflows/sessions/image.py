@@ -144,7 +144,7 @@ class ImageSession(Session[ImageRecipe]):
         """The transformer, the text encoders together, and the decoder; of a video pipeline the transformer alone."""
         from fraqat.workflows.sessions.image_parts import image_parts
 
-        return image_parts(self, student)
+        return image_parts(student, self.recipe, self.task)
 
     @property
     def stand_in(self) -> StandIn:

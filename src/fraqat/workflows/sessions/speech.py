@@ -181,7 +181,14 @@ class SpeechSession(Session[SpeechRecipe]):
         """Decoder, encoder and postnet, and the vocoder that the recipe names."""
         from fraqat.workflows.sessions.speech_parts import speech_parts
 
-        return speech_parts(self, student)
+        return speech_parts(
+            student,
+            self.task,
+            self.architecture,
+            tokenizer=self.tokenizer,
+            speaker=default_speaker(self.recipe.data, self.folder),
+            vocoder=self.vocoder,
+        )
 
     def original_files(self) -> list[Path]:
         """The model's weight files."""

@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
-from fraqat.data.speech_source import default_speaker
+from fraqat.distill import Batch, DistillTask
 from fraqat.export import Inputs, Part
-
-if TYPE_CHECKING:
-    from fraqat.workflows.sessions.speech import SpeechSession
+from fraqat.tasks.speech_architectures import SpeechArchitecture
 
 _GRAPH_BATCH = 2
 _NUM_SAMPLES = 8
 _TOKENIZER_FILE = "tokenizer.json"
 
 
-def speech_parts(session: SpeechSession, student: nn.Module) -> tuple[Part, ...]:
-    """`decoder`, `encoder` and `postnet`, and `vocoder` where the recipe names one.
+def speech_parts(
+    student: nn.Module,
+    task: DistillTask,
+    architecture: SpeechArchitecture,
+    *,
+    tokenizer: Any,
+    speaker: Tensor,
+    vocoder: nn.Module | None,
+) -> tuple[Part, ...]:
+    """`decoder`, `encoder` and `postnet`, and `vocoder` where there is one.
 
     Args:
-        session: Gives tokenizer, data and vocoder.
         student: The whole model.
+        task: Gives inputs.
+        architecture: The table's entry for the model.
+        tokenizer: The model's.
+        speaker: Embedding [S] for texts without one.
+        vocoder: Takes one spectrogram [L, M].
 
     Raises:
         ModelError: It does not speak step by step.
@@ -44,8 +54,8 @@ def speech_parts(session: SpeechSession, student: nn.Module) -> tuple[Part, ...]
     check_has_steps(student)
     encoder, decoder = SpeechEncoder(student), SpeechDecoder(student)
 
-    def batches() -> list[dict[str, Tensor]]:
-        return session.task.calibration_batches(_NUM_SAMPLES, _GRAPH_BATCH)
+    def batches() -> list[Batch]:
+        return task.calibration_batches(_NUM_SAMPLES, _GRAPH_BATCH)
 
     def texts() -> list[Inputs]:
         return [{name: batch[name] for name in (IDS, MASK)} for batch in batches()]
@@ -56,31 +66,28 @@ def speech_parts(session: SpeechSession, student: nn.Module) -> tuple[Part, ...]
     def spectrograms() -> list[Inputs]:
         return [{SPECTROGRAM: batch["log_mel"]} for batch in batches()]
 
-    tokenizer = session.tokenizer
-    constants = {**speech_constants(student), "speaker": default_speaker(session.recipe.data, session.folder).tolist()}
+    constants = {**speech_constants(student), "speaker": speaker.tolist()}
     files = {_TOKENIZER_FILE: tokenizer_json(tokenizer).encode()}
-    frames, sound = {SPECTROGRAM: {0: "batch", 1: "frames"}}, _sound_constants(session)
+    frames, sound = {SPECTROGRAM: {0: "batch", 1: "frames"}}, _sound_constants(architecture)
     return (
         Part("decoder", decoder, decoder.outputs, steps, decoder.axes, constants),
         Part("encoder", encoder, encoder.outputs, texts, encoder.axes, {"tokenizer": _TOKENIZER_FILE}, files),
         Part("postnet", SpeechPostnet(student), ("refined",), spectrograms, frames, sound),
-        *_vocoder(session),
+        *_vocoder(vocoder, task),
     )
 
 
-def _sound_constants(session: SpeechSession) -> dict[str, Any]:
-    mel = session.architecture.mel
-    return {"sample_rate": session.architecture.sample_rate, "mel": None if mel is None else dataclasses.asdict(mel)}
+def _sound_constants(architecture: SpeechArchitecture) -> dict[str, Any]:
+    mel = architecture.mel
+    return {"sample_rate": architecture.sample_rate, "mel": None if mel is None else dataclasses.asdict(mel)}
 
 
-def _vocoder(session: SpeechSession) -> tuple[Part, ...]:
-    """The recipe's vocoder, which takes one spectrogram [L, M]."""
-    vocoder = session.vocoder
+def _vocoder(vocoder: nn.Module | None, task: DistillTask) -> tuple[Part, ...]:
     if vocoder is None:
         return ()
 
     def spectrograms() -> list[Inputs]:
-        batches = session.task.calibration_batches(_NUM_SAMPLES, 1)
+        batches = task.calibration_batches(_NUM_SAMPLES, 1)
         return [{"spectrogram": batch["log_mel"][0]} for batch in batches]
 
     axes = {"spectrogram": {0: "frames"}}
