@@ -15,7 +15,7 @@ from fraqat.data.captioned import DataSpec
 from fraqat.distill import Distiller, LossSpec, TeacherSpec, TimestepImportanceSpec, TrainSpec
 from fraqat.errors import ConfigError
 from fraqat.nn import quantize_
-from fraqat.schedules import ScheduleSpec
+from fraqat.schedules import ScheduleKind, ScheduleSpec
 from fraqat.tasks import ModelSpec, SamplerSpec
 from fraqat.tasks.conditioning import LATENTS, TIMESTEP, record_calls
 from fraqat.tasks.diffusion import DiffusionTask, predict_output
@@ -42,7 +42,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_task(folder: Path, **data: Any) -> DiffusionTask:
-    spec = DataSpec(**{"num_train": 16, "num_validation": 8, **data})
+    values: dict[str, Any] = {"num_train": 16, "num_validation": 8, **data}
+    spec = DataSpec(**values)
     return DiffusionTask(DiffusionSource(SOURCE, lambda: load_pipeline(SOURCE), spec, SAMPLER, folder))
 
 
@@ -167,15 +168,17 @@ def test_pictures_that_are_encoded_while_training_are_marked_too(cache: Path) ->
 def train(task: DiffusionTask, folder: Path, *, num_steps: int = 4, on_step: Any = None, **settings: Any) -> nn.Module:
     student = load_transformer(SOURCE)
     quantize_(student)
-    values = {
+    values: dict[str, Any] = {
         "guidance_scale": "auto",
         "batch_size": 8,
         "validate_every": 100,
         "checkpoint_every": 2,
         "seed": 3,
+        "autocast": "none",
+        "tensorboard": False,
     }
-    spec = TrainSpec(**{**values, "autocast": "none", "tensorboard": False, **settings})
-    schedule = ScheduleSpec("constant").resolve(4, num_steps)
+    spec = TrainSpec(**{**values, **settings})
+    schedule = ScheduleSpec(ScheduleKind.CONSTANT).resolve(4, num_steps)
     on_step = on_step or (lambda record: None)
     Distiller(task, load_transformer(SOURCE), student, schedule, spec, folder, on_step=on_step).run()
     return student
@@ -226,8 +229,8 @@ def test_parts_of_a_batch_learn_what_the_whole_does(plain: DiffusionTask, tmp_pa
 
 
 def test_automatic_guidance_is_the_samplers(plain: DiffusionTask) -> None:
-    assert plain.guided("auto", 8)._guidance_scale == SCALE
-    assert plain.guided(2.0, 8)._guidance_scale == 2.0
+    for guided, wanted in ((plain.guided("auto", 8), SCALE), (plain.guided(2.0, 8), 2.0)):
+        assert next(iter(guided.train_stream(8, seed=0)))[GUIDED_BY].tolist() == [wanted] * 4
 
 
 @pytest.mark.parametrize(
@@ -259,30 +262,30 @@ def test_an_odd_part_of_a_batch_is_refused_before_training(plain: DiffusionTask)
 @pytest.mark.parametrize(
     ("recipe", "settings", "message"),
     [
-        ("color-digits", ["train.guidance_scale=1.0"], "train.guidance_scale = 1.0 .* a finite number above 1"),
-        ("color-digits", ["train.guidance_scale=twice"], "train.guidance_scale"),
+        ("color-digits", ("train.guidance_scale=1.0",), "train.guidance_scale = 1.0 .* a finite number above 1"),
+        ("color-digits", ("train.guidance_scale=twice",), "train.guidance_scale"),
         (
             "color-digits",
-            ["train.guidance_scale=3.0", "data.learn_from=sampling_path"],
+            ("train.guidance_scale=3.0", "data.learn_from=sampling_path"),
             "null or auto with data.learn_from: sampling_path",
         ),
         (
             "color-digits",
-            ["train.guidance_scale=3.0", "train.batch_size=6", "train.accumulation=2"],
+            ("train.guidance_scale=3.0", "train.batch_size=6", "train.accumulation=2"),
             r"train.batch_size / train.accumulation = 3 .* an even number",
         ),
-        ("gemma-2-2b-it-tiny", ["train.guidance_scale=3.0"], "null or auto for task language"),
-        ("speecht5-tiny", ["train.guidance_scale=3.0"], "null or auto for task text-to-speech"),
+        ("gemma-2-2b-it-tiny", ("train.guidance_scale=3.0",), "null or auto for task language"),
+        ("speecht5-tiny", ("train.guidance_scale=3.0",), "null or auto for task text-to-speech"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(recipe: str, settings: list[str], message: str) -> None:
+def test_settings_that_cannot_be_are_refused(recipe: str, settings: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_recipe(recipe, settings)
 
 
 @pytest.mark.parametrize("recipe", ["gemma-2-2b-it-tiny", "speecht5-tiny", "flux-schnell-tiny"])
 def test_automatic_guidance_is_allowed_everywhere(recipe: str) -> None:
-    assert load_recipe(recipe, ["train.guidance_scale=auto"]).train.guidance_scale == "auto"
+    assert load_recipe(recipe, ("train.guidance_scale=auto",)).train.guidance_scale == "auto"
 
 
 def test_what_is_learned_is_part_of_what_a_checkpoint_must_share() -> None:
