@@ -66,6 +66,7 @@ def measure(folder: Path, num: int) -> tuple[dict[str, list[list[list[float]]]],
     recipe = load_recipe(str(folder / "compared.yaml"))
     session = open_session(recipe)
     task, scale = session.task, recipe.to_values()["sampler"]["guidance_scale"]
+    assert isinstance(task, DiffusionTask)
     reference = [outputs_at(task, session.teacher, place, num, scale) for place in PLACES]
     found: dict[str, list[list[list[float]]]] = {}
     for method in json.loads((folder / "comparison.json").read_text())["methods"]:
