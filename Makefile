@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := runs/demo
+# Empty is unset: a process keeps the bytecode it compiles, which is not installed, and the next ones need not compile it again.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test check unit setup format clean
 

@@ -1,5 +1,6 @@
 """Every test is seeded, single-threaded and derandomized, so that a failure is the same on every machine and every day."""
 
+import gc
 import math
 from collections.abc import Callable, Iterator
 
@@ -23,6 +24,16 @@ torch.set_num_threads(1)
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz-minutes", type=float, default=5.0, help="time of every target of `-m fuzz`")
     parser.addoption("--fault-trials", type=int, default=20, help="trials of `-m faults`; see benchmarks/faults.py")
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay to the end: the garbage collector need not look through them again in every test."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

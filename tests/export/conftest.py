@@ -16,7 +16,9 @@ from fraqat.config import load_recipe
 from fraqat.export import ExportJob, OpenedExport, Part, target_named
 from fraqat.workflows.sessions import Session, open_session
 
-_NUM_SAMPLES = "train.calibration_samples=8"
+_SETTINGS = ("train.calibration_samples=8", "data.num_validation=16")
+_PICTURES = ("data.num_train=64",)
+"""Enough for calibration: all of the recipe's pictures would be encoded for the first batch."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,10 @@ class Exported:
 def export_onnx(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]:
     """Exports the student of a recipe, with fewer layers of each kind: that is as good for these tests and traced sooner."""
 
-    def export(recipe_name: str, shorten_: Callable[[Any], None]) -> Exported:
+    def export(recipe_name: str, shorten_: Callable[[Any], None], *settings: str) -> Exported:
         pytest.importorskip("onnxscript")
         pytest.importorskip("onnxruntime")
-        recipe = load_recipe(recipe_name, (_NUM_SAMPLES,))
+        recipe = load_recipe(recipe_name, (*_SETTINGS, *settings))
         session = open_session(recipe)
         torch.manual_seed(0)
         student, _ = session.new_student(recipe)
@@ -66,7 +68,7 @@ def sana(export_onnx: Callable[..., Exported]) -> Exported:
     def shorten_(student: Any) -> None:
         student.transformer_blocks = student.transformer_blocks[:1]
 
-    return export_onnx("color-digits", shorten_)
+    return export_onnx("color-digits", shorten_, *_PICTURES)
 
 
 @pytest.fixture(scope="session")
