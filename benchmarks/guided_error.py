@@ -120,7 +120,7 @@ def main() -> None:
     ]
     for method in values:
         if method != REFERENCE:
-            parts += [f"## {method}", markdown_table(table_of(values, method))]
+            parts += [f"## {method}", markdown_table(table_of(values, method)).rstrip()]
     target = RESULTS / f"{arguments.name}.md"
     target.write_text("\n\n".join(parts) + "\n")
     target.with_suffix(".json").write_text(json.dumps({"scale": scale, "places": PLACES, "errors": values}) + "\n")
