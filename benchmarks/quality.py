@@ -75,10 +75,11 @@ def frechet_table(sampled: Mapping[str, Comparison]) -> Table:
             cells.append(f"{mean:.4g}; {text_of(frechet_ratio(comparison, name))}")
         rows.append((name, *cells, text_of(overall(sampled, name, frechet))))
     num_images = {c.recipe.to_values()["evaluation"]["num_images"] for c in sampled.values()}
+    num_seeds = {len(result.records) for c in sampled.values() for result in c.results}
     note = (
         f"Frechet distance between the pictures of student and original, {', '.join(map(str, sorted(num_images)))} held-out "
-        "prompts with equal seeds, features of the classifier that knows digits and colours; mean over the students of the "
-        "table above; its ratio to vanilla QAT's as there."
+        "prompts with equal seeds, features of the classifier that knows digits and colours; mean over the students of "
+        f"{', '.join(map(str, sorted(num_seeds)))} seeds; its ratio to vanilla QAT's as there."
     )
     return Table("Frechet distance", ("method", *sampled, "all families"), tuple(rows), (note,))
 
@@ -192,6 +193,7 @@ def main() -> None:
         metavar="METHODS",
         help="methods whose pictures are compared with the original's too, vanilla-qat among them",
     )
+    parser.add_argument("--sampled-seeds", type=int, help="students of each that are sampled; default: all")
     parser.add_argument("--set", dest="settings", action="append", default=[], help="further change of the recipes")
     arguments = parser.parse_args()
     families = arguments.families or list(FAMILIES)
@@ -216,7 +218,8 @@ def main() -> None:
         recipe = load_recipe(f"{family}-tiny", settings)
         comparisons[family] = compare(recipe, arguments.work / family, options, SilentProgress())
         if sampled_methods and family in PICTURES:
-            pictured = dataclasses.replace(options, methods=sampled_methods, measures_quality=True)
+            num_seeds = arguments.sampled_seeds or arguments.seeds
+            pictured = dataclasses.replace(options, methods=sampled_methods, measures_quality=True, num_seeds=num_seeds)
             sampled[family] = compare(recipe, arguments.work / family, pictured, SilentProgress())
         if arguments.half:
             assert recipe.train.steps is not None
@@ -227,6 +230,7 @@ def main() -> None:
     changes = "".join(f" --rates-of {given}" for given in arguments.rates_of)
     changes += " --half" * arguments.half
     changes += f" --sampled {arguments.sampled}" if arguments.sampled else ""
+    changes += f" --sampled-seeds {arguments.sampled_seeds}" if arguments.sampled_seeds else ""
     changes += "".join(f" --set {setting}" for setting in arguments.settings)
     command = (
         f"OMP_NUM_THREADS=1 python benchmarks/quality.py --work runs/quality --date {arguments.date} {chosen} "
