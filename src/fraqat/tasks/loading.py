@@ -11,11 +11,12 @@ from typing import Any
 from huggingface_hub import constants, is_offline_mode, model_info, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
+    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from huggingface_hub.utils import http_backoff
+from huggingface_hub.utils import http_backoff, validate_repo_id
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -78,6 +79,14 @@ def _not_here(spec: ModelSpec, cause: str) -> ModelError:
     )
 
 
+def _is_hub_id(source: str) -> bool:
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return False
+    return source.count("/") == 1 and not Path(source).exists()
+
+
 def why_unreachable(hub_id: str, revision: str | None) -> str | None:
     """Why a model of the hub cannot be had at all; None where the hub answers, or where nobody needs to ask it.
 
@@ -88,8 +97,7 @@ def why_unreachable(hub_id: str, revision: str | None) -> str | None:
         hub_id: What is no hub id is left to those that look for it.
         revision: Branch, tag or commit.
     """
-    is_id = hub_id.count("/") == 1 and not Path(hub_id).exists()
-    if not is_id or is_offline_mode() or _cached_commit(hub_id, revision):
+    if not _is_hub_id(hub_id) or is_offline_mode() or _cached_commit(hub_id, revision):
         return None
     try:
         http_backoff(
