@@ -20,6 +20,7 @@ from fraqat.distill.finite import FiniteChecks
 from fraqat.distill.gradients import BatchGradients, BatchLosses
 from fraqat.distill.guidance import training_task
 from fraqat.distill.identity import identity
+from fraqat.distill.importance import go_on_drawing_
 from fraqat.distill.interrupt import InterruptGuard, interrupted
 from fraqat.distill.log import RunLog, StepRecord
 from fraqat.distill.micro_batch import MICRO_BATCH_EVENT, SPLIT_FILE, MicroBatch, check_splitting
@@ -430,8 +431,7 @@ class Distiller:
         self.recovery.load_state_dict(state["recovery"])
         self.micro_batch.load_state_dict(state["micro_batch"])
         self.stages.load_state_dict(state["stages"])
-        if self._gradients.importance is not None:
-            self._gradients.importance.load_state_dict(state["timesteps"])
+        go_on_drawing_(self._gradients.importance, state.get("timesteps"))
         # Before the first step the student still has its final width.
         self._set_bits_(self.schedule.stage_at(self.step - 1).bits if self.step else self.schedule.target_bits)
         self._state.load_student(state)
