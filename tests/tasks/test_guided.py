@@ -12,8 +12,17 @@ from torch import nn
 
 from fraqat.config import load_recipe
 from fraqat.data.captioned import DataSpec
-from fraqat.distill import Distiller, LossSpec, TeacherSpec, TimestepImportanceSpec, TrainSpec
-from fraqat.errors import ConfigError
+from fraqat.distill import (
+    Batch,
+    Distiller,
+    LossSpec,
+    Prediction,
+    TeacherSpec,
+    TimestepImportanceSpec,
+    TrainSpec,
+    read_log,
+)
+from fraqat.errors import ConfigError, DeviceMemoryError
 from fraqat.nn import quantize_
 from fraqat.schedules import ScheduleKind, ScheduleSpec
 from fraqat.tasks import ModelSpec, SamplerSpec
@@ -226,6 +235,29 @@ def test_noise_levels_can_be_drawn_by_the_guided_error(
 def test_parts_of_a_batch_learn_what_the_whole_does(plain: DiffusionTask, tmp_path: Path) -> None:
     student = train(plain, tmp_path, num_steps=2, accumulation=2)
     assert all(bool(torch.isfinite(parameter).all()) for parameter in student.parameters())
+
+
+def test_a_pair_that_does_not_fit_is_not_split_further(
+    plain: DiffusionTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    def out_of_memory(model: nn.Module, inputs: Batch) -> Prediction:
+        if not model.training:
+            return predict_output(model, inputs)
+        tried.append(len(inputs[LATENTS]))
+        raise MemoryError
+
+    monkeypatch.setattr("fraqat.tasks.diffusion.predict_output", out_of_memory)
+    with pytest.raises(DeviceMemoryError, match=r"with 1 samples at a time .* A single sample does not fit"):
+        train(plain, tmp_path, on_out_of_memory="split")
+    assert tried == [8, 4, 2]  # rows
+
+
+def test_the_rate_of_a_log_is_of_samples(plain: DiffusionTask, tmp_path: Path) -> None:
+    train(plain, tmp_path, num_steps=1)
+    step = next(event for event in read_log(tmp_path) if event["event"] == "step")
+    assert step["samples_per_s"] * step["step_ms"] / 1000 == pytest.approx(4)
 
 
 def test_automatic_guidance_is_the_samplers(plain: DiffusionTask) -> None:
