@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fraqat.distill import (
     TrainSpec,
     read_log,
 )
+from fraqat.distill.workers import SharedStream, SkippingStream
 from fraqat.errors import ConfigError, DeviceMemoryError
 from fraqat.nn import quantize_
 from fraqat.schedules import ScheduleKind, ScheduleSpec
@@ -167,11 +169,22 @@ def test_a_stream_goes_on_where_it_was(task: DiffusionTask) -> None:
     assert torch.equal(next(iter(again))["latents"], expected["latents"])
 
 
+def test_parts_of_other_processes_are_not_read(task: DiffusionTask) -> None:
+    whole = [batch["latents"] for batch in islice(task.train_stream(4, seed=1), 4)]
+    stream = task.train_stream(4, seed=1)
+    assert isinstance(stream, SkippingStream)
+    shared = SharedStream(stream, 2, range(1, 2))
+    for expected in (whole[1], whole[3]):
+        ((number, batch),) = shared.next_parts()
+        assert number == 1 and torch.equal(batch["latents"], expected) and batch[GUIDED_BY].tolist() == [SCALE] * 2
+
+
 def test_pictures_that_are_encoded_while_training_are_marked_too(cache: Path) -> None:
     streamed = make_task(cache, cache=False).guided(SCALE, 4)
     inputs = streamed.make_inputs(next(iter(streamed.train_stream(4, seed=0))), torch.Generator().manual_seed(0))
     assert inputs[GUIDED_BY].tolist() == [SCALE] * 2
     assert inputs[LATENTS].shape[0] == 2
+    assert not isinstance(streamed.train_stream(4, seed=0), SkippingStream)  # it reads in order
 
 
 def train(task: DiffusionTask, folder: Path, *, num_steps: int = 4, on_step: Any = None, **settings: Any) -> nn.Module:
