@@ -328,6 +328,12 @@ def test_settings_that_cannot_be_are_refused(recipe: str, settings: tuple[str, .
         load_recipe(recipe, settings)
 
 
+@pytest.mark.parametrize("scale", ["twice", 1, float("nan"), float("inf")])
+def test_a_scale_that_is_none_is_refused_without_a_recipe(scale: Any) -> None:
+    with pytest.raises(ConfigError, match=r"train.guidance_scale = .* a finite number above 1, auto, or null"):
+        TrainSpec(guidance_scale=scale)
+
+
 @pytest.mark.parametrize("recipe", ["gemma-2-2b-it-tiny", "speecht5-tiny", "flux-schnell-tiny"])
 def test_automatic_guidance_is_allowed_everywhere(recipe: str) -> None:
     assert load_recipe(recipe, ("train.guidance_scale=auto",)).train.guidance_scale == "auto"
