@@ -56,6 +56,23 @@ from fraqat.zoo import zoo_path
         ("train.steps=-1", "train.steps = -1"),
         ("train.steps=many", 'error: train.steps = "many" is not possible: allowed is a whole number'),
         ("train.betas=0.5", "error: train.betas = 0.5 is not possible: allowed is a list"),
+        (
+            "train.timestep_importance={bin: 3}",
+            r"error: train\.timestep_importance\.bin: unknown key: allowed is bins, .*did you mean 'bins'\?\s*$",
+        ),
+        (
+            "train.timestep_importance={bins: x}",
+            r"error: train\.timestep_importance\.bins = \"x\" .* a whole number\. Fix: \S+\s*\S+\.\s*$",
+        ),
+        ("train.timestep_importance={bins: 1}", r"error: train\.timestep_importance\.bins = 1 .* Fix: use 16\.\s*$"),
+        (
+            "train.timestep_importance=always",
+            r"error: train\.timestep_importance = \"always\" .* allowed is a section of fields or auto\. Fix: correct",
+        ),
+        (
+            "train.guidance_scale=twice",
+            r"error: train\.guidance_scale = \"twice\" .* allowed is a number or auto\. Fix: ",
+        ),
         ("train.optimizer=adam", "train.optimizer = 'adam' .* adamw, adamw_adapted, adamw_8bit.*did you mean 'adamw'"),
         ("train.learning_rate.peak=-1", "error: train.learning_rate.peak = -1.0"),
         (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -122,6 +122,25 @@ def test_a_flipped_bit_is_noticed_and_encoded_again_from_there_on(tmp_path: Path
         rows = store.build(again)
     assert again.made == [1, 2]
     assert [float(rows[i]["latents"]) for i in range(9)] == list(range(9))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:40])
+
+
+@pytest.mark.parametrize("damage", [flip, cut, Path.unlink], ids=["flipped", "cut", "gone"])
+@pytest.mark.parametrize("wants_all", [False, True])
+def test_first_shards_that_were_damaged_are_encoded_again(
+    tmp_path: Path, damage: Callable[[Path], None], wants_all: bool
+) -> None:
+    store = EncodedStore(tmp_path, KEY)
+    assert len(store.build_first(Producer(2))) == 6
+    damage(store.folder / "shard-00001.safetensors")
+    again = Producer(3 if wants_all else 2)
+    rows = store.build(again) if wants_all else store.build_first(again)
+    assert again.made == ([1, 2] if wants_all else [1])
+    assert [float(rows[i]["latents"]) for i in range(len(rows))] == list(range(len(rows)))
+    assert store.open() is not None if wants_all else store.open() is None
 
 
 def test_a_flipped_bit_in_a_large_store_is_noticed_at_the_first_use(

@@ -11,11 +11,11 @@ from toy import NoisyToy, ToyTask, toy_spec, toy_student, toy_teacher
 
 from fraqat import ScheduleSpec
 from fraqat.config import load_recipe
-from fraqat.distill import Distiller, LossSpec, TimestepImportance, TimestepImportanceSpec, read_log
+from fraqat.distill import Distiller, LossSpec, TeacherSpec, TimestepImportance, TimestepImportanceSpec, read_log
 from fraqat.distill.importance import make_importance
 from fraqat.distill.parts import part_inputs
 from fraqat.distill.task import LOSS_WEIGHT, TIMESTEP_BIN
-from fraqat.errors import ConfigError
+from fraqat.errors import CheckpointError, ConfigError
 
 BINS = 4
 ERRORS = [1.0, 4.0, 0.0, 25.0]
@@ -198,6 +198,28 @@ def test_automatic_draws_are_where_training_draws_levels() -> None:
 )
 def test_automatic_draws_are_allowed_everywhere(recipe: str, settings: tuple[str, ...]) -> None:
     assert load_recipe(recipe, ("train.timestep_importance=auto", *settings)).train.timestep_importance == "auto"
+
+
+@pytest.mark.parametrize(("before", "after"), [("recorded", "computed"), ("computed", "recorded")])
+def test_automatic_draws_do_not_change_in_the_middle_of_a_run(tmp_path: Path, before: Any, after: Any) -> None:
+    settings: dict[str, Any] = {"timestep_importance": "auto", "checkpoint_every": 2}
+    with pytest.raises(RuntimeError, match="crash"):
+        distiller(tmp_path, on_step=crash, teacher=TeacherSpec(outputs=before), **settings).run()
+    with pytest.raises(
+        CheckpointError, match=r"noise levels are drawn by .* Fix: set train\.timestep_importance as it was"
+    ):
+        distiller(tmp_path, teacher=TeacherSpec(outputs=after), **settings).run()
+
+
+def test_what_automatic_draws_are_is_part_of_what_a_checkpoint_must_share() -> None:
+    def found(recipe: str, *settings: str) -> Any:
+        return load_recipe(recipe, settings).fingerprint()["train"]["timestep_importance"]
+
+    auto, recorded = "train.timestep_importance=auto", "train.teacher.outputs=recorded"
+    assert found("color-digits", auto) == "auto"
+    assert found("color-digits", auto, recorded) is None
+    assert found("color-digits", auto, "data.learn_from=sampling_path") is None
+    assert found("gemma-2-2b-it-tiny", auto) is None
 
 
 def test_a_word_that_is_no_setting_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,18 @@ from torch import nn
 
 from fraqat.config import load_recipe
 from fraqat.data.captioned import DataSpec
-from fraqat.distill import Distiller, LossSpec, TeacherSpec, TimestepImportanceSpec, TrainSpec
-from fraqat.errors import ConfigError
+from fraqat.distill import (
+    Batch,
+    Distiller,
+    LossSpec,
+    Prediction,
+    TeacherSpec,
+    TimestepImportanceSpec,
+    TrainSpec,
+    read_log,
+)
+from fraqat.distill.workers import SharedStream, SkippingStream
+from fraqat.errors import ConfigError, DeviceMemoryError
 from fraqat.nn import quantize_
 from fraqat.schedules import ScheduleKind, ScheduleSpec
 from fraqat.tasks import ModelSpec, SamplerSpec
@@ -158,11 +169,22 @@ def test_a_stream_goes_on_where_it_was(task: DiffusionTask) -> None:
     assert torch.equal(next(iter(again))["latents"], expected["latents"])
 
 
+def test_parts_of_other_processes_are_not_read(task: DiffusionTask) -> None:
+    whole = [batch["latents"] for batch in islice(task.train_stream(4, seed=1), 4)]
+    stream = task.train_stream(4, seed=1)
+    assert isinstance(stream, SkippingStream)
+    shared = SharedStream(stream, 2, range(1, 2))
+    for expected in (whole[1], whole[3]):
+        ((number, batch),) = shared.next_parts()
+        assert number == 1 and torch.equal(batch["latents"], expected) and batch[GUIDED_BY].tolist() == [SCALE] * 2
+
+
 def test_pictures_that_are_encoded_while_training_are_marked_too(cache: Path) -> None:
     streamed = make_task(cache, cache=False).guided(SCALE, 4)
     inputs = streamed.make_inputs(next(iter(streamed.train_stream(4, seed=0))), torch.Generator().manual_seed(0))
     assert inputs[GUIDED_BY].tolist() == [SCALE] * 2
     assert inputs[LATENTS].shape[0] == 2
+    assert not isinstance(streamed.train_stream(4, seed=0), SkippingStream)  # it reads in order
 
 
 def train(task: DiffusionTask, folder: Path, *, num_steps: int = 4, on_step: Any = None, **settings: Any) -> nn.Module:
@@ -228,6 +250,29 @@ def test_parts_of_a_batch_learn_what_the_whole_does(plain: DiffusionTask, tmp_pa
     assert all(bool(torch.isfinite(parameter).all()) for parameter in student.parameters())
 
 
+def test_a_pair_that_does_not_fit_is_not_split_further(
+    plain: DiffusionTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    def out_of_memory(model: nn.Module, inputs: Batch) -> Prediction:
+        if not model.training:
+            return predict_output(model, inputs)
+        tried.append(len(inputs[LATENTS]))
+        raise MemoryError
+
+    monkeypatch.setattr("fraqat.tasks.diffusion.predict_output", out_of_memory)
+    with pytest.raises(DeviceMemoryError, match=r"with 1 samples at a time .* A single sample does not fit"):
+        train(plain, tmp_path, on_out_of_memory="split")
+    assert tried == [8, 4, 2]  # rows
+
+
+def test_the_rate_of_a_log_is_of_samples(plain: DiffusionTask, tmp_path: Path) -> None:
+    train(plain, tmp_path, num_steps=1)
+    step = next(event for event in read_log(tmp_path) if event["event"] == "step")
+    assert step["samples_per_s"] * step["step_ms"] / 1000 == pytest.approx(4)
+
+
 def test_automatic_guidance_is_the_samplers(plain: DiffusionTask) -> None:
     for guided, wanted in ((plain.guided("auto", 8), SCALE), (plain.guided(2.0, 8), 2.0)):
         assert next(iter(guided.train_stream(8, seed=0)))[GUIDED_BY].tolist() == [wanted] * 4
@@ -281,6 +326,12 @@ def test_an_odd_part_of_a_batch_is_refused_before_training(plain: DiffusionTask)
 def test_settings_that_cannot_be_are_refused(recipe: str, settings: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_recipe(recipe, settings)
+
+
+@pytest.mark.parametrize("scale", ["twice", 1, float("nan"), float("inf")])
+def test_a_scale_that_is_none_is_refused_without_a_recipe(scale: Any) -> None:
+    with pytest.raises(ConfigError, match=r"train.guidance_scale = .* a finite number above 1, auto, or null"):
+        TrainSpec(guidance_scale=scale)
 
 
 @pytest.mark.parametrize("recipe", ["gemma-2-2b-it-tiny", "speecht5-tiny", "flux-schnell-tiny"])

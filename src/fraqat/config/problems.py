@@ -29,7 +29,50 @@ _MOST_PLACES = 3
 
 def explain_problems(error: ValidationError, recipe_type: type[BaseModel]) -> str:
     """One line per problem: the field, what is wrong, what is allowed, the fix."""
-    return "\n".join(_explain(dict(problem), recipe_type) for problem in error.errors())
+    schema = recipe_type.model_json_schema()
+    lines: list[str] = []
+    by_place: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for number, problem in enumerate(error.errors()):
+        place = _choice_place(problem["loc"], schema)
+        by_place.setdefault((number,) if place is None else place, []).append(dict(problem))
+    for place, problems in by_place.items():
+        if _choice_place(problems[0]["loc"], schema) is None:
+            lines.append(_explain(problems[0], recipe_type))
+        else:
+            lines += _explain_choice(place, problems, recipe_type)
+    return "\n".join(lines)
+
+
+def _choice_place(location: tuple[Any, ...], schema: dict[str, Any]) -> tuple[Any, ...] | None:
+    """Place of the field on the way to a problem that may be of several kinds, such as a number or a word.
+
+    pydantic tries all kinds there, has a problem with each, and names the kind in the location behind the place.
+    """
+    node = schema
+    for number, part in enumerate(location):
+        node = node.get("items", {}) if isinstance(part, int) else node.get("properties", {}).get(part, {})
+        if sum(option.get("type") != "null" for option in node.get("anyOf", [])) > 1:
+            return location[: number + 1]
+        node = _section(node, schema)
+    return None
+
+
+def _explain_choice(place: tuple[Any, ...], problems: list[dict[str, Any]], recipe_type: type[BaseModel]) -> list[str]:
+    """Lines for a field of several kinds: of what is wrong inside of a section, else of what all kinds together allow."""
+    num = len(place)
+    inside = [p for p in problems if len(p["loc"]) > num + 1 or isinstance(p.get("ctx", {}).get("error"), ConfigError)]
+    if inside:
+        return [_explain(p | {"loc": (*place, *p["loc"][num + 1 :])}, recipe_type) for p in inside]
+    kinds = [
+        p["ctx"]["expected"].replace("'", "") if p["type"] == "literal_error" else _wanted(p) or p["msg"]
+        for p in problems
+    ]
+    path, value = ".".join(map(str, place)), json.dumps(problems[0].get("input"), default=str)[:80]
+    return [f"{path} = {value} is not possible: allowed is {' or '.join(kinds)}. Fix: correct {path}."]
+
+
+def _wanted(problem: dict[str, Any]) -> str | None:
+    return next((words for kind, words in _WANTED.items() if problem["type"].startswith(kind)), None)
 
 
 def _explain(problem: dict[str, Any], recipe_type: type[BaseModel]) -> str:
@@ -51,7 +94,7 @@ def _explain(problem: dict[str, Any], recipe_type: type[BaseModel]) -> str:
         return str(choice_error(path, value, re.findall(r"'([^']*)'", problem["ctx"]["expected"])))
     if problem["type"] in ("missing", "missing_argument"):
         return f"{path} is missing. Fix: set {path}."
-    wanted = next((words for kind, words in _WANTED.items() if problem["type"].startswith(kind)), None)
+    wanted = _wanted(problem)
     what = f"allowed is {wanted}" if wanted else problem["msg"]
     if problem["type"] in _SECTIONS and (fields := _known_keys(recipe_type, problem["loc"])):
         value = json.dumps(value, default=str)[:80]

@@ -186,6 +186,11 @@ class Recipe(BaseModel, ABC):
         """Refuses what the model family does not have."""
 
     @property
+    def _draws_noise_levels(self) -> bool:
+        """Whether training draws noise levels, which can follow the student's error."""
+        return False
+
+    @property
     def label(self) -> str:
         """What the method is called in tables: a baseline's own name, `fraqat`, or what the schedule and steps say."""
         if "/" in self.name:
@@ -292,6 +297,9 @@ class Recipe(BaseModel, ABC):
         for name in _FREE_TEACHER_FIELDS:
             del values["train"]["teacher"][name]
         del values["model"]["device"]
+        if values["train"]["timestep_importance"] == "auto":  # as the training has it; `outputs` is left out above
+            is_off = not self._draws_noise_levels or self.train.teacher.outputs == "recorded"
+            values["train"]["timestep_importance"] = None if is_off else "auto"
         if values["train"]["guidance_scale"] is None:  # as in checkpoints of before there was one
             del values["train"]["guidance_scale"]
         return values

@@ -48,6 +48,10 @@ class ImageRecipe(Recipe):
     def _of_paths(self) -> bool:
         return self.data.learn_from == "sampling_path"
 
+    @property
+    def _draws_noise_levels(self) -> bool:
+        return not self._of_paths
+
     def _check_family(self) -> None:
         if self._of_paths:
             _refuse_timestep_importance(

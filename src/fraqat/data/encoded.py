@@ -1,8 +1,8 @@
 """Encoded samples on disk: computed once, found again by a key over everything that they were computed from.
 
-A store is a folder `DIGEST/` with `shard-00000.safetensors`, ... and `manifest.json` with size and checksum of each. A shard
-holds columns with one value per row, and shared columns that several rows point to (the text embedding of a prompt that gives
-several training rows).
+A store is a folder `DIGEST/` with `shard-00000.safetensors`, ... and `manifest.json` with size and checksum of each, or
+`begun.json` where only the first shards were wanted so far. A shard holds columns with one value per row, and shared columns
+that several rows point to (the text embedding of a prompt that gives several training rows).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fraqat.files import explain_os_errors, folder_lock, save_tensors, sha256_of
 
 FORMAT_VERSION = 2
 _ROW, _SHARED, _INDEX, _CONSTANT = "row.", "shared.", "shared_index", "constant."
-_MANIFEST = "manifest.json"
+_MANIFEST, _BEGUN = "manifest.json", "begun.json"
 _MAX_IN_MEMORY_BYTES = 2**31
 
 
@@ -169,8 +169,11 @@ class EncodedStore:
 
     def open(self) -> EncodedRows | None:
         """The rows, or None where they are missing, unfinished or damaged."""
+        return self._open(_MANIFEST)
+
+    def _open(self, name: str) -> EncodedRows | None:
         try:
-            manifest = json.loads((self.folder / _MANIFEST).read_text(encoding="utf-8"))
+            manifest = json.loads((self.folder / name).read_text(encoding="utf-8"))
             listed = {self.folder / Path(name).name: entry for name, entry in manifest["shards"].items()}
             is_whole = manifest["key"] == json.loads(json.dumps(self.key)) and all(
                 path.stat().st_size == entry["num_bytes"] for path, entry in listed.items()
@@ -209,23 +212,24 @@ class EncodedStore:
         with explain_os_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         with folder_lock(self.folder, wait=True):
-            if (self.folder / _MANIFEST).exists():  # finished by another process in the meantime, or damaged
-                if (rows := self.open()) is not None:
-                    return rows
-                self._keep_sound_shards()
+            if (rows := self.open()) is not None:  # finished by another process in the meantime
+                return rows
+            for name in (_MANIFEST, _BEGUN):
+                if (self.folder / name).exists():
+                    self._keep_sound_shards(name)
             for number, shard in enumerate(make_shards(self._num_whole_shards()), self._num_whole_shards()):
                 part = self.folder / f"part-{number:05d}"
                 with explain_os_errors(self.folder):
                     save_tensors(shard.to_tensors(), part)
                     part.replace(self._shard_path(number))
-            return self._finish() if is_all else EncodedRows({path: sha256_of(path) for path in self._shard_paths()})
+            return self._finish(_MANIFEST if is_all else _BEGUN)
 
-    def _finish(self) -> EncodedRows:
+    def _finish(self, name: str) -> EncodedRows:
         shards = {
             path.name: {"num_bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in self._shard_paths()
         }
-        write_json_atomic(self.folder / _MANIFEST, {"key": self.key, "shards": shards})
-        rows = self.open()
+        write_json_atomic(self.folder / name, {"key": self.key, "shards": shards})
+        rows = self._open(name)
         if rows is None or not len(rows):
             raise OutputError(
                 f"{self.folder} holds {'no sample' if rows is not None else 'a damaged file'} after encoding. Fix: delete the "
@@ -233,11 +237,11 @@ class EncodedStore:
             )
         return rows
 
-    def _keep_sound_shards(self) -> None:
-        """Removes the manifest and all shards from the first damaged one on."""
+    def _keep_sound_shards(self, name: str) -> None:
+        """Removes the list of shards of this name, and all shards from the first damaged one on."""
         try:
-            listed = json.loads((self.folder / _MANIFEST).read_text(encoding="utf-8"))["shards"]
-            digests = {name: entry["sha256"] for name, entry in listed.items()}
+            listed = json.loads((self.folder / name).read_text(encoding="utf-8"))["shards"]
+            digests = {shard: entry["sha256"] for shard, entry in listed.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             digests = {}
         is_sound = True
@@ -246,7 +250,7 @@ class EncodedStore:
             is_sound = is_sound and path.exists() and sha256_of(path) == digests.get(path.name)
             if not is_sound:
                 path.unlink(missing_ok=True)
-        (self.folder / _MANIFEST).unlink()
+        (self.folder / name).unlink()
 
     def _num_whole_shards(self) -> int:
         number = 0

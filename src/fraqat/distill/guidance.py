@@ -13,6 +13,11 @@ from fraqat.errors import config_error
 class GuidedTask(Protocol):
     """A task whose models are sampled by two predictions, of which guidance makes one."""
 
+    @property
+    def rows_per_sample(self) -> int:
+        """Rows of the model that a sample of a training batch is: 2 where guidance is learned, else 1."""
+        ...
+
     def guided(self, scale: float | Literal["auto"], part_size: int) -> DistillTask:
         """The task with what guidance makes of the two predictions learned in training, and nothing else changed.
 
@@ -40,3 +45,9 @@ def training_task(task: DistillTask, spec: TrainSpec) -> DistillTask:
     if scale == "auto":
         return task
     raise config_error("train.guidance_scale", scale, allowed="null or auto for this task", fix="remove it")
+
+
+def samples_of_part(task: DistillTask, spec: TrainSpec) -> int:
+    """Samples in a part of a training batch, whose size counts rows of the model; `task` is that of `training_task`."""
+    num_rows = spec.batch_size // spec.accumulation
+    return num_rows // task.rows_per_sample if isinstance(task, GuidedTask) else num_rows

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fraqat.distill.task import LOSS_WEIGHT, TIMESTEP_BIN, Batch, DistillTask, TimestepTask
-from fraqat.errors import config_error
+from fraqat.errors import CheckpointError, config_error
 from fraqat.nn import STRICT_KEYS
 
 Weighting = Literal["importance", "none"]
@@ -170,3 +170,25 @@ def make_importance(
             fix=f"remove {_FIELD}",
         )
     return TimestepImportance(spec)
+
+
+def go_on_drawing_(importance: TimestepImportance | None, state: Mapping[str, Any] | None) -> None:
+    """Takes up the means of a checkpoint.
+
+    Args:
+        importance: Of the training; None: the task draws noise levels.
+        state: What a checkpoint has of it; None of a training without.
+
+    Raises:
+        CheckpointError: One of them has means and the other none.
+    """
+    if (importance is None) != (state is None):
+        before, now = (
+            ("by the task", "by the student's error") if state is None else ("by the student's error", "by the task")
+        )
+        raise CheckpointError(
+            f"the checkpoint is of a training whose noise levels are drawn {before}; they are drawn {now} now. Fix: set "
+            f"{_FIELD} as it was (auto is null with train.teacher.outputs: recorded), or choose a new folder."
+        )
+    if importance is not None and state is not None:
+        importance.load_state_dict(state)

@@ -43,7 +43,7 @@ class MicroBatch:
 
     Args:
         action: `stop` or `split`.
-        part_size: Samples of a part: `batch_size / accumulation`.
+        part_size: Samples of a part: `samples_of_part`.
         say: Told about every halving.
         workers: Split alike.
         record: File in which a process that cannot agree with the others leaves the number of pieces; None where it can.

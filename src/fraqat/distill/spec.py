@@ -226,7 +226,7 @@ class TrainSpec:
         is_importance = not isinstance(importance, str) or importance == "auto"
         _check("train.timestep_importance", importance, is_importance, "settings, auto, or null")
         scale = self.guidance_scale
-        is_scale = not isinstance(scale, float | int) or 1 < scale < math.inf
+        is_scale = scale in (None, "auto") if isinstance(scale, str | None) else 1 < scale < math.inf
         _check("train.guidance_scale", scale, is_scale, "a finite number above 1, auto, or null")
         _check("train.losses", self.losses, len(self.losses) > 0, "at least one term")
         _check("train.betas", self.betas, all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")

@@ -18,8 +18,9 @@ from fraqat.distill.diagnose import non_finite_message
 from fraqat.distill.ema import ParameterAverage
 from fraqat.distill.finite import FiniteChecks
 from fraqat.distill.gradients import BatchGradients, BatchLosses
-from fraqat.distill.guidance import training_task
+from fraqat.distill.guidance import samples_of_part, training_task
 from fraqat.distill.identity import identity
+from fraqat.distill.importance import go_on_drawing_
 from fraqat.distill.interrupt import InterruptGuard, interrupted
 from fraqat.distill.log import RunLog, StepRecord
 from fraqat.distill.micro_batch import MICRO_BATCH_EVENT, SPLIT_FILE, MicroBatch, check_splitting
@@ -122,7 +123,7 @@ class Distiller:
         self.recovery = Recovery(spec.on_non_finite)
         self.micro_batch = MicroBatch(
             spec.on_out_of_memory,
-            spec.batch_size // spec.accumulation,
+            samples_of_part(task, spec),
             warn,
             self.workers,
             folder / SPLIT_FILE if self.models.meets_in_passes else None,
@@ -131,7 +132,7 @@ class Distiller:
         self.step = 0
         self.bits: float | None = None
         self._log: RunLog | None = None
-        self._times = StepTimes(spec.batch_size, self.device)
+        self._times = StepTimes(spec.accumulation * samples_of_part(task, spec), self.device)
 
     def run(self) -> DistillResult:
         """Trains to the end of the schedule and leaves the kept parameters in the student, at the final width.
@@ -430,8 +431,7 @@ class Distiller:
         self.recovery.load_state_dict(state["recovery"])
         self.micro_batch.load_state_dict(state["micro_batch"])
         self.stages.load_state_dict(state["stages"])
-        if self._gradients.importance is not None:
-            self._gradients.importance.load_state_dict(state["timesteps"])
+        go_on_drawing_(self._gradients.importance, state.get("timesteps"))
         # Before the first step the student still has its final width.
         self._set_bits_(self.schedule.stage_at(self.step - 1).bits if self.step else self.schedule.target_bits)
         self._state.load_student(state)

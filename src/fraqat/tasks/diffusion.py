@@ -71,15 +71,19 @@ class DiffusionTask:
         task._guidance_scale = found
         return task
 
+    @property
+    def rows_per_sample(self) -> int:
+        """Rows of the transformer that a sample of a training batch is."""
+        return 1 if self._guidance_scale is None else 2
+
     def train_stream(self, batch_size: int, seed: int) -> BatchStream:
         """Shuffled batches of samples for `batch_size` rows of the transformer.
 
         Raises:
             ConfigError: The batch is larger than the data.
         """
-        if self._guidance_scale is None:
-            return self._samples.train_stream(batch_size, seed)
-        return GuidedBatches(self._samples.train_stream(batch_size // 2, seed), self._guidance_scale)
+        stream = self._samples.train_stream(batch_size // self.rows_per_sample, seed)
+        return stream if self._guidance_scale is None else GuidedBatches(stream, self._guidance_scale)
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Whole batches in the training data, each sample counted once."""

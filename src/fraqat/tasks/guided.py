@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fraqat.distill import Batch, BatchStream
+from fraqat.distill.workers import SkippingStream
 from fraqat.errors import ConfigError, config_error
 from fraqat.tasks.families import Guidance, architecture_named
 from fraqat.tasks.spec import SamplerSpec
@@ -76,7 +77,7 @@ def check_pairs(part_size: int) -> None:
 
 
 class GuidedBatches:
-    """A stream whose batches are marked to be learned as guided.
+    """A stream whose batches are marked to be learned as guided; it skips batches if `stream` does.
 
     Args:
         stream: Batches of N pictures.
@@ -85,6 +86,8 @@ class GuidedBatches:
 
     def __init__(self, stream: BatchStream, scale: float):
         self._stream, self._scale = stream, scale
+        if isinstance(stream, SkippingStream):
+            self.skip = stream.skip
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._stream:

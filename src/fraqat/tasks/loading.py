@@ -90,8 +90,8 @@ def _is_hub_id(source: str) -> bool:
 def why_unreachable(hub_id: str, revision: str | None) -> str | None:
     """Why a model of the hub cannot be had at all; None where the hub answers, or where nobody needs to ask it.
 
-    The libraries ask six times for a file that is not in the cache, which takes half a minute without a network; this asks
-    three times within three seconds, before they do.
+    The libraries ask six times for a file that is not in the cache, which takes half a minute where connections are refused;
+    this asks three times within three seconds, before they do. Where nothing answers, each time takes `HF_HUB_ETAG_TIMEOUT`.
 
     Args:
         hub_id: What is no hub id is left to those that look for it.
