@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import shutil
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -246,7 +248,10 @@ def test_a_few_samples_are_encoded_alone_and_the_rest_later(monkeypatch, pipelin
     assert told == [("train", 0, 4), ("train", 4, 4)]
     assert_same(open_task("begun").calibration_batches(3, 2), few)
     assert len(told) == 2  # another process finds what was encoded
+    first = weakref.ref(task._samples._begun)
     num_steps = task.steps_per_epoch(1)
+    gc.collect()
+    assert first() is None  # or they would be in memory twice
     assert told[2:5] == [("train", 4, 12), ("train", 8, 12), ("train", 12, 12)]
     assert_same(task.calibration_batches(3, 2), few)
 

@@ -138,6 +138,7 @@ class CachedSamples:
 
     @cached_property
     def _rows(self) -> Mapping[str, EncodedRows]:
+        self._begun = None  # its tensors are among those of all rows
         rows = {split: self._store(split).build(partial(self._shards, split)) for split in ("train", "validation")}
         self._let_go()
         return rows
