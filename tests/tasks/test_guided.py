@@ -21,6 +21,7 @@ from fraqat.distill import (
     TeacherSpec,
     TimestepImportanceSpec,
     TrainSpec,
+    guidance_phrase,
     read_log,
 )
 from fraqat.distill.workers import SharedStream, SkippingStream
@@ -297,6 +298,13 @@ def test_automatic_guidance_is_none_where_one_prediction_is_sampled(
 def test_a_scale_for_a_model_without_a_second_prediction_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"train.guidance_scale = 3.0 .* null or auto for FluxTransformer2DModel"):
         scale_in_training(3.0, "FluxTransformer2DModel", SAMPLER, of_paths=False)
+
+
+def test_what_automatic_guidance_is_can_be_told(plain: DiffusionTask) -> None:
+    auto, none = TrainSpec(guidance_scale="auto"), TrainSpec()
+    assert guidance_phrase(plain.guided("auto", 8), auto) == "what guidance by 3 makes of two outputs is learned"
+    assert guidance_phrase(plain, auto) == "outputs are learned one by one"
+    assert guidance_phrase(plain, none) is None
 
 
 def test_an_odd_part_of_a_batch_is_refused_before_training(plain: DiffusionTask) -> None:

@@ -14,6 +14,11 @@ class GuidedTask(Protocol):
     """A task whose models are sampled by two predictions, of which guidance makes one."""
 
     @property
+    def guidance_scale(self) -> float | None:
+        """Whose output is learned; None: outputs one by one."""
+        ...
+
+    @property
     def rows_per_sample(self) -> int:
         """Rows of the model that a sample of a training batch is: 2 where guidance is learned, else 1."""
         ...
@@ -45,6 +50,18 @@ def training_task(task: DistillTask, spec: TrainSpec) -> DistillTask:
     if scale == "auto":
         return task
     raise config_error("train.guidance_scale", scale, allowed="null or auto for this task", fix="remove it")
+
+
+def guidance_phrase(task: DistillTask, spec: TrainSpec) -> str | None:
+    """What is learned of a guided model, where a recipe asks for anything; `task` is that of `training_task`."""
+    if spec.guidance_scale is None:
+        return None
+    scale = task.guidance_scale if isinstance(task, GuidedTask) else None
+    return (
+        "outputs are learned one by one"
+        if scale is None
+        else f"what guidance by {scale:g} makes of two outputs is learned"
+    )
 
 
 def samples_of_part(task: DistillTask, spec: TrainSpec) -> int:

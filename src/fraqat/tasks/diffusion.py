@@ -72,6 +72,11 @@ class DiffusionTask:
         return task
 
     @property
+    def guidance_scale(self) -> float | None:
+        """Whose output is learned in training; None: outputs one by one."""
+        return self._guidance_scale
+
+    @property
     def rows_per_sample(self) -> int:
         """Rows of the transformer that a sample of a training batch is."""
         return 1 if self._guidance_scale is None else 2

@@ -13,7 +13,17 @@ from torch import nn
 
 from fraqat.analysis import layer_errors
 from fraqat.config import Recipe, load_values
-from fraqat.distill import ALONE, Distiller, DistillResult, StepRecord, Workers, hold_teacher_, joined, validation_loss
+from fraqat.distill import (
+    ALONE,
+    Distiller,
+    DistillResult,
+    StepRecord,
+    Workers,
+    guidance_phrase,
+    hold_teacher_,
+    joined,
+    validation_loss,
+)
 from fraqat.files import atomic_file, folder_lock, save_tensors, write_json_atomic
 from fraqat.nn import QuantReport, describe, merge_adapters_
 from fraqat.schedules import Schedule, StageUnit
@@ -184,6 +194,8 @@ def train_student(
         say=progress.say,
         warn=progress.warn,
     )
+    if (phrase := guidance_phrase(distiller.task, recipe.train)) is not None:
+        progress.say(f"{label}: {phrase}")
     try:
         result = distiller.run()
     finally:
