@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +63,18 @@ def test_a_worker_that_stops_is_replaced_at_the_same_sample(number: int) -> None
         found = places(stream(3.0, num_epochs=2), lambda workers: os.kill(workers[0].pid, number))
     assert found == expected
     assert signal.getsignal(signal.SIGCHLD) == handler
+
+
+def test_a_worker_that_ends_while_it_asks_whether_to_end_does_not_stop_the_main_process() -> None:
+    expected = places(stream(30.0, num_epochs=2))
+    samples = stream(3.0, num_epochs=2)
+
+    def disturb(workers: Any) -> None:
+        samples._loader._iterator._workers_done_event._cond._lock.acquire()  # as the worker had it, and never gives it back
+        os.kill(workers[0].pid, signal.SIGKILL)
+
+    with pytest.warns(WorkerRestartWarning, match="given nothing for 3 s|a data worker died"):
+        assert places(samples, disturb) == expected
 
 
 def test_a_sample_that_never_comes_ends_with_a_message() -> None:

@@ -19,6 +19,7 @@ NUM_RESTARTS = 2
 """Without a sample in between; then the run stops."""
 
 _POLL_S = 5.0
+_LOCKED_S = 1.0
 _TIMED_OUT = "DataLoader timed out"
 _RAISED_INSIDE = "in DataLoader worker process"
 _DIED = ("exited unexpectedly", "is killed by signal")
@@ -134,11 +135,13 @@ class _Watchdog:
     """Ends workers while the main process waits for one that cannot be waited for with a limit.
 
     A tensor comes as a file descriptor, which its worker hands over when it is asked; one that is stopped never does, and
-    torch's own limit covers the queue alone. Use it as a context around the wait.
+    torch's own limit covers the queue alone. One that is ended while it asks whether it should end leaves that question locked.
+    Use it as a context around the wait.
     """
 
     def __init__(self, iterator: Any, spec: WorkerSpec):
         self.has_fired = False
+        self._iterator = iterator
         self._workers: list[Any] = getattr(iterator, "_workers", [])
         self._timer = threading.Timer(spec.timeout_s + 2 * spec.poll_s, self._fire) if self._workers else None
 
@@ -159,6 +162,7 @@ class _Watchdog:
         for process in self._workers:
             with suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGKILL)
+        _unlock(self._iterator)
 
 
 def _next(iterator: Any, spec: WorkerSpec, watchdog: _Watchdog) -> tuple[str | None, Any]:
@@ -180,6 +184,17 @@ def _next(iterator: Any, spec: WorkerSpec, watchdog: _Watchdog) -> tuple[str | N
             return hung, None
 
 
+def _unlock(iterator: Any) -> None:
+    """Frees the lock of the event that ends workers, where one of them had it when it was ended.
+
+    Workers have it for microseconds, so does the main process; who has it for longer is dead.
+    """
+    event = getattr(iterator, "_workers_done_event", None)
+    if event is not None:
+        event._cond._lock.acquire(timeout=_LOCKED_S)
+        event._cond._lock.release()
+
+
 def _end_workers(iterator: Any) -> None:
     """A stopped process does not obey a polite signal."""
     if iterator is None:
@@ -188,5 +203,6 @@ def _end_workers(iterator: Any) -> None:
         with suppress(RuntimeError):
             process.kill()
             process.join(_POLL_S)
+    _unlock(iterator)
     with suppress(RuntimeError):
         iterator._shutdown_workers()
