@@ -55,6 +55,8 @@ def layers(recipe: Recipe) -> QuantReport:
     report = session.layers(recipe)
     for name in recipe.baselines:
         session.layers(recipe.baseline(name))
+    for method in (recipe, *(recipe.baseline(name) for name in recipe.baselines)):
+        session.check(method)
     return report
 
 
@@ -111,8 +113,11 @@ def train(
         workers.first(lambda: RunFolder.create(folder, recipe))
         with folder_lock(run.path) if workers.is_first else nullcontext():
             session = session or open_session(recipe, progress)
-            for name in recipe.baselines if with_baselines else ():
-                baseline, place = recipe.baseline(name), run.baseline(name)
+            baselines = [(recipe.baseline(name), run.baseline(name)) for name in recipe.baselines if with_baselines]
+            for method, place in ((recipe, run), *baselines):
+                if not place.is_finished:
+                    session.check(method)  # before data are encoded and the first one is trained
+            for baseline, place in baselines:
                 workers.first(lambda b=baseline, p=place: RunFolder.create(p.path, b))
                 _train_one(session, baseline, place, progress, workers)
             _train_one(session, recipe, run, progress, workers)

@@ -22,7 +22,7 @@ from fraqat.export import ModelDescription, Part
 from fraqat.nn import LayerFamilies, LayerRule
 from fraqat.planning import Workload
 from fraqat.tasks import SamplerSpec, architecture_named
-from fraqat.tasks.guided import scale_in_training
+from fraqat.tasks.guided import check_pairs, scale_in_training
 from fraqat.workflows.images import to_png
 from fraqat.workflows.progress import Progress
 from fraqat.workflows.sessions.base import Measurement, QualityColumn, Session, StandIn, description_of, release_memory
@@ -104,6 +104,11 @@ class ImageSession(Session[ImageRecipe]):
             self.progress.count(f"encoding {what} for {split}", num_done, total)
         else:
             self.progress.say(f"{total} {what} for {split} are encoded and kept in {encoded_root()}")
+
+    def check(self, recipe: Recipe) -> None:
+        """Parts of a batch have to be of pairs where guidance is learned, which with `auto` the transformer decides."""
+        if self._guidance_scale(recipe) is not None:
+            check_pairs(recipe.train.batch_size // recipe.train.accumulation)
 
     def workload(self, recipe: Recipe) -> Workload:
         """One step on latents and text of the recipe's sizes."""
