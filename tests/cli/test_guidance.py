@@ -1,4 +1,4 @@
-"""What guidance cannot be trained with is said before data are encoded, and in the words of the recipe."""
+"""What guidance and noise levels a run has is said at its start; what cannot be is refused before data are encoded."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 from cli_helpers import SHORT_ARGUMENTS
+
+from fraqat.distill import Distiller
+from fraqat.errors import OutputError
 
 pytestmark = pytest.mark.xdist_group("cli")
 
@@ -45,3 +48,18 @@ def test_it_is_refused_before_a_baseline_is_trained(fraqat, tmp_path: Path, cach
 
 def test_a_transformer_without_a_second_prediction_takes_odd_parts(fraqat) -> None:
     assert fraqat("train", "flux-schnell-tiny", "--dry-run", *ODD).code == 0
+
+
+def test_a_run_says_what_it_learns_and_how_levels_are_drawn(
+    fraqat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(distiller: Distiller) -> None:
+        raise OutputError("the test ends here")
+
+    monkeypatch.setattr(Distiller, "run", stop)
+    automatic = ("--set", "train.guidance_scale=auto", "--set", "train.timestep_importance=auto")
+    guidance = ("--set", "sampler.guidance_scale=3.0")
+    done = fraqat("train", "color-digits", "--out", tmp_path / "run", *SHORT_ARGUMENTS, *automatic, *guidance)
+    assert done.code == OutputError.exit_code
+    assert "what guidance by 3 makes of two outputs is learned" in done.err
+    assert "noise levels are drawn by the student's error, in 16 parts, with losses weighted back" in done.err

@@ -21,6 +21,7 @@ from fraqat.distill import (
     Workers,
     guidance_phrase,
     hold_teacher_,
+    importance_phrase,
     joined,
     validation_loss,
 )
@@ -199,12 +200,15 @@ def train_student(
         say=progress.say,
         warn=progress.warn,
     )
-    if (phrase := guidance_phrase(distiller.task, recipe.train)) is not None:
-        progress.say(f"{label}: {phrase}")
+    is_recorded = recipe.train.teacher.outputs == "recorded"
+    drawn = importance_phrase(distiller.task, recipe.train.timestep_importance, is_recorded=is_recorded)
+    for phrase in (guidance_phrase(distiller.task, recipe.train), drawn):
+        if phrase is not None:
+            progress.say(f"{label}: {phrase}")
     try:
         result = distiller.run()
     finally:
-        if recipe.train.teacher.outputs == "recorded":
+        if is_recorded:
             session.forget_teacher()  # it has left memory, and whoever comes next wants it back
     is_whole = not distiller.models.is_sharded or distiller.workers.is_first
     if distiller.models.is_sharded:
