@@ -15,8 +15,9 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(MAKE) --no-print-directory -j 2 check unit  # the type checker runs beside the tests
 
+# No worker is replaced: xdist would hand the groups of a lost one to nobody, and wait for them.
 unit: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --max-worker-restart 0
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -37,14 +37,17 @@ def pytest_sessionfinish() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Long runs are left out unless `-m` names them."""
+    """Long runs are left out unless `-m` names them, and may take as long as they need."""
     chosen = config.getoption("-m")
-    left_out = [
-        item
+    long = [
+        (item, name)
         for item in items
         for name in ("faults", "fuzz", "four_processes", "compiled")
-        if item.get_closest_marker(name) and name not in chosen
+        if item.get_closest_marker(name)
     ]
+    left_out = [item for item, name in long if name not in chosen]
+    for item, _ in long:
+        item.add_marker(pytest.mark.timeout(0))
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]

@@ -22,6 +22,20 @@ class ConfigError(FraqatError, ValueError):
     exit_code = 2
 
 
+class BatchSizeError(ConfigError):
+    """A part of a training batch that is larger than the data.
+
+    Args:
+        num_samples: Of the part.
+        num_train: Samples that there are.
+    """
+
+    def __init__(self, num_samples: int, num_train: int):
+        allowed = f"at most data.num_train = {num_train}"
+        super().__init__(_text("train.batch_size", num_samples, allowed, "use less"))
+        self.num_train = num_train
+
+
 class ModelError(FraqatError, ValueError):
     """A model folder, checkpoint of a model or export that is missing, damaged or unsafe."""
 
@@ -111,5 +125,9 @@ def check_seed(field: str, value: int) -> None:
 
 def config_error(field: str, value: Any, *, allowed: str, fix: str) -> ConfigError:
     """Builds the house's error text: `field = value: allowed is ...; fix`."""
+    return ConfigError(_text(field, value, allowed, fix))
+
+
+def _text(field: str, value: Any, allowed: str, fix: str) -> str:
     end = "" if fix.endswith("?") else "."
-    return ConfigError(f"{field} = {value!r} is not possible: allowed is {allowed}. Fix: {fix}{end}")
+    return f"{field} = {value!r} is not possible: allowed is {allowed}. Fix: {fix}{end}"

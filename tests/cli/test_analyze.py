@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli_helpers import SHORT_ARGUMENTS, TINY_ARGUMENTS
 
 from fraqat.config import load_recipe
 from fraqat.distill import validation_loss
-from fraqat.workflows import open_session
+from fraqat.errors import OutputError
+from fraqat.tasks import ModelSpec, pipelines
+from fraqat.workflows import Session, SilentProgress, analyzing, open_session
 
 SMALL = [*TINY_ARGUMENTS, "--set", "train.calibration_samples=8", "--set", "data.num_validation=8"]
 
@@ -136,3 +139,33 @@ def test_changed_codes_of_a_run_are_in_its_log_and_leave_the_fingerprint(fraqat,
         load_recipe("color-digits", (f"train.log_code_flips={flag}",)).fingerprint() for flag in ("true", "false")
     )
     assert with_flips == without
+
+
+@pytest.mark.parametrize("kind", ["bits", "sensitivity", "layer-widths"])
+def test_an_empty_cache_is_filled_with_one_loading_of_the_encoders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    loaded: list[ModelSpec] = []
+    load = pipelines.load_pipeline
+
+    def counting(spec: ModelSpec, **arguments: Any) -> Any:
+        loaded.append(spec)
+        return load(spec, **arguments)
+
+    def calibrate(session: Session[Any], *_: object) -> None:
+        session.task.calibration_batches(8, 8)  # one shard of several, as static activations take
+        raise OutputError("the test needs no student")
+
+    monkeypatch.setenv("FRAQAT_CACHE", str(tmp_path))
+    monkeypatch.setattr(pipelines, "load_pipeline", counting)
+    monkeypatch.setattr(analyzing, "calibrated_student", calibrate)
+    for module in ("image_samples", "encoding"):
+        monkeypatch.setattr(f"fraqat.tasks.{module}.SHARD_SAMPLES", 8)
+    recipe = load_recipe("color-digits", ("data.num_train=16", "data.num_validation=8", "train.batch_size=8"))
+    session = open_session(recipe)
+    with pytest.raises(OutputError, match="needs no student"):
+        analyzing.analyze(recipe, analyzing.AnalysisKind(kind), SilentProgress(), session=session)
+    session.task.validation_batches(8)  # what losses are taken on
+    session.task.train_stream(8, 0)
+    assert len(loaded) == 1
+    assert len(list(tmp_path.rglob("shard-*.safetensors"))) == 3

@@ -113,6 +113,53 @@ def test_offline_says_how_to_go_on(offline: Path) -> None:
             open_records(RecordsSpec("someone/pictures", layout=layout), "train", ["caption"])
 
 
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The hub cannot be reached; the list holds after how many tries that was found."""
+    asked: list[int] = []
+
+    def refuse(method: str, url: str, *, max_retries: int, **arguments: object) -> None:
+        asked.append(1 + max_retries)
+        raise OSError(f"no route to {url}.")
+
+    monkeypatch.setattr("huggingface_hub.utils.http_backoff", refuse)
+    return asked
+
+
+def test_without_a_network_it_is_said_before_the_library_retries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: list[int]
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://hub")
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: pytest.fail("the library was asked"))
+    for ask in (lambda spec: open_records(spec, "train", ["caption"]), describe_records):
+        with pytest.raises(ConfigError) as caught:
+            ask(RecordsSpec("someone/pictures"))
+        assert str(caught.value) == (
+            "data.records.path = 'someone/pictures' cannot be had: it is not in the local cache, and http://hub cannot be "
+            "reached (no route to http://hub). Fix: check the network, or set the path to a local copy; there is no local "
+            "folder 'someone/pictures' here."
+        )
+    assert no_network == [3, 3]
+
+
+def test_a_data_set_that_was_prepared_is_left_to_the_library_without_a_network(
+    hub: Path, no_network: list[int]
+) -> None:
+    write_parquet(hub / "someone" / "MyPictures" / "data", 6)
+    spec = RecordsSpec("someone/MyPictures")
+    with pytest.raises(ConfigError, match="it is not in the local cache"):
+        open_records(spec, "train", ["caption"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.utils.http_backoff", lambda *_, **__: None)
+        first = open_records(spec, "train", ["caption"]).values("caption")
+    assert open_records(spec, "train", ["caption"]).values("caption") == first
+    assert no_network == [3]
+
+
 def test_what_was_loaded_once_is_there_offline(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
     import huggingface_hub.constants

@@ -12,7 +12,7 @@ from toy import NoisyToy, ToyTask, toy_spec, toy_student, toy_teacher
 from fraqat import ScheduleSpec
 from fraqat.config import load_recipe
 from fraqat.distill import Distiller, LossSpec, TeacherSpec, TimestepImportance, TimestepImportanceSpec, read_log
-from fraqat.distill.importance import make_importance
+from fraqat.distill.importance import importance_phrase, make_importance
 from fraqat.distill.parts import part_inputs
 from fraqat.distill.task import LOSS_WEIGHT, TIMESTEP_BIN
 from fraqat.errors import CheckpointError, ConfigError
@@ -185,6 +185,39 @@ def test_automatic_draws_are_where_training_draws_levels() -> None:
     assert made is not None and made.spec == TimestepImportanceSpec()
     assert make_importance(NoisyToy(), "auto", is_recorded=True) is None
     assert make_importance(ToyTask(), "auto") is None
+
+
+class PathsToy(NoisyToy):
+    draws_noise_levels = False
+
+
+@pytest.mark.parametrize(
+    ("task", "spec", "is_recorded", "phrase"),
+    [
+        (NoisyToy(), "auto", False, "drawn by the student's error, in 16 parts, with losses weighted back"),
+        (
+            NoisyToy(),
+            TimestepImportanceSpec(bins=4, weighting="none"),
+            False,
+            "drawn by the student's error, in 4 parts, with losses not weighted back",
+        ),
+        (
+            NoisyToy(),
+            "auto",
+            True,
+            "not drawn by the student's error, which recorded outputs of the teacher cannot follow",
+        ),
+        (PathsToy(), "auto", False, "those of the sampling paths, not drawn by the student's error"),
+        (PathsToy(), "auto", True, "those of the sampling paths, not drawn by the student's error"),
+    ],
+)
+def test_how_levels_are_drawn_can_be_told(task: Any, spec: Any, is_recorded: bool, phrase: str) -> None:
+    assert importance_phrase(task, spec, is_recorded=is_recorded) == f"noise levels are {phrase}"
+
+
+def test_nothing_is_told_of_levels_that_nobody_asks_for_or_that_there_are_none_of() -> None:
+    assert importance_phrase(NoisyToy(), None) is None
+    assert importance_phrase(ToyTask(), "auto") is None
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from fraqat.tasks.pipelines import load_pipeline
 def hub_asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The hub answers, whatever network there is; the list holds what was asked for."""
     asked: list[str] = []
-    monkeypatch.setattr("fraqat.tasks.loading.http_backoff", lambda method, url, **_: asked.append(url))
+    monkeypatch.setattr("huggingface_hub.utils.http_backoff", lambda method, url, **_: asked.append(url))
     return asked
 
 

@@ -251,6 +251,31 @@ def test_parts_of_a_batch_learn_what_the_whole_does(plain: DiffusionTask, tmp_pa
     assert all(bool(torch.isfinite(parameter).all()) for parameter in student.parameters())
 
 
+@pytest.mark.parametrize(
+    ("settings", "reasons"),
+    [
+        ({"batch_size": 34}, "32 with 16 samples to train on and train.guidance_scale, which makes 2 rows of a sample"),
+        (
+            {"batch_size": 68, "accumulation": 2, "teacher": TeacherSpec(outputs="recorded")},
+            "64 with 16 samples to train on and train.accumulation = 2 and train.guidance_scale, which makes 2 rows of a "
+            "sample",
+        ),
+        (
+            {"batch_size": 34, "accumulation": 2, "guidance_scale": None},
+            "32 with 16 samples to train on and train.accumulation = 2",
+        ),
+        ({"batch_size": 17, "guidance_scale": None}, "data.num_train = 16"),
+    ],
+)
+def test_a_batch_that_is_larger_than_the_data_is_named_as_the_recipe_has_it(
+    plain: DiffusionTask, tmp_path: Path, settings: dict[str, Any], reasons: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        train(plain, tmp_path, **settings)
+    given = f"train.batch_size = {settings['batch_size']} is not possible"
+    assert str(caught.value) == f"{given}: allowed is at most {reasons}. Fix: use less."
+
+
 def test_a_pair_that_does_not_fit_is_not_split_further(
     plain: DiffusionTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

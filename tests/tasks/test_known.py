@@ -169,7 +169,7 @@ def test_without_a_network_it_is_said_before_the_library_retries(monkeypatch: py
     def no_network(*args: object, **kwargs: object) -> None:
         raise OSError("no route")
 
-    monkeypatch.setattr("fraqat.tasks.loading.http_backoff", no_network)
+    monkeypatch.setattr("huggingface_hub.utils.http_backoff", no_network)
     expected = (
         r"model.source = 'someone/x': .* the hub cannot be reached \(no route\).* unset HF_HUB_OFFLINE.*local folder"
     )

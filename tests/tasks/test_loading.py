@@ -132,7 +132,7 @@ def test_without_a_network_a_hub_id_fails_before_the_libraries_retry(
     def model_info(*args: object, **arguments: object) -> None:
         no_network("GET", "https://huggingface.co", max_retries=2)
 
-    monkeypatch.setattr("fraqat.tasks.loading.http_backoff", no_network)
+    monkeypatch.setattr("huggingface_hub.utils.http_backoff", no_network)
     monkeypatch.setattr("fraqat.tasks.loading.model_info", model_info)  # which does not retry
     start = time.monotonic()
     with pytest.raises(ModelError) as caught:

@@ -25,6 +25,7 @@ from fraqat.distill import (
     make_optimizer,
     training_task,
 )
+from fraqat.distill.guidance import training_stream
 from fraqat.distill.parts import to_device
 from fraqat.distill.validation import validation_loss
 from fraqat.errors import NonFiniteLossError, config_error, parse_choice
@@ -167,7 +168,7 @@ def train_steps_(
     loop = _Loop(task, teacher, model, optimizer, Schedule((stage,)), spec)
     torch.manual_seed(spec.seed)
     undo = checkpoint_blocks_(model) if spec.activation_checkpointing == "blocks" else lambda: None
-    batches = iter(task.train_stream(spec.batch_size // spec.accumulation, spec.seed))
+    batches = iter(training_stream(task, spec))
     model.train()
     train_s = 0.0
     try:

@@ -6,6 +6,7 @@ The libraries are loaded only where something is downloaded, and their errors ar
 from __future__ import annotations
 
 import re
+import sys
 import tarfile
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from fraqat.errors import ConfigError, FraqatError, config_error
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _KNOWN_CLASSES = frozenset({"DatasetsError", "ArrowException", "HTTPError"})
 _MAX_SHOWN = 300
+_RETRIES = 2
 
 
 def is_hub_id(path: str) -> bool:
@@ -42,6 +44,57 @@ def snapshot(field: str, path: str, revision: str | None, files: str | None) -> 
         return _hub().snapshot_download(path, repo_type="dataset", revision=revision, allow_patterns=files)
 
 
+def why_no_answer() -> str | None:
+    """Why the hub cannot be reached; None where it answers, or where it is not to be asked.
+
+    The libraries ask six times for a file that is not in the cache, which takes half a minute where connections are refused;
+    this asks three times within three seconds, before they do. Where nothing answers, each time takes `HF_HUB_ETAG_TIMEOUT`.
+    """
+    _hub()
+    from huggingface_hub import constants, is_offline_mode
+    from huggingface_hub.utils import http_backoff
+
+    if is_offline_mode():
+        return None
+    try:
+        http_backoff(
+            "HEAD",
+            constants.ENDPOINT,
+            max_retries=_RETRIES,
+            retry_on_status_codes=(),
+            timeout=constants.HF_HUB_ETAG_TIMEOUT,
+        )
+    except (OSError, *transport_errors()) as error:
+        return _shown(error)
+    return None
+
+
+def transport_errors() -> tuple[type[Exception], ...]:
+    """What the hub's library lets through when there is no network; it builds on httpx, under either of its names."""
+    modules = [sys.modules[name] for name in ("httpx", "httpx2") if name in sys.modules]
+    return tuple(module.TransportError for module in modules)
+
+
+def check_answers(field: str, path: str) -> None:
+    """Refuses a data set that is not here where the hub cannot be reached, before the libraries ask it again and again.
+
+    Args:
+        field: Field of the recipe that has the path.
+        path: Hub id of a data set that is in no cache.
+
+    Raises:
+        ConfigError: There is no network.
+    """
+    if (cause := why_no_answer()) is None:
+        return
+    from huggingface_hub import constants
+
+    raise ConfigError(
+        f"{field} = {path!r} cannot be had: it is not in the local cache, and {constants.ENDPOINT} cannot be reached "
+        f"({cause}). Fix: {_no_network_advice(path)}."
+    )
+
+
 @contextmanager
 def explain_hub_errors(field: str, path: str, revision: str | None) -> Generator[None]:
     """Turns what the libraries raise into one `ConfigError` that says what to do.
@@ -56,11 +109,16 @@ def explain_hub_errors(field: str, path: str, revision: str | None) -> Generator
     except Exception as error:  # of libraries that are not imported here, told by name; all others go on as they are
         if isinstance(error, FraqatError | ModuleNotFoundError) or not _is_known(error):
             raise
-        text = " ".join(str(error).split()).rstrip(".")[:_MAX_SHOWN]
-        raise ConfigError(
-            f"{field} = {path!r} cannot be read: {text or type(error).__name__}. "
-            f"Fix: {_advice(error, field, path, revision)}."
-        ) from error
+        advice = _advice(error, field, path, revision)
+        raise ConfigError(f"{field} = {path!r} cannot be read: {_shown(error)}. Fix: {advice}.") from error
+
+
+def _shown(error: BaseException) -> str:
+    return " ".join(str(error).split()).rstrip(".")[:_MAX_SHOWN] or type(error).__name__
+
+
+def _no_network_advice(path: str) -> str:
+    return f"check the network, or set the path to a local copy; there is no local folder {path!r} here"
 
 
 def _hub() -> ModuleType:
@@ -93,7 +151,7 @@ def _advice(error: BaseException, field: str, path: str, revision: str | None) -
     if "RepositoryNotFoundError" in names or "doesn't exist on the Hub" in text:
         return "correct the hub id or the local path; for a private data set run `hf auth login` first"
     if names & {"ConnectionError", "HTTPError", "LocalEntryNotFoundError"}:
-        return f"check the network, or set the path to a local copy; there is no local folder {path!r} here"
+        return _no_network_advice(path)
     if "BuilderConfig" in text or "onfig name is missing" in text:
         return f"set {section}.name to one of the configurations named here"
     if "scripts are no longer supported" in text:

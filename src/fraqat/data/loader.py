@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, default_collate
 from fraqat.data.bad_samples import BadSamples
 from fraqat.data.samples import Outcome, Sample, SampleSet, Ticket, TicketOrder
 from fraqat.data.worker_watch import DEFAULT_WORKERS, WorkerSpec, watched
-from fraqat.errors import CheckpointError, ConfigError, config_error
+from fraqat.errors import BatchSizeError, CheckpointError, config_error
 
 
 class Rows(Protocol):
@@ -115,10 +115,10 @@ class RowSource:
         """Shuffled batches without end.
 
         Raises:
-            ConfigError: The batch is larger than the data.
+            BatchSizeError: The batch is larger than the data.
         """
         if batch_size > self.num_train:
-            raise _batch_error(batch_size, self.num_train)
+            raise BatchSizeError(batch_size, self.num_train)
         return ShuffledBatches(self.train, batch_size, seed)
 
     def steps_per_epoch(self, batch_size: int) -> int:
@@ -279,10 +279,10 @@ class SampleSource:
         """Shuffled batches without end.
 
         Raises:
-            ConfigError: The batch is larger than the data.
+            BatchSizeError: The batch is larger than the data.
         """
         if batch_size > self.num_train:
-            raise _batch_error(batch_size, self.num_train)
+            raise BatchSizeError(batch_size, self.num_train)
         return SampleBatches(self.train, batch_size, seed, self._collate, workers=self._workers)
 
     def steps_per_epoch(self, batch_size: int) -> int:
@@ -337,7 +337,3 @@ def _stateful_loader(dataset: Any, **arguments: Any) -> Any:
         from torchdata.stateful_dataloader import StatefulDataLoader
 
         return StatefulDataLoader(dataset, generator=torch.Generator(), **arguments)
-
-
-def _batch_error(batch_size: int, num_train: int) -> ConfigError:
-    return config_error("train.batch_size", batch_size, allowed=f"at most data.num_train = {num_train}", fix="use less")

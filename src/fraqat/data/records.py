@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from fraqat.data.hub import explain_hub_errors, snapshot
+from fraqat.data.hub import check_answers, explain_hub_errors, snapshot
 from fraqat.data.record_files import (
     FileRows,
     LocalFiles,
@@ -280,9 +280,19 @@ def _read_by_library(path: str, revision: str | None) -> Generator[None]:
 def _open_builder(spec: RecordsSpec) -> Any:
     """The library's reader of a folder or a hub data set."""
     library = load_library()
-    source = str(Path(spec.path).expanduser().resolve()) if is_local_path(spec.path) else spec.path
+    is_local = is_local_path(spec.path)
+    if not is_local and not _is_prepared(library, spec.path):
+        check_answers(_FIELD, spec.path)
+    source = str(Path(spec.path).expanduser().resolve()) if is_local else spec.path
     with _read_by_library(spec.path, spec.revision):
         return library.load_dataset_builder(source, spec.name, revision=spec.revision, data_files=spec.files)
+
+
+def _is_prepared(library: Any, path: str) -> bool:
+    """Whether the library has prepared a hub data set before, which it then finds without a network."""
+    *owner, name = path.split("/")
+    folder = "___".join([*owner, library.naming.camelcase_to_snakecase(name)])
+    return any(Path(library.config.HF_DATASETS_CACHE).expanduser().glob(f"{folder}/*/*/*"))
 
 
 def _open_files(spec: RecordsSpec, split: str, files: LocalFiles) -> Any:

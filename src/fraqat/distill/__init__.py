@@ -4,7 +4,7 @@ from fraqat.distill.checkpoint import CheckpointStore, describe_difference
 from fraqat.distill.checkpointing import checkpoint_blocks_, keep_products, repeated_blocks
 from fraqat.distill.code_flips import CODES_EVENT, CodeFlips, FlipCount
 from fraqat.distill.guidance import guidance_phrase, training_task
-from fraqat.distill.importance import TimestepImportance, TimestepImportanceSpec
+from fraqat.distill.importance import TimestepImportance, TimestepImportanceSpec, importance_phrase
 from fraqat.distill.log import LOG_FILE, StepRecord, read_log
 from fraqat.distill.losses import LANGUAGE_LOSSES, OUTPUT_LOSSES, LossSpec, distillation_loss
 from fraqat.distill.optimizers import DeviceOptimizer, HostOptimizer, TrainOptimizer, make_optimizer
@@ -63,6 +63,7 @@ __all__ = [
     "distillation_loss",
     "guidance_phrase",
     "hold_teacher_",
+    "importance_phrase",
     "is_first_process",
     "joined",
     "keep_products",

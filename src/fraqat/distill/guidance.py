@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Literal, Protocol, runtime_checkable
 
 from fraqat.distill.spec import TrainSpec
-from fraqat.distill.task import DistillTask
-from fraqat.errors import config_error
+from fraqat.distill.task import BatchStream, DistillTask
+from fraqat.errors import BatchSizeError, config_error
 
 
 @runtime_checkable
@@ -61,6 +61,30 @@ def guidance_phrase(task: DistillTask, spec: TrainSpec) -> str | None:
         "outputs are learned one by one"
         if scale is None
         else f"what guidance by {scale:g} makes of two outputs is learned"
+    )
+
+
+def training_stream(task: DistillTask, spec: TrainSpec) -> BatchStream:
+    """The parts of all training batches; `task` is that of `training_task`.
+
+    Raises:
+        ConfigError: The batch is larger than the data.
+    """
+    try:
+        return task.train_stream(spec.batch_size // spec.accumulation, spec.seed)
+    except BatchSizeError as error:  # it knows the samples of a part, and not what the recipe says
+        found = error
+    num_rows = task.rows_per_sample if isinstance(task, GuidedTask) else 1
+    reasons = [f"train.accumulation = {spec.accumulation}"] if spec.accumulation > 1 else []
+    reasons += [f"train.guidance_scale, which makes {num_rows} rows of a sample"] if num_rows > 1 else []
+    if not reasons:
+        raise found
+    limit = found.num_train * num_rows * spec.accumulation
+    raise config_error(
+        "train.batch_size",
+        spec.batch_size,
+        allowed=f"at most {limit} with {found.num_train} samples to train on and {' and '.join(reasons)}",
+        fix="use less",
     )
 
 

@@ -172,6 +172,25 @@ def make_importance(
     return TimestepImportance(spec)
 
 
+def importance_phrase(
+    task: DistillTask, spec: TimestepImportanceSpec | Literal["auto"] | None, *, is_recorded: bool = False
+) -> str | None:
+    """How noise levels are drawn, where a recipe asks for anything and there are levels.
+
+    Args:
+        task, spec, is_recorded: See `make_importance`.
+    """
+    if spec is None or not isinstance(task, TimestepTask):
+        return None
+    importance = make_importance(task, spec, is_recorded=is_recorded)
+    if importance is not None:
+        weighted = "weighted back" if importance.spec.weighting == "importance" else "not weighted back"
+        return f"noise levels are drawn by the student's error, in {importance.spec.bins} parts, with losses {weighted}"
+    if not task.draws_noise_levels:
+        return "noise levels are those of the sampling paths, not drawn by the student's error"
+    return "noise levels are not drawn by the student's error, which recorded outputs of the teacher cannot follow"
+
+
 def go_on_drawing_(importance: TimestepImportance | None, state: Mapping[str, Any] | None) -> None:
     """Takes up the means of a checkpoint.
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fraqat.distill.guidance import training_stream
 from fraqat.distill.identity import inputs_identity
 from fraqat.distill.output_files import OutputFiles, Recorded
 from fraqat.distill.parts import HeldOutInputs, part_inputs, to_device
@@ -103,7 +104,7 @@ class Recorder:
             ConfigError, OutputError, InterruptedRunError: See `RecordedOutputs.prepare`.
         """
         spec, wanted, num_done = self._spec, set(steps), 0
-        stream = self._task.train_stream(spec.batch_size // spec.accumulation, spec.seed)
+        stream = training_stream(self._task, spec)
         shared = SharedStream(stream, spec.accumulation, self._workers.parts(spec.accumulation))
         with _kept_random_numbers(self._device):
             for step in range(steps[-1] + 1):

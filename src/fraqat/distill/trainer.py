@@ -18,7 +18,7 @@ from fraqat.distill.diagnose import non_finite_message
 from fraqat.distill.ema import ParameterAverage
 from fraqat.distill.finite import FiniteChecks
 from fraqat.distill.gradients import BatchGradients, BatchLosses
-from fraqat.distill.guidance import samples_of_part, training_task
+from fraqat.distill.guidance import samples_of_part, training_stream, training_task
 from fraqat.distill.identity import identity
 from fraqat.distill.importance import go_on_drawing_
 from fraqat.distill.interrupt import InterruptGuard, interrupted
@@ -352,7 +352,7 @@ class Distiller:
         return self._times.record(self.step - 1, self.schedule, stage, loss, learning_rate, gradient_norm, step_ms)
 
     def _new_stream(self) -> SharedStream:
-        stream = self.task.train_stream(self.spec.batch_size // self.spec.accumulation, self.spec.seed)
+        stream = training_stream(self.task, self.spec)
         return SharedStream(stream, self.spec.accumulation, self._parts)
 
     def _gradients_from_none(self, parts: list[tuple[int, Batch]], num_splits: int) -> BatchLosses:

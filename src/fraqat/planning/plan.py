@@ -37,7 +37,7 @@ class Plan:
         device: On which it would run.
         options: How.
         num_parameters, num_quantized_weights, num_trained: Counts of the student.
-        batch_size, micro_batch: Samples per optimizer step in all, and per forward pass on one device.
+        batch_size, micro_batch: Rows of the model per optimizer step in all, and per forward pass on one device.
         memory: Of one device at the fullest moment.
         phase_times_s: Seconds of one optimizer step by phase, on one device.
         communication_s: Seconds that a step waits for other devices.
@@ -46,6 +46,7 @@ class Plan:
         recording_s: Seconds in which the teacher's outputs are recorded before training.
         recorded_bytes: What they take on disk until the run ends, at most; None without.
         recorded_limit_bytes: What they may take.
+        is_of_pairs: Guidance is learned: a sample of training is two rows of the model.
         advice: What would make it fit, the largest saving first; empty if it fits, unless it was asked for.
     """
 
@@ -64,6 +65,7 @@ class Plan:
     recording_s: float = 0.0
     recorded_bytes: int | None = None
     recorded_limit_bytes: float = 0.0
+    is_of_pairs: bool = False
     advice: tuple[str, ...] = ()
 
     @property
@@ -98,8 +100,12 @@ class Plan:
             ("trained parameters", self.num_trained, ""),
             ("devices", self.options.num_devices, self.device.name),
             ("sharding", self.options.sharding.value, ""),
-            ("batch size", self.batch_size, "samples"),
-            ("micro-batch", self.micro_batch, "samples per device and pass"),
+            (
+                "batch size",
+                self.batch_size,
+                "rows of the model, two for each sample" if self.is_of_pairs else "samples",
+            ),
+            ("micro-batch", self.micro_batch, f"{'rows' if self.is_of_pairs else 'samples'} per device and pass"),
             *((f"memory: {name}", num_bytes / _GIB, "GiB") for name, num_bytes in self._shown_parts()),
             ("memory in all", self.memory.num_bytes / _GIB, f"GiB, fullest in {self.memory.phase.value}"),
             *((("memory of the host: optimizer", host_bytes / _GIB, "GiB for each device"),) if host_bytes else ()),
@@ -160,13 +166,7 @@ def plan_training(
     """
     options = options or PlanOptions()
     num_parts = train.accumulation * options.num_devices
-    if train.batch_size % num_parts:
-        raise config_error(
-            "train.batch_size",
-            train.batch_size,
-            allowed=f"a multiple of accumulation x devices = {num_parts}",
-            fix="change batch_size, accumulation or the number of devices",
-        )
+    _check_batch(train, num_parts, workload)
     _check_student(workload)
     micro_batch = train.batch_size // num_parts
     trace = _trace(workload, train, micro_batch, device, options)
@@ -184,6 +184,7 @@ def plan_training(
         communication_s=0.0,
         total_steps=total_steps,
         result=packed_size(workload.student, float_dtype),
+        is_of_pairs=workload.make_pairs is not None,
     )
     plan = dataclasses.replace(plan, communication_s=_communication_s(trace, plan, train))
     if trace.recording is not None:
@@ -226,21 +227,43 @@ def _advice(trace: StepTrace, workload: Workload, plan: Plan, train: TrainSpec) 
         consider("train.optimizer: adamw_8bit", optimizer="adamw_8bit")
     if train.optimizer_device == "same" and device.kind is DeviceKind.GPU:
         consider("train.optimizer_device: host", optimizer_device="host")
-    if train.teacher.outputs == "computed" and train.on_out_of_memory == "stop":
+    if train.teacher.outputs == "computed" and train.on_out_of_memory == "stop" and not train.draws_by_error:
         lean = dataclasses.replace(lean, teacher=dataclasses.replace(lean.teacher, outputs="recorded"))
         changed = dataclasses.replace(train, teacher=dataclasses.replace(train.teacher, outputs="recorded"))
-        name = "train.teacher.outputs: recorded (not with an automatic schedule)"
-        alternatives.append(Alternative(name, _trace(workload, changed, plan.micro_batch, device, options)))
+        alternatives.append(
+            Alternative(_recorded_name(workload, train), _trace(workload, changed, plan.micro_batch, device, options))
+        )
     if train.activation_checkpointing == "none" and repeated_blocks(workload.student):
         lean = dataclasses.replace(lean, activation_checkpointing="blocks")
         changed = dataclasses.replace(train, activation_checkpointing="blocks")
         name = "train.activation_checkpointing: blocks"
         alternatives.append(Alternative(name, _trace(workload, changed, plan.micro_batch, device, options)))
-    if plan.micro_batch > 1:
-        single = _trace(workload, train, 1, device, options)
-        alternatives.append(Alternative("a micro-batch of one sample (raise train.accumulation)", single))
-    together = _trace(workload, lean, 1, device, options)
+    smallest = 2 if plan.is_of_pairs else 1
+    if plan.micro_batch > smallest:
+        single = _trace(workload, train, smallest, device, options)
+        name = "one sample, which is two rows" if plan.is_of_pairs else "one sample"
+        alternatives.append(Alternative(f"a micro-batch of {name} (raise train.accumulation)", single))
+    together = _trace(workload, lean, smallest, device, options)
     return memory_advice(trace, alternatives, together, device, options)
+
+
+def _recorded_name(workload: Workload, train: TrainSpec) -> str:
+    """The setting, and what else it changes."""
+    name = "train.teacher.outputs: recorded"
+    if train.timestep_importance == "auto" and workload.draws_noise_levels:
+        return f"{name} (not with an automatic schedule; noise levels no longer follow the student's error)"
+    return f"{name} (not with an automatic schedule)"
+
+
+def _check_batch(train: TrainSpec, num_parts: int, workload: Workload) -> None:
+    divisor, what = num_parts, "accumulation x devices"
+    fix = "change batch_size, accumulation or the number of devices"
+    if workload.make_pairs is not None:
+        divisor, what = 2 * num_parts, f"2 x {what}"
+        fix = f"{fix}, or set train.guidance_scale: null, which computes no pairs"
+    if train.batch_size % divisor:
+        allowed = f"a multiple of {what} = {divisor}"
+        raise config_error("train.batch_size", train.batch_size, allowed=allowed, fix=fix)
 
 
 def _check_student(workload: Workload) -> None:

@@ -52,6 +52,9 @@ class Workload:
         teacher: None is the student without quantization.
         teacher_dtype: Precision of the teacher when it is made from the student.
         constant_outputs: Names of outputs that do not depend on the batch, as of `ConstantOutputs`.
+        make_pairs: Number of rows of the model, even -> a part of a training batch where guidance is learned: half as many
+            samples, each computed twice by `predict`. None: training batches are of `make_inputs`.
+        draws_noise_levels: Whether training draws noise levels, which can follow the student's error.
     """
 
     student: nn.Module
@@ -61,6 +64,8 @@ class Workload:
     teacher: nn.Module | None = None
     teacher_dtype: torch.dtype = torch.float32
     constant_outputs: frozenset[str] = frozenset()
+    make_pairs: Callable[[int], Mapping[str, Any]] | None = None
+    draws_noise_levels: bool = False
 
     def make_teacher(self) -> nn.Module:
         """The teacher, frozen."""
@@ -127,12 +132,12 @@ def trace_step(
     Args:
         workload: Models and their call.
         train: Accumulation, autocast, clipping, average, engine, optimizer, teacher, checkpointing.
-        micro_batch: Samples of one forward pass.
+        micro_batch: Rows of the model in one forward pass of training.
         kind: Decides attention kernels, autocast rules and the layout of weight codes.
         validation_batch: Samples of one forward pass of the validation; None is the batch size of `train`.
     """
     step = _Step(workload, train, kind)
-    inputs = workload.make_inputs(micro_batch)
+    inputs = (workload.make_pairs or workload.make_inputs)(micro_batch)
     held_out = workload.make_inputs(validation_batch or train.batch_size)
     recorder = step.recorder
     with step.mode, recorder, TraceRules(kind):

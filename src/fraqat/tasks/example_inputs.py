@@ -11,8 +11,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fraqat.distill import Batch, Prediction
 from fraqat.errors import ModelError
+from fraqat.tasks.conditioning import LATENTS
+from fraqat.tasks.diffusion import OUTPUT, predict_output
 from fraqat.tasks.families import architecture_named
+from fraqat.tasks.guided import GUIDED_BY, guided_output, with_and_without_prompt
 from fraqat.tasks.known import KnownModel
 from fraqat.tasks.spec import SamplerSpec
 
@@ -64,6 +68,27 @@ def example_inputs(
         inputs["added_cond_kwargs.resolution"] = torch.zeros(num, 2, device=device)
         inputs["added_cond_kwargs.aspect_ratio"] = torch.zeros(num, 1, device=device)
     return inputs
+
+
+def example_pairs(inputs: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """Inputs of a part of a batch whose samples are learned as guided, for `predict_example`.
+
+    Args:
+        inputs: Of `example_inputs`, N samples.
+        scale: Of guidance.
+    """
+    num, device = len(inputs[LATENTS]), inputs[LATENTS].device
+    return {**inputs, GUIDED_BY: torch.full((num,), scale, device=device)}
+
+
+def predict_example(model: nn.Module, inputs: Batch) -> Prediction:
+    """`output` of a transformer for `example_inputs`, or for `example_pairs` as `DiffusionTask.predict` makes it."""
+    arguments = {name: value for name, value in inputs.items() if name != GUIDED_BY}
+    if GUIDED_BY not in inputs:
+        return predict_output(model, arguments)
+    # without a prompt the arguments have the same shapes; none of a transformer that is guided so is shared by all rows
+    both = with_and_without_prompt(arguments, {}, frozenset())
+    return {OUTPUT: guided_output(predict_output(model, both)[OUTPUT], inputs[GUIDED_BY])}
 
 
 def _latent_shape(known: KnownModel, sampler: SamplerSpec, num: int) -> tuple[tuple[int, ...], int]:

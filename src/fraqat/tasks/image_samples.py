@@ -17,7 +17,7 @@ from fraqat.data.captioned import CaptionedData, DataSpec, open_captioned
 from fraqat.data.encoded import EncodedRows, EncodedShard, EncodedStore
 from fraqat.data.loader import ShuffledBatches
 from fraqat.distill import Batch, BatchStream
-from fraqat.errors import config_error
+from fraqat.errors import BatchSizeError, config_error
 from fraqat.tasks.encoding import EMPTY, NOISE, SHARD_SAMPLES, Encoder, cache_key, model_content
 from fraqat.tasks.spec import ModelSpec, SamplerSpec
 
@@ -106,13 +106,11 @@ class CachedSamples:
         """Shuffled batches without end.
 
         Raises:
-            ConfigError: The batch is larger than the data.
+            BatchSizeError: The batch is larger than the data.
         """
         num = len(self._rows["train"])
         if batch_size > num:
-            raise config_error(
-                "train.batch_size", batch_size, allowed=f"at most data.num_train = {num}", fix="use less"
-            )
+            raise BatchSizeError(batch_size, num)
         return ShuffledBatches(self._rows["train"], batch_size, seed)
 
     def steps_per_epoch(self, batch_size: int) -> int:
@@ -212,7 +210,7 @@ class StreamedSamples:
         """Shuffled batches of pictures and prompts without end.
 
         Raises:
-            ConfigError: The batch is larger than the data.
+            BatchSizeError: The batch is larger than the data.
         """
         return self._data.train_stream(batch_size, seed)
 

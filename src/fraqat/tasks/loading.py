@@ -16,15 +16,15 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from huggingface_hub.utils import http_backoff, validate_repo_id
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from fraqat.data.hub import transport_errors, why_no_answer
 from fraqat.errors import ModelError
 from fraqat.tasks.spec import ModelSpec
 
 _INDEX_FILES = ("model_index.json", "config.json")
-_HUB_RETRIES = 2
 _PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 
 
@@ -56,7 +56,7 @@ def hub_commit(spec: ModelSpec) -> str:
         raise ModelError(
             f"model.source = {spec.source!r} cannot be had: {first_line(error)}. Fix: {_advice(error, spec)}"
         ) from error
-    except (OSError, OfflineModeIsEnabled, *_transport_errors()) as error:
+    except (OSError, OfflineModeIsEnabled, *transport_errors()) as error:
         if commit := _cached_commit(spec.source, spec.revision):
             return commit
         raise _not_here(spec, first_line(error)) from error
@@ -90,32 +90,13 @@ def _is_hub_id(source: str) -> bool:
 def why_unreachable(hub_id: str, revision: str | None) -> str | None:
     """Why a model of the hub cannot be had at all; None where the hub answers, or where nobody needs to ask it.
 
-    The libraries ask six times for a file that is not in the cache, which takes half a minute where connections are refused;
-    this asks three times within three seconds, before they do. Where nothing answers, each time takes `HF_HUB_ETAG_TIMEOUT`.
-
     Args:
         hub_id: What is no hub id is left to those that look for it.
         revision: Branch, tag or commit.
     """
     if not _is_hub_id(hub_id) or is_offline_mode() or _cached_commit(hub_id, revision):
         return None
-    try:
-        http_backoff(
-            "HEAD",
-            constants.ENDPOINT,
-            max_retries=_HUB_RETRIES,
-            retry_on_status_codes=(),
-            timeout=constants.HF_HUB_ETAG_TIMEOUT,
-        )
-    except (OSError, *_transport_errors()) as error:
-        return first_line(error)
-    return None
-
-
-def _transport_errors() -> tuple[type[Exception], ...]:
-    """What the hub's library lets through when there is no network; it builds on httpx, under either of its names."""
-    modules = [sys.modules[name] for name in ("httpx", "httpx2") if name in sys.modules]
-    return tuple(module.TransportError for module in modules)
+    return why_no_answer()
 
 
 @contextmanager

@@ -124,7 +124,7 @@ def analyze(
         tables = _outliers(session, recipe, progress)
     elif kind is AnalysisKind.LAYER_WIDTHS:
         widths = tuple(DEFAULT_WIDTHS if bits is None else bits)
-        tables = layer_width_tables(session, recipe, _student(session, recipe, progress), widths, progress)
+        tables = layer_width_tables(session, recipe, _student(session, recipe, progress, kind), widths, progress)
     else:
         tables = _sensitivity(session, recipe, progress)
     if files is not None:
@@ -216,16 +216,21 @@ def _summary(kind: AnalysisKind, table: Table) -> str:
     )
 
 
-def _student(session: Session[Any], recipe: Recipe, progress: Progress) -> nn.Module:
+def _student(session: Session[Any], recipe: Recipe, progress: Progress, kind: AnalysisKind) -> nn.Module:
     """The student as training begins with it, at its final width."""
     progress.say(f"{recipe.label}: preparing model and data")
+    # What its loss will be taken on comes first, so that the encoders are loaded once: calibration takes a part of the same.
+    if kind is AnalysisKind.LAYER_WIDTHS:
+        session.task.steps_per_epoch(recipe.train.batch_size)
+    else:
+        session.task.validation_batches(recipe.train.batch_size)
     student = calibrated_student(session, recipe, progress)
     hold_teacher_(session.teacher, student, recipe.train.teacher.dtype)
     return student
 
 
 def _bits(session: Session[Any], recipe: Recipe, progress: Progress, bits: tuple[float, ...]) -> list[Table]:
-    student = _student(session, recipe, progress)
+    student = _student(session, recipe, progress, AnalysisKind.BITS)
     found = losses_over_widths(
         student,
         bits,
@@ -312,7 +317,7 @@ def _middle_and_top(values: list[float]) -> tuple[float | None, float | None]:
 
 
 def _sensitivity(session: Session[Any], recipe: Recipe, progress: Progress) -> list[Table]:
-    student = _student(session, recipe, progress)
+    student = _student(session, recipe, progress, AnalysisKind.SENSITIVITY)
     num_layers = len(describe(student, session.families).quantized)
     found = layer_sensitivity(
         student,

@@ -21,6 +21,7 @@ from fraqat.distill import (
     Workers,
     guidance_phrase,
     hold_teacher_,
+    importance_phrase,
     joined,
     validation_loss,
 )
@@ -55,6 +56,8 @@ def layers(recipe: Recipe) -> QuantReport:
     report = session.layers(recipe)
     for name in recipe.baselines:
         session.layers(recipe.baseline(name))
+    for method in (recipe, *(recipe.baseline(name) for name in recipe.baselines)):
+        session.check(method)
     return report
 
 
@@ -111,8 +114,11 @@ def train(
         workers.first(lambda: RunFolder.create(folder, recipe))
         with folder_lock(run.path) if workers.is_first else nullcontext():
             session = session or open_session(recipe, progress)
-            for name in recipe.baselines if with_baselines else ():
-                baseline, place = recipe.baseline(name), run.baseline(name)
+            baselines = [(recipe.baseline(name), run.baseline(name)) for name in recipe.baselines if with_baselines]
+            for method, place in ((recipe, run), *baselines):
+                if not place.is_finished:
+                    session.check(method)  # before data are encoded and the first one is trained
+            for baseline, place in baselines:
                 workers.first(lambda b=baseline, p=place: RunFolder.create(p.path, b))
                 _train_one(session, baseline, place, progress, workers)
             _train_one(session, recipe, run, progress, workers)
@@ -194,12 +200,15 @@ def train_student(
         say=progress.say,
         warn=progress.warn,
     )
-    if (phrase := guidance_phrase(distiller.task, recipe.train)) is not None:
-        progress.say(f"{label}: {phrase}")
+    is_recorded = recipe.train.teacher.outputs == "recorded"
+    drawn = importance_phrase(distiller.task, recipe.train.timestep_importance, is_recorded=is_recorded)
+    for phrase in (guidance_phrase(distiller.task, recipe.train), drawn):
+        if phrase is not None:
+            progress.say(f"{label}: {phrase}")
     try:
         result = distiller.run()
     finally:
-        if recipe.train.teacher.outputs == "recorded":
+        if is_recorded:
             session.forget_teacher()  # it has left memory, and whoever comes next wants it back
     is_whole = not distiller.models.is_sharded or distiller.workers.is_first
     if distiller.models.is_sharded:

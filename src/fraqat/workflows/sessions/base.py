@@ -171,6 +171,16 @@ class Session(ABC, Generic[RecipeT]):
     def task(self) -> DistillTask:
         """Data and the outputs that are distilled."""
 
+    def check(self, recipe: Recipe) -> None:
+        """Refuses what cannot be trained, as far as the model's configuration shows it; no weights or data are read.
+
+        Args:
+            recipe: The session's own, or one that shares model and data with it.
+
+        Raises:
+            ConfigError: A setting that this model cannot have.
+        """
+
     @abstractmethod
     def workload(self, recipe: Recipe) -> Workload:
         """One training step without weights or data, for a plan."""

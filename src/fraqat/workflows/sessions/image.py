@@ -22,6 +22,7 @@ from fraqat.export import ModelDescription, Part
 from fraqat.nn import LayerFamilies, LayerRule
 from fraqat.planning import Workload
 from fraqat.tasks import SamplerSpec, architecture_named
+from fraqat.tasks.guided import check_pairs, scale_in_training
 from fraqat.workflows.images import to_png
 from fraqat.workflows.progress import Progress
 from fraqat.workflows.sessions.base import Measurement, QualityColumn, Session, StandIn, description_of, release_memory
@@ -104,19 +105,38 @@ class ImageSession(Session[ImageRecipe]):
         else:
             self.progress.say(f"{total} {what} for {split} are encoded and kept in {encoded_root()}")
 
+    def check(self, recipe: Recipe) -> None:
+        """Parts of a batch have to be of pairs where guidance is learned, which with `auto` the transformer decides."""
+        if self._guidance_scale(recipe) is not None:
+            check_pairs(recipe.train.batch_size // recipe.train.accumulation)
+
     def workload(self, recipe: Recipe) -> Workload:
         """One step on latents and text of the recipe's sizes."""
-        from fraqat.tasks.diffusion import predict_output
-        from fraqat.tasks.example_inputs import example_inputs
+        from fraqat.tasks.example_inputs import example_inputs, example_pairs, predict_example
 
         student = self.planned_student(recipe)
         sampler = self.recipe.sampler
+        scale = self._guidance_scale(recipe)
+
+        def make_inputs(num: int) -> dict[str, Tensor]:
+            return example_inputs(student, self.known, sampler, num)
+
         return Workload(
             student,
-            predict_output,
-            lambda num: example_inputs(student, self.known, sampler, num),
+            predict_example,
+            make_inputs,
             teacher_dtype=recipe.model.dtype,
+            make_pairs=None if scale is None else lambda num: example_pairs(make_inputs(num // 2), scale),
+            draws_noise_levels=self.recipe.data.learn_from != "sampling_path",
         )
+
+    def _guidance_scale(self, recipe: Recipe) -> float | None:
+        """Of what training learns; None: outputs one by one. Read from the model's configuration alone."""
+        scale = recipe.train.guidance_scale
+        if scale is None:
+            return None
+        of_paths = self.recipe.data.learn_from == "sampling_path"
+        return scale_in_training(scale, self.known.class_name, self.recipe.sampler, of_paths=of_paths)
 
     def evaluator(self, num_samples: int | None) -> ImageEvaluator:
         """Samples images from held-out prompts."""
