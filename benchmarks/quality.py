@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import math
+import shlex
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -231,7 +232,7 @@ def main() -> None:
     changes += " --half" * arguments.half
     changes += f" --sampled {arguments.sampled}" if arguments.sampled else ""
     changes += f" --sampled-seeds {arguments.sampled_seeds}" if arguments.sampled_seeds else ""
-    changes += "".join(f" --set {setting}" for setting in arguments.settings)
+    changes += "".join(f" --set {shlex.quote(setting)}" for setting in arguments.settings)
     command = (
         f"OMP_NUM_THREADS=1 python benchmarks/quality.py --work runs/quality --date {arguments.date} {chosen} "
         f"--methods {arguments.methods} --seeds {arguments.seeds} --rates {arguments.rates}{changes}"
