@@ -230,7 +230,7 @@ def main() -> None:
             num_seeds=arguments.seeds,
             rates=tuple(float(rate) for rate in own_rates.get(family, arguments.rates).split(",")),
         )
-        recipe = load_recipe(f"{family}-tiny", settings)
+        recipe = load_recipe(f"{family}-tiny", tuple(settings))
         comparisons[family] = compare(recipe, arguments.work / family, options, SilentProgress())
         if sampled_methods and family in PICTURES:
             num_seeds = arguments.sampled_seeds or arguments.seeds
