@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ def main() -> None:
     parser.add_argument("--methods", default="vanilla-qat,fractional,final-grid,fraqat")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rates", default="1e-4,2e-4,4e-4,8e-4")
+    parser.add_argument("--name", default="harder_settings", help="of the results' file")
     parser.add_argument("--set", dest="changes", action="append", default=[], help="further change of all recipes")
     arguments = parser.parse_args()
     options = CompareOptions(
@@ -76,12 +78,12 @@ def main() -> None:
 
 def _write(comparisons: dict[str, Comparison], arguments: argparse.Namespace) -> None:
     chosen = "".join(f' --setting "{setting}"' for setting in arguments.settings or ())
-    changes = "".join(f" --set {change}" for change in arguments.changes)
+    changes = "".join(f" --set {shlex.quote(change)}" for change in arguments.changes)
     command = (
         f"OMP_NUM_THREADS=1 python benchmarks/harder_settings.py --work runs/harder --family {arguments.family}{chosen} "
-        f"--methods {arguments.methods} --seeds {arguments.seeds} --rates {arguments.rates}{changes}"
+        f"--methods {arguments.methods} --seeds {arguments.seeds} --rates {arguments.rates} --name {arguments.name}{changes}"
     )
-    target = RESULTS / "harder_settings.md"
+    target = RESULTS / f"{arguments.name}.md"
     target.write_text(markdown(comparisons, command))
     values = {setting: comparison.to_json() for setting, comparison in comparisons.items()}
     target.with_suffix(".json").write_text(json.dumps(values, indent=1) + "\n")

@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import math
+import shlex
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -195,27 +196,41 @@ def main() -> None:
     )
     parser.add_argument("--sampled-seeds", type=int, help="students of each that are sampled; default: all")
     parser.add_argument("--set", dest="settings", action="append", default=[], help="further change of the recipes")
+    parser.add_argument(
+        "--set-of",
+        dest="own_settings",
+        action="append",
+        default=[],
+        metavar="FAMILY:SETTING",
+        help="further change of one family's recipe",
+    )
     arguments = parser.parse_args()
     families = arguments.families or list(FAMILIES)
-    settings = (*SETTINGS, *arguments.settings)
     own_rates = dict(given.split("=", 1) for given in arguments.rates_of)
-    if unknown := set(own_rates) - set(families):
-        parser.error(
-            f"--rates-of {', '.join(sorted(unknown))}: allowed are the families compared: {', '.join(families)}"
-        )
+    own_settings = {family: [*SETTINGS, *arguments.settings] for family in families}
+    for option, names in (
+        ("--rates-of", set(own_rates)),
+        ("--set-of", {given.partition(":")[0] for given in arguments.own_settings}),
+    ):
+        if unknown := names - set(families):
+            allowed = ", ".join(families)
+            parser.error(f"{option} {', '.join(sorted(unknown))}: allowed are the families compared: {allowed}")
+    for given in arguments.own_settings:
+        family, _, setting = given.partition(":")
+        own_settings[family].append(setting)
     sampled_methods = tuple(arguments.sampled.split(",")) if arguments.sampled else ()
     if sampled_methods and REFERENCE not in sampled_methods:
         parser.error(f"--sampled {arguments.sampled}: {REFERENCE} has to be among them, ratios are taken to it")
     comparisons: dict[str, Comparison] = {}
     halves: dict[str, Comparison] = {}
     sampled: dict[str, Comparison] = {}
-    for family in families:
+    for family, settings in own_settings.items():
         options = CompareOptions(
             methods=tuple(arguments.methods.split(",")),
             num_seeds=arguments.seeds,
             rates=tuple(float(rate) for rate in own_rates.get(family, arguments.rates).split(",")),
         )
-        recipe = load_recipe(f"{family}-tiny", settings)
+        recipe = load_recipe(f"{family}-tiny", tuple(settings))
         comparisons[family] = compare(recipe, arguments.work / family, options, SilentProgress())
         if sampled_methods and family in PICTURES:
             num_seeds = arguments.sampled_seeds or arguments.seeds
@@ -231,11 +246,12 @@ def main() -> None:
     changes += " --half" * arguments.half
     changes += f" --sampled {arguments.sampled}" if arguments.sampled else ""
     changes += f" --sampled-seeds {arguments.sampled_seeds}" if arguments.sampled_seeds else ""
-    changes += "".join(f" --set {setting}" for setting in arguments.settings)
+    changes += "".join(f" --set {shlex.quote(setting)}" for setting in arguments.settings)
     command = (
         f"OMP_NUM_THREADS=1 python benchmarks/quality.py --work runs/quality --date {arguments.date} {chosen} "
         f"--methods {arguments.methods} --seeds {arguments.seeds} --rates {arguments.rates}{changes}"
     )
+    command += "".join(f" --set-of {shlex.quote(given)}" for given in arguments.own_settings)
     target = RESULTS / f"quality_{arguments.date}.md"
     target.write_text(markdown(comparisons, halves, sampled, command, arguments.date))
     values = {family: comparison.to_json() for family, comparison in comparisons.items()}

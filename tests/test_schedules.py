@@ -163,8 +163,7 @@ def test_stage_at_is_the_stage_that_holds_the_step(total: int, data: st.DataObje
     ("stages", "unit", "message"),
     [
         ([], "share", r"schedule\.stages = \[\] .* at least one \[bits, length\] .* Fix: add stages"),
-        ([(4, 0.5), (8, 0.5)], "share", r"\[\[4\.0, 0\.5\], \[8\.0, 0\.5\]\] .* bits that fall .* sort the stages"),
-        ([(8, 0.5), (8, 0.5)], "share", r"bits that fall from stage to stage"),
+        ([(8, 0.5), (8, 0.5)], "share", r"\[\[8\.0, 0\.5\], \[8\.0, 0\.5\]\] .* another width .* Fix: join the stages"),
         ([(8, 0.5), (4, 0.4)], "share", r"shares that sum to 1 \(they sum to 0\.9\).* set unit: epochs or steps"),
         ([(8, 1), (4, 1)], "share", r"shares that sum to 1 \(they sum to 2\)"),
         ([(8, 1.5), (4, -0.5)], "share", "positive lengths"),

@@ -126,9 +126,10 @@ def status(run: RunArgument, as_json: JsonOption = False) -> None:
 def compare(
     recipe: RecipeArgument,
     out: Annotated[Path, typer.Option(help="Folder of the comparison; what is finished there is not done again")],
-    methods: Annotated[str, typer.Option(help="Comma-separated, of: " + ", ".join(METHODS))] = ",".join(
-        DEFAULT_METHODS
-    ),
+    methods: Annotated[
+        str,
+        typer.Option(help="Comma-separated, of the recipe's baselines and: " + ", ".join(METHODS)),
+    ] = ",".join(DEFAULT_METHODS),
     seeds: Annotated[int, typer.Option(min=1, help="Seeds per method")] = 3,
     rates: Annotated[
         str | None,

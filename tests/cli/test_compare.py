@@ -101,6 +101,21 @@ def test_a_seed_that_chose_is_not_trained_again(fraqat, tmp_path: Path) -> None:
     assert (logs[0].parent / "student.safetensors").exists()
 
 
+def test_a_baseline_of_the_recipe_is_a_method(fraqat, tmp_path: Path) -> None:
+    arguments = (*ARGUMENTS, "--set", "baselines={mine: {train: {betas: [0.5, 0.9], learning_rate: {kind: cosine}}}}")
+    options = ("--methods", "mine", "--seeds", "1", "--rates", "1e-4", "--out", tmp_path / "c")
+    outcome = fraqat("compare", *arguments, *options)
+    assert outcome.code == 0, outcome.err
+    (run,) = [RunFolder(path.parent).recipe() for path in (tmp_path / "c").glob("mine/*/seed-1/record.json")]
+    assert run.train.betas == (0.5, 0.9) and run.train.learning_rate.peak == 1e-4 and run.train.steps == 3
+    (method,) = json.loads((tmp_path / "c" / "comparison.json").read_text())["methods"]
+    assert method["method"] == "mine"
+
+    changed = (*ARGUMENTS, "--set", "baselines={mine: {train: {betas: [0.6, 0.9]}}}")
+    refused = fraqat("compare", *changed, *options)
+    assert refused.code == 6 and "betas" in refused.err  # nothing is mixed
+
+
 def test_a_rate_that_diverges_is_not_chosen(fraqat, tmp_path: Path) -> None:
     outcome = fraqat(
         *("compare", *ARGUMENTS, "--out", tmp_path / "c", "--methods", "vanilla-qat", "--seeds", "1", "--json"),
@@ -124,6 +139,11 @@ def test_the_documentation_names_every_method() -> None:
     [
         (("--methods", "vanilla-qat,best"), "methods 'best' allowed dynamic fix choose"),
         (("--methods", "vanilla-qat,vanilla-qat"), "--methods different names"),
+        (("--methods", "vanila-qat"), "--methods did you mean 'vanilla-qat'"),
+        (
+            ("--methods", "mine", "--set", "baselines={mine: {train: {losses: [{name: l1}]}}}"),
+            "baselines.mine.train.losses remove",
+        ),
         (("--rates", "1e-4,fast"), "--rates numbers with commas"),
         (("--rates", "-1"), "--rates different positive numbers"),
         (("--set", "train.steps=0"), "train.steps 1 or more"),

@@ -55,6 +55,22 @@ def make(folder: Path, schedule: Schedule, method: str = "learned", **options) -
     )
 
 
+@pytest.mark.parametrize(("crash_after", "method"), [(3, "learned"), (7, "mse")])
+def test_a_run_from_below_trains_under_the_target_and_ends_at_it(tmp_path, crash_after, method) -> None:
+    schedule = ScheduleSpec("custom", ((3.0, 5), (8.0, 2), (4.0, 5)), "steps").resolve(4, None)
+    whole = make(tmp_path / "whole", schedule, method)
+    whole.run()
+    assert [event["bits"] for event in read_log(tmp_path / "whole") if event["event"] == "step"] == [3] * 5 + [
+        8
+    ] * 2 + [4] * 5
+    assert {layer.weight_quantizer.bits for _, layer in quantized_layers(whole.student)} == {4}
+    with pytest.raises(RuntimeError, match="crash"):
+        make(tmp_path / "cut", schedule, method, on_step=StopAt(crash_after)).run()
+    again = make(tmp_path / "cut", schedule, method)
+    again.run()
+    assert all(torch.equal(a, b) for a, b in zip(whole.student.parameters(), again.student.parameters(), strict=True))
+
+
 @pytest.mark.parametrize(("order", "method", "crash_after"), [("in_turn", "learned", 5), ("sampled", "mse", 9)])
 def test_an_interrupted_run_of_several_widths_ends_bitwise_equal(tmp_path, order, method, crash_after) -> None:
     schedule = several(order, 15)

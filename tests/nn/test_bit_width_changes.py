@@ -92,10 +92,22 @@ def test_new_mse_clipping_belongs_to_the_current_weight(tiny: Any) -> None:
     assert not torch.equal(tiny.proj_out.weight_quantizer.clip_ratio, ratio)
 
 
+def test_only_layers_of_the_lowest_final_width_go_below_it(tiny: Any) -> None:
+    quantize_(tiny, QuantSpec(WeightSpec(4)), rules=[LayerRule(pattern="proj_out", weight_bits=6)])
+    assert set_bits_(tiny, 3, below_final=True) == sum(1 for _ in quantized_layers(tiny)) - 1
+    bits = {name: layer.weight_quantizer.bits for name, layer in quantized_layers(tiny)}
+    assert bits.pop("proj_out") == 6 and set(bits.values()) == {3}
+    set_bits_(tiny, 8, below_final=True)
+    assert {layer.weight_quantizer.bits for _, layer in quantized_layers(tiny)} == {8}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"bits": 3}, r"bits = 3 is not possible: allowed is 4, the final width, or more. Fix: pass where='\*'"),
+        (
+            {"bits": 3},
+            r"bits = 3 is not possible: allowed is 4, the final width, or more. Fix: pass below_final=True or where",
+        ),
         ({"bits": 33}, r"bits = 33 .* 1 < bits <= 32"),
         ({"bits": float("nan")}, r"bits = nan .* a finite number"),
         ({"bits": float("inf")}, r"bits = inf .* a finite number"),

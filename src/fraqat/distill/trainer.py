@@ -309,7 +309,7 @@ class Distiller:
 
     def _set_bits_(self, bits: float) -> None:
         self.bits = bits
-        if set_bits_(self.student, bits, on_final_grid=self.schedule.on_final_grid):
+        if set_bits_(self.student, bits, on_final_grid=self.schedule.on_final_grid, below_final=True):
             self._refresh_codes()
             if not self.schedule.widths:  # learned scales have new values, not only new places
                 self.optimizer.parameters_changed_()

@@ -172,7 +172,9 @@ def scale_parameters(model: nn.Module) -> list[nn.Parameter]:
     return found
 
 
-def set_bits_(model: nn.Module, bits: float, *, where: str | None = None, on_final_grid: bool = False) -> int:
+def set_bits_(
+    model: nn.Module, bits: float, *, where: str | None = None, on_final_grid: bool = False, below_final: bool = False
+) -> int:
     """Sets the weight width during training.
 
     Args:
@@ -182,6 +184,7 @@ def set_bits_(model: nn.Module, bits: float, *, where: str | None = None, on_fin
             8 while the others fall to 4). A pattern: exactly the matching layers, to exactly this width.
         on_final_grid: A width above a layer's final one is a share of the final grid's error instead of a grid of its own; see
             `WeightQuantizer.set_bits_`.
+        below_final: Without `where`, layers with the lowest final width may go below it; the others stay at theirs.
 
     Returns:
         How many layers changed.
@@ -195,14 +198,18 @@ def set_bits_(model: nn.Module, bits: float, *, where: str | None = None, on_fin
     chosen = [(name, layer) for name, layer in layers if where is None or fnmatchcase(name, where)]
     if not chosen:
         raise config_error("where", where, allowed=_name_hint([n for n, _ in layers]), fix="correct the pattern")
-    targets = {name: max(bits, layer.weight_quantizer.spec.bits) if where is None else bits for name, layer in chosen}
-    if where is None and bits < min(layer.weight_quantizer.spec.bits for _, layer in chosen):
-        lowest = min(layer.weight_quantizer.spec.bits for _, layer in chosen)
+    finals = {name: layer.weight_quantizer.spec.bits for name, layer in chosen}
+    lowest = min(finals.values())
+    targets = {
+        name: bits if where is not None or (below_final and final == lowest) else max(bits, final)
+        for name, final in finals.items()
+    }
+    if where is None and bits < lowest and not below_final:
         raise config_error(
             "bits",
             bits,
             allowed=f"{lowest:g}, the final width, or more",
-            fix="pass where='*' to go below it on purpose",
+            fix="pass below_final=True or where='*' to go below it on purpose",
         )
     for name, layer in chosen:
         layer.weight_quantizer.spec.grid(targets[name])

@@ -118,7 +118,8 @@ class ScheduleSpec:
 
     Args:
         kind: A named schedule, or `custom`.
-        stages: Only with `custom`: (bits, length) in falling order of bits; the last entry is the target.
+        stages: Only with `custom`: (bits, length), each of another width than the one before; the last entry is the target.
+            A stage may lie below the target, so that training comes from below.
         unit: What the lengths count: shares of the run (they sum to 1), epochs, or steps.
         grid: What the widths above the target round to.
         widths: Only with `several`: two or more, falling to the target.
@@ -126,7 +127,7 @@ class ScheduleSpec:
         automatic: Only with `automatic`: how the stages are chosen.
 
     Raises:
-        ConfigError: Stages out of order, impossible widths or lengths, shares that do not sum to 1.
+        ConfigError: A width that is repeated, impossible widths or lengths, shares that do not sum to 1.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT_KEYS
@@ -277,8 +278,8 @@ class ScheduleSpec:
             fail("at least one [bits, length] for kind: custom", "add stages")
         for bits, _ in self.stages:
             Grid(bits)
-        if any(later[0] >= earlier[0] for earlier, later in zip(self.stages, self.stages[1:], strict=False)):
-            fail("bits that fall from stage to stage", "sort the stages and remove repeats")
+        if any(later[0] == earlier[0] for earlier, later in zip(self.stages, self.stages[1:], strict=False)):
+            fail("another width in each stage than in the one before", "join the stages of one width")
         if any(not math.isfinite(length) or length <= 0 for _, length in self.stages):
             fail("positive lengths", "correct the second number of each stage")
         total = sum(length for _, length in self.stages)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fraqat.baselines import CalibrationLoss, search_step_sizes_, train_peer
-from fraqat.config import ORIGINAL, Method, Recipe, load_recipe, merged, method_named, plain
+from fraqat.config import METHODS, ORIGINAL, Method, Recipe, load_recipe, merged, plain
 from fraqat.distill import (
     OUTPUTS_FOLDER,
     Batch,
@@ -25,7 +25,7 @@ from fraqat.distill import (
     training_task,
     validation_loss,
 )
-from fraqat.errors import ModelError, NonFiniteLossError, OutputError, config_error
+from fraqat.errors import ModelError, NonFiniteLossError, OutputError, choice_error, config_error
 from fraqat.files import (
     atomic_file,
     atomic_folder,
@@ -56,7 +56,7 @@ class CompareOptions:
     """What is compared.
 
     Args:
-        methods: Names of `fraqat.config.METHODS`.
+        methods: Names of `fraqat.config.METHODS`, or of baselines in the recipe that have no such name.
         num_seeds: Seeds per method, counted from 1; the recipe's own seed chooses the learning rate.
         rates: Learning rates that every trained method is tried at; empty takes 1/3, 1 and 3 times the recipe's.
         measures_quality: Also sample and judge every student.
@@ -70,8 +70,6 @@ class CompareOptions:
     def __post_init__(self) -> None:
         if not self.methods or len(set(self.methods)) < len(self.methods):
             raise config_error("--methods", list(self.methods), allowed="different names", fix="name each method once")
-        for name in self.methods:
-            method_named(name)
         if self.num_seeds < 1:
             raise config_error("--seeds", self.num_seeds, allowed="1 or more", fix="use 3 or more for an interval")
         wrong = [rate for rate in self.rates if not (math.isfinite(rate) and rate > 0)]
@@ -113,7 +111,7 @@ def compare(
             fix="pass --set preset=null, and --set what all methods should share",
         )
     recipe = with_absolute_paths(recipe)
-    methods = [method_named(name) for name in options.methods]
+    methods = [_method_of(recipe, name) for name in options.methods]
     rates = options.rates or _rates_around(recipe.train.learning_rate.peak)
     for method in methods:
         _recipe_of(recipe, method, rates[0], 1)  # what is impossible is said before anything is trained
@@ -294,6 +292,16 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
     shutil.rmtree(aside)
+
+
+def _method_of(recipe: Recipe, name: str) -> Method:
+    """A method by its name, or what a baseline of the recipe changes."""
+    if name in METHODS:
+        return METHODS[name]
+    if name not in recipe.baselines:
+        raise choice_error("--methods", name, (*METHODS, *recipe.baselines))
+    recipe.baseline(name)  # refuses what must be shared
+    return Method(name, "a baseline of the recipe", recipe.baselines[name])
 
 
 def _recipe_of(recipe: Recipe, method: Method, rate: float | None, seed: int) -> Recipe:
