@@ -146,7 +146,10 @@ def compare(names: list[str], work: Work, arguments: argparse.Namespace) -> list
         for name in names
     }
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    start = time.monotonic()
     for index in range(arguments.rounds + 1):  # the first round compiles and warms up
+        if index > 1 and time.monotonic() - start > arguments.time_limit_s:
+            break
         for name, worker in workers.items():
             answer = _ask(name, worker, arguments.steps if index else arguments.warm_up_steps)
             if index:
@@ -264,6 +267,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=5, help="per round")
     parser.add_argument("--warm-up-steps", type=int, default=3)
+    parser.add_argument("--time-limit-s", type=float, default=float("inf"), help="begin no round after it, but one")
     parser.add_argument("--memory-only", action="store_true", help="without products: see above")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from fraqat.errors import config_error
 from fraqat.nn import quantized_layers
-from fraqat.nn.integer import SharedInput
+from fraqat.nn.input_codes import SharedInput
 
 _SAVED_NAMES = (
     "aten::mm",

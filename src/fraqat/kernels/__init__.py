@@ -1,5 +1,6 @@
 """Engines that compute the scaled integer product, and the table that picks one per shape."""
 
+from fraqat.kernels.blocks import row_blocks
 from fraqat.kernels.engine import (
     EngineChoice,
     EngineName,
@@ -28,6 +29,7 @@ __all__ = [
     "quantize_stochastic",
     "quantize_tokens",
     "quantize_weight",
+    "row_blocks",
     "scaled_product",
     "weight_gradient",
 ]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fraqat.kernels import native
+from fraqat.kernels.blocks import row_blocks
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _NATIVE = native.Native()
@@ -46,7 +47,7 @@ def input_gradient(
     """
     if is_native and dtype == torch.bfloat16 and grad_MO.dtype in _DTYPES:
         return _native_input_gradient(grad_MO.contiguous(), scale_O, codes_OK)
-    return _product((grad_MO * scale_O).to(dtype), codes_OK, dtype).to(dtype)
+    return _product(_scaled(grad_MO, scale_O.unsqueeze(0), dtype), codes_OK, dtype).to(dtype)
 
 
 def weight_gradient(
@@ -78,8 +79,19 @@ def weight_gradient(
     """
     if is_native and dtype == torch.bfloat16 and grad_MO.dtype in _DTYPES and out_dtype in _DTYPES:
         return _native_weight_gradient(grad_MO.contiguous(), token_scale, codes_MK, zero_point, out_dtype)
-    scaled_MO = (grad_MO * token_scale.unsqueeze(-1)).to(dtype)
+    scaled_MO = _scaled(grad_MO, token_scale.unsqueeze(-1), dtype)
     return _product(scaled_MO.t(), centred_codes(codes_MK, zero_point, dtype), dtype).to(out_dtype)
+
+
+def _scaled(grad_MO: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad * scale, [1, O], [M, 1] or [1, 1], in float32, rounded to `dtype`; the same bits in blocks of rows."""
+    blocks = row_blocks(grad_MO.shape[0], 4 * grad_MO.shape[1], grad_MO.device)
+    if len(blocks) == 1 or grad_MO.dtype == dtype == torch.float32:  # in float32 there is nothing to round
+        return (grad_MO * scale).to(dtype)
+    scaled_MO = torch.empty_like(grad_MO, dtype=dtype)
+    for rows in blocks:
+        scaled_MO[rows] = grad_MO[rows] * (scale if len(scale) == 1 else scale[rows])
+    return scaled_MO
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

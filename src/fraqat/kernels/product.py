@@ -5,11 +5,15 @@ Shape suffixes: M tokens, K input channels, O output channels.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from fraqat.kernels.blocks import row_blocks
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,21 @@ class Operands:
     def num_tokens(self) -> int:
         """M."""
         return self.codes_MK.shape[0]
+
+    def part(self, tokens: slice, outputs: slice | None = None) -> Operands:
+        """Views of the operands of some tokens and output channels."""
+
+        def cut(value: Tensor | None) -> Tensor | None:
+            return value if value is None or outputs is None else value[outputs]
+
+        return dataclasses.replace(
+            self,
+            codes_MK=self.codes_MK[tokens],
+            weight_scale_O=self.weight_scale_O if outputs is None else self.weight_scale_O[outputs],
+            token_scale=self.token_scale if self.token_scale.numel() == 1 else self.token_scale[tokens],
+            row_sums_O=cut(self.row_sums_O),
+            bias_O=cut(self.bias_O),
+        )
 
 
 class Engine(Protocol):
@@ -89,6 +108,35 @@ def scale_product(product_MO: Tensor, operands: Operands) -> Tensor:
         product_MO = product_MO - operands.zero_point * operands.row_sums_O
     y = product_MO.float() * operands.weight_scale_O
     return finish_product(y, operands)
+
+
+def product_in_blocks(
+    operands: Operands,
+    num_outputs: int,
+    blocks: list[tuple[slice, slice]],
+    sums_of: Callable[[Operands, slice], Tensor],
+) -> Tensor:
+    """The scaled product, made block by block; the same bits as `scale_product` of all sums at once.
+
+    Args:
+        operands: Of all tokens and output channels.
+        num_outputs: O.
+        blocks: Tokens and output channels of each block; together all of [M, O].
+        sums_of: The exact sums of a block, from its own operands and its output channels; they may be changed in place.
+
+    Returns:
+        y, [M, O].
+    """
+    device = operands.codes_MK.device
+    if len(blocks) == 1 and len(row_blocks(operands.num_tokens, 4 * num_outputs, device)) == 1:
+        return scale_product(sums_of(operands, slice(0, num_outputs)), operands)
+    y_MO = torch.empty(operands.num_tokens, num_outputs, dtype=operands.out_dtype, device=device)
+    for tokens, outputs in blocks:
+        part, y = operands.part(tokens, outputs), y_MO[tokens, outputs]
+        sums = sums_of(part, outputs)
+        for rows in row_blocks(part.num_tokens, 4 * y.shape[1], device):
+            y[rows] = scale_product(sums[rows], part.part(rows))
+    return y_MO
 
 
 def finish_product(product_MO: Tensor, operands: Operands) -> Tensor:

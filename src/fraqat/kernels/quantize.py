@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fraqat.kernels import native
+from fraqat.kernels.blocks import row_blocks
 from fraqat.kernels.engine import PreparedWeight
 
 _SMALLEST_SCALE = float(torch.finfo(torch.float32).tiny)
@@ -38,6 +39,16 @@ def quantize_tokens(x_MK: Tensor) -> tuple[Tensor, Tensor]:
 
         if not (triton := Triton()).why_unavailable(x_MK.device):
             return triton.quantize_tokens(x_MK)
+    blocks = row_blocks(x_MK.shape[0], 4 * x_MK.shape[1], x_MK.device)
+    if len(blocks) == 1:
+        return _quantize_rows(x_MK)
+    codes_MK, scale_M = torch.empty_like(x_MK, dtype=torch.int8), x_MK.new_empty(x_MK.shape[0], dtype=torch.float32)
+    for rows in blocks:
+        codes_MK[rows], scale_M[rows] = _quantize_rows(x_MK[rows])
+    return codes_MK, scale_M
+
+
+def _quantize_rows(x_MK: Tensor) -> tuple[Tensor, Tensor]:
     x = x_MK.float()
     scale = (x.abs().amax(-1) / _LARGEST_CODE).clamp(min=_SMALLEST_SCALE)
     return torch.round(x / scale.unsqueeze(-1)).to(torch.int8), scale

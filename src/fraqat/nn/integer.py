@@ -5,8 +5,7 @@ Shape suffixes: M tokens, K input channels, O output channels.
 
 from __future__ import annotations
 
-import weakref
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +17,15 @@ from fraqat.kernels import (
     has_native_gradients,
     input_gradient,
     quantize_stochastic,
-    quantize_tokens,
     quantize_weight,
     scaled_product,
     weight_gradient,
 )
 from fraqat.nn.adapters import LowRankAdapter
+from fraqat.nn.input_codes import InputCodes, SharedInput, quantize_input, unpack_bits
 from fraqat.nn.quantizers import ActivationQuantizer, KeepsBufferDtype, WeightQuantizer
 from fraqat.nn.spec import QuantSpec
-from fraqat.numerics import Granularity, ZeroPoint, clamp_codes, round_to_codes
+from fraqat.numerics import Granularity, ZeroPoint
 
 WIDEST_BITS = 8.0
 """Above it codes do not fit in int8."""
@@ -50,44 +49,6 @@ def why_not_integer(spec: QuantSpec) -> str:
         is_real = activation.zero_point is ZeroPoint.FLOAT
         return "dynamic inputs with an offset (Eq. 2)" if is_real else "dynamic inputs with a zero point per token"
     return ""
-
-
-class InputCodes(NamedTuple):
-    """A quantized input, its features on the last axis.
-
-    Args:
-        codes_MK: int8, or uint8 with a zero point.
-        token_scale: float32, [M], or [1] where all tokens share it.
-        zero_point: int32, 0-dim, or None.
-        inside: One bit per element, [M, ceil(K / 8)] uint8: which values were not clipped. None where none can be.
-    """
-
-    codes_MK: Tensor
-    token_scale: Tensor
-    zero_point: Tensor | None
-    inside: Tensor | None
-
-
-class SharedInput:
-    """The input that was quantized last, so that query, key and value quantize theirs once."""
-
-    def __init__(self) -> None:
-        self._key: tuple[Any, ...] | None = None
-        self._source: weakref.ref[Tensor] | None = None
-        self._codes: InputCodes | None = None
-
-    def get(self, x: Tensor, quantizer: ActivationQuantizer) -> InputCodes | None:
-        """What the same values were quantized to with the same settings, or None."""
-        if self._source is None or self._source() is not x or self._key != _input_key(x, quantizer):
-            return None
-        return self._codes
-
-    def put(self, x: Tensor, quantizer: ActivationQuantizer, codes: InputCodes) -> None:
-        """Remembers a quantized input until the next one."""
-        self._source, self._key, self._codes = weakref.ref(x, self._forget), _input_key(x, quantizer), codes
-
-    def _forget(self, _: object = None) -> None:
-        self._key, self._source, self._codes = None, None, None
 
 
 class IntegerWeight(KeepsBufferDtype):
@@ -282,32 +243,7 @@ def integer_linear(
         integer.has_native_gradients,
     )
     lead = [size for index, size in enumerate(x.shape) if index != axis]
-    return cast(Tensor, y_MO).view(*lead, -1).movedim(-1, axis)
-
-
-def quantize_input(x: Tensor, quantizer: ActivationQuantizer) -> InputCodes:
-    """Codes of x, features last.
-
-    Args:
-        x: [..., K], or [N, K, H, W] where the quantizer's channel axis is 1.
-        quantizer: Decides scale, zero point and codes.
-
-    Numerics: bit for bit the codes and scales of the quantizer's floating-point path.
-    """
-    axis = quantizer.layout.channel_axis
-    if quantizer.is_plain and x.dtype != torch.float64:
-        codes_MK, token_scale = quantize_tokens(x.movedim(axis, -1).flatten(0, -2).contiguous())
-        return InputCodes(codes_MK, token_scale, None, None)
-    qparams = quantizer.qparams(x)
-    codes = rounded = round_to_codes(x if x.dtype == torch.float32 else x.float(), qparams)
-    inside = None
-    if quantizer.can_clip:
-        codes = clamp_codes(rounded, quantizer.grid)
-        inside = _pack_bits((codes == rounded).movedim(axis, -1).flatten(0, -2))
-    dtype = torch.int8 if quantizer.grid.qmin < 0 else torch.uint8
-    zero_point = None if qparams.zero_point is None else qparams.zero_point.reshape(()).to(torch.int32)
-    codes_MK = codes.to(dtype).movedim(axis, -1).flatten(0, -2).contiguous()
-    return InputCodes(codes_MK, _token_scale(qparams.scale, x, axis), zero_point, inside)
+    return cast(Tensor, y_MO).view(*lead, integer.codes.shape[0]).movedim(-1, axis)
 
 
 def _quantize_shared(x: Tensor, quantizer: ActivationQuantizer, inputs: SharedInput) -> InputCodes:
@@ -319,12 +255,6 @@ def _quantize_shared(x: Tensor, quantizer: ActivationQuantizer, inputs: SharedIn
         codes = quantize_input(x.detach(), quantizer)
         inputs.put(x, quantizer, codes)
     return codes
-
-
-def _token_scale(scale: Tensor, x: Tensor, axis: int) -> Tensor:
-    if scale.numel() == 1:
-        return scale.reshape(1)
-    return scale.movedim(axis, -1).expand(*x.movedim(axis, -1).shape[:-1], 1).flatten()
 
 
 class _IntegerLinear(torch.autograd.Function):
@@ -380,9 +310,9 @@ class _IntegerLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_MK = _input_gradient(grad_MO, scale_O, codes_OK, transposed, ctx.dtype, ctx.is_native)
             if inside is not None:
-                grad_MK = grad_MK * _unpack_bits(inside, grad_MK.shape[1])
+                grad_MK = grad_MK * unpack_bits(inside, grad_MK.shape[1])
             lead = [size for index, size in enumerate(ctx.x_shape) if index != ctx.axis]
-            grad_x = grad_MK.view(*lead, -1).movedim(-1, ctx.axis).to(ctx.x_dtype)
+            grad_x = grad_MK.view(*lead, grad_MK.shape[1]).movedim(-1, ctx.axis).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
             grad_OK = weight_gradient(
                 grad_MO, token_scale, codes_MK, zero_point, ctx.dtype, ctx.weight_dtype, is_native=ctx.is_native
@@ -412,20 +342,3 @@ def _input_gradient(
     codes_MO, scale_M = quantize_stochastic((grad_MO * scale_O).contiguous(), seed)
     ones_K = torch.ones_like(codes_KO[:, 0], dtype=torch.float32)
     return scaled_product(codes_MO, scale_M, codes_KO, ones_K, None, None, None, transposed_handle, dtype)
-
-
-def _pack_bits(flags_MK: Tensor) -> Tensor:
-    padded = torch.nn.functional.pad(flags_MK.to(torch.uint8), (0, -flags_MK.shape[1] % 8))
-    place = 2 ** torch.arange(8, dtype=torch.uint8, device=flags_MK.device)
-    return (padded.unflatten(1, (-1, 8)) * place).sum(-1, dtype=torch.uint8)
-
-
-def _unpack_bits(packed: Tensor, width: int) -> Tensor:
-    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    return ((packed.unsqueeze(-1) >> shifts) & 1).flatten(1)[:, :width]
-
-
-def _input_key(x: Tensor, quantizer: ActivationQuantizer) -> tuple[Any, ...]:
-    scale, zero_point = quantizer.scale, quantizer.zero_point
-    static = () if scale is None else (id(scale), scale._version, id(zero_point))
-    return x._version, quantizer.spec, quantizer.layout, *static

@@ -11,7 +11,8 @@ from torch import nn
 
 from fraqat.errors import config_error, parse_choice
 from fraqat.kernels import EngineName, EngineTable
-from fraqat.nn.integer import WIDEST_BITS, IntegerWeight, SharedInput, why_not_integer
+from fraqat.nn.input_codes import SharedInput
+from fraqat.nn.integer import WIDEST_BITS, IntegerWeight, why_not_integer
 from fraqat.nn.layers import QuantizedLayer
 from fraqat.nn.packed import PackedLayer
 from fraqat.nn.spec import STRICT_KEYS
