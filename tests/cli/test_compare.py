@@ -144,6 +144,10 @@ def test_the_documentation_names_every_method() -> None:
             ("--methods", "mine", "--set", "baselines={mine: {train: {losses: [{name: l1}]}}}"),
             "baselines.mine.train.losses remove",
         ),
+        (
+            ("--methods", "comparison.json", "--set", "baselines={comparison.json: {train: {betas: [0.5, 0.9]}}}"),
+            "--methods comparison.json rename the baseline",
+        ),
         (("--rates", "1e-4,fast"), "--rates numbers with commas"),
         (("--rates", "-1"), "--rates different positive numbers"),
         (("--set", "train.steps=0"), "train.steps 1 or more"),

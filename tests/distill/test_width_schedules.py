@@ -11,6 +11,7 @@ from toy import ToyTask, toy_spec, toy_teacher
 
 from fraqat.distill import Distiller, StepRecord, Workers, read_log
 from fraqat.distill.stages import StageChooser
+from fraqat.errors import ConfigError
 from fraqat.nn import (
     EngineSpec,
     QuantSpec,
@@ -43,7 +44,7 @@ def several(order: str, num_steps: int, seed: int = 1) -> Schedule:
 def make(folder: Path, schedule: Schedule, method: str = "learned", **options) -> Distiller:
     """A trainer of the toy family."""
     dropout, rate = options.pop("dropout", 0.1), options.pop("rate", 5e-3)
-    weight = WeightSpec(options.pop("bits", 4.0), range_method=method)
+    weight = WeightSpec(options.pop("bits", 4.0), range_method=method, narrow=options.pop("narrow", False))
     student = toy_teacher(dropout)
     quantize_(student, QuantSpec(weight))
     if schedule.widths:
@@ -69,6 +70,22 @@ def test_a_run_from_below_trains_under_the_target_and_ends_at_it(tmp_path, crash
     again = make(tmp_path / "cut", schedule, method)
     again.run()
     assert all(torch.equal(a, b) for a, b in zip(whole.student.parameters(), again.student.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("stages", "student", "message"),
+    [
+        (((8.0, 2), (3.0, 2)), {"bits": 4.0}, r"schedule = 3\.0 .* an end at 4 bits, .* Fix: end the schedule there"),
+        (((3.5, 2), (4.0, 2)), {"bits": 6.0}, r"schedule = 4\.0 .* an end at 6 bits"),
+        (((4.0, 2), (1.9, 1), (4.0, 2)), {"narrow": True}, r"schedule\.stages = 1\.9 .* 2 bits or more with narrow"),
+    ],
+)
+def test_widths_that_the_student_cannot_end_at_or_have_are_refused_before_training(
+    tmp_path, stages, student, message
+) -> None:
+    schedule = ScheduleSpec("custom", stages, "steps").resolve(stages[-1][0], None)
+    with pytest.raises(ConfigError, match=message):
+        make(tmp_path, schedule, "max_abs", **student)
 
 
 @pytest.mark.parametrize(("order", "method", "crash_after"), [("in_turn", "learned", 5), ("sampled", "mse", 9)])

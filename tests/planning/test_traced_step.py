@@ -24,7 +24,8 @@ from toy_workload import (
 )
 
 from fraqat.distill import TeacherSpec, TrainSpec
-from fraqat.nn import EngineSpec, quantize_, quantized_layers
+from fraqat.kernels import blocks
+from fraqat.nn import ActivationSpec, EngineSpec, QuantSpec, quantize_, quantized_layers
 from fraqat.planning import Category, DeviceKind, Phase, StepTrace, Workload, trace_step
 from fraqat.planning.fake import new_fake_mode, to_fake
 from fraqat.planning.recorder import StepRecorder
@@ -135,6 +136,17 @@ def test_codes_of_the_integer_path_are_a_byte_for_a_weight(kind: DeviceKind, cop
     handles = 8 * len(layers)
     expected = copies * num_weights + (4 + 4) * num_channels + handles  # float32 scales and int32 sums of the codes
     assert codes_at_the_end(PLAIN, kind=kind) == expected
+
+
+@pytest.mark.parametrize("kind", DeviceKind)
+def test_blocks_of_this_cpu_are_no_part_of_a_plan(kind: DeviceKind, monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.device("meta"):
+        student = ToyNetwork()
+    quantize_(student, QuantSpec(activation=ActivationSpec(6)))  # torch's own quantizer on every machine
+    whole = trace(make_workload(student), TrainSpec(batch_size=2), kind=kind)
+    monkeypatch.setattr(blocks, "_CACHED_BYTES", 1)
+    in_rows = trace(make_workload(student), TrainSpec(batch_size=2), kind=kind)
+    assert in_rows.work == whole.work and in_rows.moments == whole.moments
 
 
 def test_the_integer_path_keeps_a_byte_for_an_input_and_fake_quantization_more() -> None:

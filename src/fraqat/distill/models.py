@@ -13,7 +13,7 @@ from fraqat.distill.spec import TrainSpec
 from fraqat.distill.task import DistillTask
 from fraqat.distill.workers import Workers
 from fraqat.errors import config_error
-from fraqat.nn import IntegerLayers, scale_rates_by_name
+from fraqat.nn import IntegerLayers, quantized_layers, scale_rates_by_name
 from fraqat.schedules import Schedule
 
 
@@ -49,13 +49,15 @@ def make_models(
     return ShardedModels(task, teacher, student, spec, workers, integers, schedule)
 
 
-def check_trainable(student: nn.Module, spec: TrainSpec) -> None:
+def check_trainable(student: nn.Module, spec: TrainSpec, schedule: Schedule) -> None:
     """Refuses what could not be trained, or not averaged.
 
     Raises:
-        ConfigError: Everything is frozen, or scales are learned and averaged: a learned scale jumps with the width, and its
+        ConfigError: The schedule ends below the final width of every layer or has a stage whose grid cannot be, everything is
+            frozen, or scales are learned and averaged: a learned scale jumps with the width, and its
             average would still be that of wider stages at the end.
     """
+    _check_widths(student, schedule)
     if not any(p.requires_grad for p in student.parameters()):
         raise config_error(
             "quantization", "all frozen", allowed="something to train", fix="free a family, or train for 0 steps"
@@ -63,6 +65,26 @@ def check_trainable(student: nn.Module, spec: TrainSpec) -> None:
     if spec.ema_decay is not None and scale_rates_by_name(student):
         raise config_error(
             "train.ema_decay", spec.ema_decay, allowed="null with learned scales", fix="use range_method: mse"
+        )
+
+
+def _check_widths(student: nn.Module, schedule: Schedule) -> None:
+    specs = [layer.weight_quantizer.spec for _, layer in quantized_layers(student)]
+    lowest = min((spec.bits for spec in specs), default=schedule.target_bits)
+    if schedule.target_bits < lowest:
+        raise config_error(
+            "schedule",
+            schedule.target_bits,
+            allowed=f"an end at {lowest:g} bits, the lowest final width of the student's layers, or more",
+            fix="end the schedule there, or let a layer end lower",
+        )
+    narrowest = min(stage.bits for stage in schedule)
+    if narrowest < 2 and any(spec.narrow and spec.bits == lowest for spec in specs):
+        raise config_error(
+            "schedule.stages",
+            narrowest,
+            allowed="2 bits or more with narrow weights",
+            fix="raise it, or set narrow: false",
         )
 
 

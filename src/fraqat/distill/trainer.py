@@ -99,7 +99,7 @@ class Distiller:
             self.workers,
         )
         self.teacher_memory = hold_teacher_(self.teacher, student, spec.teacher.dtype)
-        check_trainable(student, spec)
+        check_trainable(student, spec, schedule)
         factors = scale_rates_by_name(student)
         self.integers = IntegerLayers(student, spec.engine) if spec.engine.name != EngineName.REFERENCE else None
         self.models = make_models(task, self.teacher, student, spec, self.workers, self.integers, schedule)

@@ -9,6 +9,7 @@ Shape suffixes: M tokens, O output channels.
 from __future__ import annotations
 
 import torch
+from torch._guards import detect_fake_mode
 
 _CACHED_BYTES = 2**20
 """Of a float32 temporary per thread: with the tensors beside it, about what a core's own cache holds."""
@@ -25,14 +26,17 @@ def row_blocks(num_rows: int, row_bytes: int, device: torch.device) -> list[slic
     Args:
         num_rows: How many there are.
         row_bytes: What one row takes in the largest temporary.
-        device: All rows are one block where it is not a CPU, and in a graph: a compiler fuses these steps itself.
+        device: All rows are one block where it is not a CPU, in a graph, since a compiler fuses these steps itself, and while
+            a plan is made of tensors without values, which stand for those of any device.
 
     Returns:
         Slices that cover all rows in order, at least one; of equal length but for the last.
     """
+    whole = [slice(0, num_rows)]
     if device.type != "cpu" or torch.compiler.is_compiling():
-        return [slice(0, num_rows)]
-    return even_blocks(num_rows, row_bytes, min(_CACHED_BYTES * torch.get_num_threads(), _MAX_CACHED_BYTES))
+        return whole
+    blocks = even_blocks(num_rows, row_bytes, min(_CACHED_BYTES * torch.get_num_threads(), _MAX_CACHED_BYTES))
+    return blocks if len(blocks) == 1 or detect_fake_mode() is None else whole
 
 
 def sum_blocks(num_tokens: int, num_outputs: int, device: torch.device) -> list[tuple[slice, slice]]:

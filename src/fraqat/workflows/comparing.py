@@ -300,6 +300,9 @@ def _method_of(recipe: Recipe, name: str) -> Method:
         return METHODS[name]
     if name not in recipe.baselines:
         raise choice_error("--methods", name, (*METHODS, *recipe.baselines))
+    if name in (_RECIPE, RESULT, PAGE) or name.startswith("."):
+        allowed = f"a name that does not begin with a dot, not {_RECIPE}, {RESULT} or {PAGE}, which the folder has"
+        raise config_error("--methods", name, allowed=allowed, fix="rename the baseline")
     recipe.baseline(name)  # refuses what must be shared
     return Method(name, "a baseline of the recipe", recipe.baselines[name])
 
